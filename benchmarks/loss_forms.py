@@ -1,0 +1,173 @@
+"""Compare forms of the training loss at equal budget over seeds: `python benchmarks/loss_forms.py --seeds 0 1 2`.
+
+Every run trains the adapter of configs/tiny.yaml with another loss and measures its range on held-out entities (nats
+inside the budget of the main job). Writes one JSON line a run and prints a Markdown table.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+import torch
+from einops import einsum, rearrange, reduce
+from torch import Tensor
+
+from repeng import EvalReport, evaluate, steer, tiny
+from repeng.train.arguments import parse_arguments
+from repeng.train.build import build
+from repeng.train.inner_contrastive_loss import (
+    InnerContrastiveLoss,
+    inner_contrastive_loss,
+    signed_shift,
+    violation,
+    where,
+)
+from repeng.train.report import ADAPTER_COEFFICIENTS
+from repeng.train.trainer import SteeringTrainer
+
+CONFIG = Path(__file__).parent.parent / "configs" / "tiny.yaml"
+
+
+def position(hs: Tensor, mask: Tensor, direction: Tensor, scale: Tensor) -> Tensor:
+    """`s (… b k)`: mean projection of the counted tokens, in units."""
+    along = einsum(where(mask[..., None], hs), direction, "... t d, d k -> ... t k") / scale
+    return along.sum(dim=-2) / mask.sum(dim=-1, keepdim=True).clamp(min=1)
+
+
+def symlog(x: Tensor) -> Tensor:
+    return x.sign() * x.abs().log1p()
+
+
+def coherence_terms(inputs: dict) -> tuple[Tensor, Tensor]:
+    """Coherence and neutral of the default loss, `(b)` each."""
+    margin = inputs["coherence_margin"]
+    pair = violation(inputs["logp_pi"], inputs["logp_ref"], inputs["logp_mask"], margin)
+    neutral = violation(
+        inputs["neutral_logp_pi"], inputs["neutral_logp_ref"][None], inputs["neutral_mask"][None], margin
+    )
+    return pair.mean(dim=0), neutral.mean(dim=0)
+
+
+def with_separation(separation: Callable[[dict], Tensor]) -> Callable[..., InnerContrastiveLoss]:
+    """The default loss with another separation term `(b)`."""
+
+    def loss(**inputs) -> InnerContrastiveLoss:
+        term = separation(inputs)
+        coherence, neutral = coherence_terms(inputs)
+        total = term + inputs["coherence_weight"] * (coherence + neutral)
+        terms = {"separation": term, "coherence": coherence, "neutral": neutral}
+        return InnerContrastiveLoss(total.mean(), {name: value.detach() for name, value in terms.items()})
+
+    return loss
+
+
+def geometry(inputs: dict) -> tuple[Tensor, Tensor]:
+    """Positions of the policy `(c p b k)` and of the reference `(p b k)`."""
+    mask, u, scale = inputs["hs_mask"], inputs["direction"], inputs["scale"]
+    return position(inputs["hs_pi"], mask.expand(2, *mask.shape), u, scale), position(inputs["hs_ref"], mask, u, scale)
+
+
+def policy_chosen_reference_rejected(inputs: dict) -> Tensor:
+    """dHS: policy chosen − reference rejected at +1, reference chosen − policy rejected at −1, bounded."""
+    pi, ref = geometry(inputs)
+    delta = torch.stack([pi[0, 0] - ref[1], ref[0] - pi[1, 1]])
+    target = inputs["separation_target"]
+    return reduce((target - delta).relu() / target, "c b k -> b", "mean")
+
+
+def unbounded(inputs: dict) -> Tensor:
+    """Policy − reference on both sides, −symlog(Δ) instead of a target."""
+    delta = signed_shift(inputs["hs_pi"], inputs["hs_ref"], inputs["hs_mask"], inputs["direction"], inputs["scale"])
+    return reduce(-symlog(delta), "c p b k -> b", "mean")
+
+
+def gap(inputs: dict) -> Tensor:
+    """The change of the chosen − rejected gap: wider at +1, narrower at −1, unbounded."""
+    pi, ref = geometry(inputs)
+    change = (pi[:, 0] - pi[:, 1]) - (ref[0] - ref[1])
+    sign = torch.tensor([1.0, -1.0])
+    return reduce(-symlog(rearrange(sign, "c -> c 1 1") * change), "c b k -> b", "mean")
+
+
+def coherence_of_the_mean(**inputs) -> InnerContrastiveLoss:
+    """The default with the margin on the mean over tokens, so that gains pay for losses."""
+
+    def averaged(logp: Tensor, mask: Tensor) -> Tensor:
+        return where(mask, logp).sum(dim=-1, keepdim=True) / mask.sum(dim=-1, keepdim=True).clamp(min=1)
+
+    ones = torch.ones_like(inputs["logp_mask"][..., :1])
+    pair, neutral = inputs["logp_mask"], inputs["neutral_mask"]
+    return inner_contrastive_loss(
+        **{
+            **inputs,
+            "logp_pi": averaged(inputs["logp_pi"], pair),
+            "logp_ref": averaged(inputs["logp_ref"], pair),
+            "logp_mask": ones,
+            "neutral_logp_pi": averaged(inputs["neutral_logp_pi"], neutral.expand_as(inputs["neutral_logp_pi"])),
+            "neutral_logp_ref": averaged(inputs["neutral_logp_ref"], neutral),
+            "neutral_mask": ones[0],
+        }
+    )
+
+
+@dataclass(frozen=True)
+class Form:
+    """A loss and what it needs on the command line."""
+
+    loss: Callable[..., InnerContrastiveLoss]
+    argv: tuple[str, ...] = ()
+
+
+FORMS: dict[str, Form] = {
+    "default": Form(inner_contrastive_loss),
+    "target 2": Form(inner_contrastive_loss, ("--separation_target", "2")),
+    "policy chosen − reference rejected, target 3": Form(
+        with_separation(policy_chosen_reference_rejected), ("--separation_target", "3")
+    ),
+    "unbounded": Form(with_separation(unbounded)),
+    "gap, unbounded": Form(with_separation(gap)),
+    "no coherence term": Form(inner_contrastive_loss, ("--coherence_weight", "0")),
+    "coherence of the mean over tokens": Form(coherence_of_the_mean),
+}
+
+
+def run(form: Form, seed: int, extra: Sequence[str] = ()) -> EvalReport:
+    """Train once and evaluate on held-out questions."""
+    with tempfile.TemporaryDirectory() as folder:
+        argv = ["--output_dir", folder, "--save_strategy", "no", "--disable_tqdm", "true", "--seed", str(seed)]
+        args = parse_arguments([*argv, *form.argv, *extra], CONFIG)
+        prepared = build(args, tiny.task(args))
+        model = prepared.model
+        SteeringTrainer(model, args, prepared.examples, prepared.tokenizer, loss_func=form.loss).train()
+    return evaluate(
+        model, prepared.tokenizer, prepared.questions, lambda c: steer(model, c), ADAPTER_COEFFICIENTS,
+        neutral_texts=prepared.neutral_texts,
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--forms", nargs="+", choices=list(FORMS), default=list(FORMS))
+    parser.add_argument("--output", type=Path, default=Path("outputs/loss_forms.jsonl"))
+    options, extra = parser.parse_known_args()
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    print("| form | range (seeds) | + arm | − arm | wrong way |\n|---|---|---|---|---|")
+    for name in options.forms:
+        reports = [run(FORMS[name], seed, extra) for seed in options.seeds]
+        with options.output.open("a", encoding="utf-8") as file:
+            for seed, report in zip(options.seeds, reports, strict=True):
+                file.write(json.dumps({"form": name, "seed": seed, "argv": extra, **report.to_dict()}) + "\n")
+        ranges = [report.range for report in reports]
+        arms = [f"{mean(report.arm(sign)[0] for report in reports):.2f}" for sign in (1, -1)]
+        wrong = mean(report.wrong_way for report in reports)
+        shown = ", ".join(f"{r:.2f}" for r in ranges)
+        print(f"| {name} | {mean(ranges):.2f} ({shown}) | {' | '.join(arms)} | {wrong:.1%} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

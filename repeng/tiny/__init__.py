@@ -1,0 +1,124 @@
+"""The embedded language model and its world: the offline default of training, evaluation and tests."""
+
+import json
+import random
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from repeng.data import ContrastPair, make_pairs
+from repeng.eval import Question
+from repeng.tiny import lexicon
+from repeng.tiny.world import PERSONA_FORMS, TRAITS, World, check_choice
+from repeng.train.arguments import SteeringArguments
+from repeng.train.build import NEUTRAL_TEST, NEUTRAL_TRAIN, Data
+
+WEIGHTS = Path(__file__).parent / "weights"
+UNSEEN_SEED = 1_000_003  # of the neutral texts that only the evaluation sees
+FILLER_SHARE = 0.5  # of pairs that have a neutral sentence between persona and cloze
+
+
+def load(path: str | Path = WEIGHTS) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, float32 and in evaluation mode, and its tokenizer; no network is used."""
+    model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True).eval()
+    return model, AutoTokenizer.from_pretrained(path, local_files_only=True)
+
+
+def world_of(path: str | Path) -> World | None:
+    """The world that the model in a folder was trained on, or None if `repeng.tiny.pretrain` did not make it."""
+    manifest = Path(path) / "manifest.json"
+    if not manifest.is_file():
+        return None
+    found = json.loads(manifest.read_text())
+    return World(found["seed"]) if "repeng.tiny.pretrain" in found.get("command", "") else None
+
+
+def trait_of(positive: str, negative: str) -> str:
+    """The trait whose personas two words name.
+
+    Raises:
+        ValueError: the embedded world has no such pair of personas.
+    """
+    for trait, (plus, minus) in lexicon.PERSONAS.items():
+        if positive in plus and negative in minus:
+            return trait
+    known = "; ".join(f"{', '.join(plus)} against {', '.join(minus)}" for plus, minus in lexicon.PERSONAS.values())
+    raise ValueError(f"the embedded world has no personas {positive!r} / {negative!r}; it knows: {known}")
+
+
+def persona_templates() -> list[str]:
+    """Opening sentences with a `{persona}` placeholder."""
+    return [f"{form} ." for form in PERSONA_FORMS]
+
+
+def pairs(
+    trait: str,
+    n: int,
+    seed: int,
+    *,
+    world: World | None = None,
+    words: tuple[str, str] | None = None,
+) -> list[ContrastPair]:
+    """`n` pairs that end where the next word depends on the persona, about the training half of the entities.
+
+    Raises:
+        ValueError: an unknown trait, or more pairs than the world has.
+    """
+    check_choice("trait", trait, TRAITS)
+    world = world or World()
+    rng = random.Random(f"pairs-{seed}")
+    suffixes = []
+    for prompt in world.prompts(trait, "train"):
+        filler = world.neutral_text(rng) + " " if rng.random() < FILLER_SHARE else ""
+        suffixes.append(filler + prompt.text)
+    plus, minus = words or tuple(side[0] for side in lexicon.PERSONAS[trait])
+    tokenizer = AutoTokenizer.from_pretrained(WEIGHTS, local_files_only=True)
+    return make_pairs(
+        plus, minus, templates=persona_templates(), suffixes=suffixes, tokenizer=tokenizer, n=n, seed=seed
+    )
+
+
+def questions(trait: str, split: str, *, world: World | None = None) -> list[Question]:
+    """Clozes of `trait` about the entities of `split`, and every sum as a control.
+
+    The held-out split also has the question forms, which never occur in pairs.
+
+    Raises:
+        ValueError: an unknown trait or split.
+    """
+    world = world or World()
+    targets = [Question("", p.choices, p.target, suffix=p.text) for p in world.prompts(trait, split)]
+    controls = [Question("", p.choices, p.target, "control", suffix=p.text) for p in world.sums()]
+    return targets + controls
+
+
+def neutral_texts(n: int, seed: int, *, world: World | None = None) -> list[str]:
+    """`n` texts without facts, moods or sums: what no behaviour here should touch."""
+    return (world or World()).neutral_texts(n, seed)
+
+
+def task(args: SteeringArguments) -> Data | None:
+    """The data of the embedded world, if the arguments name its model and two of its persona words; else None.
+
+    A folder that `repeng.tiny.pretrain` wrote counts as well: its world is drawn anew from the seed in its manifest.
+
+    Raises:
+        ValueError: the world has no such personas.
+    """
+    path = WEIGHTS if args.model_name_or_path == "tiny" else Path(args.model_name_or_path)
+    world = world_of(path)
+    if world is None:
+        return None
+    trait = trait_of(args.positive, args.negative) if args.positive else TRAITS[0]
+    words = (args.positive, args.negative) if args.positive else None
+    n_all = len(PERSONA_FORMS) * sum(1 for _ in world.prompts(trait, "train"))
+    template = persona_templates()[0]
+    plus, minus = words or (side[0] for side in lexicon.PERSONAS[trait])
+    return Data(
+        path=str(path),
+        pairs=pairs(trait, min(args.num_pairs or n_all, n_all), args.seed, world=world, words=words),
+        neutral_texts=world.neutral_texts(NEUTRAL_TRAIN, args.seed),
+        unseen_neutral_texts=world.neutral_texts(NEUTRAL_TEST, UNSEEN_SEED),
+        questions=questions(trait, "held_out", world=world),
+        personas=(template.replace("{persona}", plus), template.replace("{persona}", minus)),
+    )

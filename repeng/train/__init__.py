@@ -1,0 +1,1 @@
+"""Training: arguments, reference pass, loss and trainer."""

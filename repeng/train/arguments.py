@@ -1,0 +1,119 @@
+"""Arguments of a training run, from a YAML file and the command line."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from repeng.data import nearest
+
+
+def option(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+def options(default: list | None, text: str):
+    return field(default_factory=lambda: default and list(default), metadata={"help": text, "nargs": "+"})
+
+
+@dataclass
+class SteeringArguments(TrainingArguments):
+    """`TrainingArguments` with this package's keys and defaults that suit small adapters.
+
+    Raises:
+        ValueError: a value is out of its range, or the data are not said.
+    """
+
+    output_dir: str = option("outputs/steering", "Folder for the adapter, the report and checkpoints.")
+    model_name_or_path: str = option("tiny", "'tiny' (embedded), a local folder, or a hub id.")
+    pairs_file: str | None = option(None, "JSON Lines with chosen, rejected and, optionally, suffix.")
+    positive: str | None = option(None, "Persona word of c = +1, instead of pairs_file.")
+    negative: str | None = option(None, "Persona word of c = −1.")
+    templates: list[str] | None = options(None, "Persona prompts with a {persona} placeholder.")
+    suffixes_file: str | None = option(None, "Incomplete answers, one a line or JSON Lines.")
+    num_pairs: int | None = option(None, "Pairs to draw from templates and suffixes; None = all, at most 1024.")
+    neutral_file: str | None = option(
+        None, "Texts that steering must leave alone, one a line or JSON Lines; None = sampled from the base model."
+    )
+    questions_file: str | None = option(
+        None, "Evaluation questions, JSON Lines; None = next words that the personas favour on held-out pairs."
+    )
+    target_modules: list[str] = options(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"], "Linear sites to adapt, by name."
+    )
+    layers: list[int] | None = options(None, "Decoder layers to adapt, from 0; None = 1/6 to 1/2 of the depth.")
+    loss_site: str = option("residual", "Where separation is measured: 'residual' or the name of a linear site.")
+    loss_layer: int | None = option(None, "Layer of the loss site, from 0; None = the last adapted one.")
+    r: int | None = option(None, "Rank; None = 32, or the narrowest target if that is less.")
+    separation_target: float = option(1.0, "Separation to reach, in mean distances between the two sides; above 0.")
+    coherence_margin: float = option(
+        0.1, "What any token may lose in log-probability for nothing, in nats; 0 or more."
+    )
+    coherence_weight: float = option(30.0, "Weight of the coherence terms; 0 or more.")
+    last_n_tokens: int = option(6, "Tokens at the end of each prompt on which separation is measured; 1 or more.")
+    num_directions: int = option(1, "Preference directions from the SVD; 1 or more.")
+
+    per_device_train_batch_size: int = option(16, "Pairs a process and micro-batch.")
+    learning_rate: float = option(5e-3, "Peak learning rate of AdamW.")
+    weight_decay: float = option(0.0, "Weight decay of AdamW.")
+    max_steps: int = option(120, "Optimizer steps.")
+    warmup_steps: float = option(0.1, "Steps, or a share of them below 1, of linear warm-up.")
+    lr_scheduler_type: str = option("cosine", "Schedule of the learning rate, in optimizer steps.")
+    logging_steps: float = option(10, "Log every so many optimizer steps.")
+    save_steps: float = option(60, "Write a checkpoint every so many optimizer steps.")
+    save_total_limit: int | None = option(2, "Checkpoints to keep.")
+    dataloader_drop_last: bool = option(True, "Drop the last partial batch: micro-batches must be equally large.")
+    remove_unused_columns: bool = option(False, "Must stay false: examples are no model inputs.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least, open_end in (
+            ("separation_target", 0, True), ("coherence_margin", 0, False), ("coherence_weight", 0, False),
+            ("last_n_tokens", 1, False), ("num_directions", 1, False),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value < least or (open_end and value == least):
+                raise ValueError(f"{name} must be {'above' if open_end else 'at least'} {least}; got {value}")
+        if (self.positive is None) != (self.negative is None):
+            raise ValueError(f"give both positive and negative; got {self.positive!r} and {self.negative!r}")
+        if (self.pairs_file is None) == (self.positive is None):
+            raise ValueError("give either pairs_file, or positive and negative")
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns must stay false: the trainer's examples are no model inputs")
+
+
+def parse_arguments(argv: Sequence[str], default_config: Path) -> SteeringArguments:
+    """Arguments from `--config FILE.yaml` (or `default_config`), overridden by the rest of the command line.
+
+    Raises:
+        ValueError: an unknown key, with the nearest valid one.
+        FileNotFoundError: there is no such configuration file.
+    """
+    before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    before.add_argument("--config", type=Path, default=default_config)
+    known, rest = before.parse_known_args(list(argv))
+    names = [f.name for f in fields(SteeringArguments) if f.init]
+    given = yaml.safe_load(known.config.read_text(encoding="utf-8")) or {}
+    if not isinstance(given, dict):
+        raise ValueError(f"{known.config}: expected keys and values, got a {type(given).__name__}")
+    refuse_unknown(given, names, str(known.config))
+
+    parser = HfArgumentParser(SteeringArguments, allow_abbrev=False)
+    parser.add_argument("--config", help="YAML file with any of these keys")  # for --help; taken off above
+    parser.set_defaults(**given)
+    arguments, _, unknown = parser.parse_args_into_dataclasses(
+        rest, return_remaining_strings=True, look_for_args_file=False
+    )
+    flags = [word[2:].split("=")[0] for word in unknown if word.startswith("--")]
+    refuse_unknown(flags or unknown, names, "the command line")
+    return arguments
+
+
+def refuse_unknown(keys: Sequence[str], allowed: Sequence[str], where: str) -> None:
+    """Raise ValueError for the first key that is not allowed."""
+    for key in keys:
+        if key not in allowed:
+            raise ValueError(f"unknown key {key!r} in {where}{nearest(str(key), allowed)}")

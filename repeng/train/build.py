@@ -1,0 +1,243 @@
+"""From arguments to what the trainer needs: model, data, adapter. Every check comes before any expensive work."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel, TaskType, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from repeng.control import steer
+from repeng.data import PLACEHOLDER, ContrastPair, encode, load_pairs, load_texts, make_pairs, pad_rows, require_sound
+from repeng.eval import Question, choice_id, load_questions
+from repeng.sites import decoder_layers, site_module
+from repeng.train.arguments import SteeringArguments
+from repeng.tuner import SvdSteeringConfig
+from repeng.tuner.layer import linear_shape
+
+MAX_PAIRS = 1024
+NEUTRAL_TRAIN, NEUTRAL_TEST = 256, 64
+HELD_OUT_SHARE = 0.1
+NEUTRAL_LENGTH = 32
+DEFAULT_TEMPLATES = (
+    "Pretend you are a {persona} person making statements about the world.",
+    "Answer as a {persona} person would.",
+    "You are a {persona} speaker.",
+)
+
+
+@dataclass
+class Data:
+    """What a task brings along (`repeng.tiny.task`), for all that the arguments leave unsaid."""
+
+    path: str
+    pairs: list[ContrastPair]
+    neutral_texts: list[str]
+    unseen_neutral_texts: list[str]
+    questions: list[Question]
+    personas: tuple[str, str]
+
+
+@dataclass
+class Run:
+    """Everything that training and evaluation need. `personas` are the openings of the prompt baseline, + and −."""
+
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    pairs: list[ContrastPair]
+    examples: list[dict]
+    neutral_texts: list[str]
+    questions: list[Question]
+    personas: tuple[str, str] | None
+
+
+def build(args: SteeringArguments, task: Data | None = None) -> Run:
+    """Load, check and assemble; fills in the arguments that follow the model: `layers`, `loss_layer`, `r`.
+
+    Args:
+        args: what the user asked for.
+        task: data for what `args` does not name files for.
+
+    Raises:
+        ValueError, FileNotFoundError: naming what does not fit and what would.
+    """
+    set_seed(args.seed)
+    check_files(args)
+    path = task.path if task else args.model_name_or_path
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    pairs = training_pairs(args, tokenizer, task)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    resolve_defaults(args, model)
+    site_module(model, args.loss_layer, args.loss_site)
+
+    if args.questions_file:
+        questions = load_questions(args.questions_file)
+    elif task and not args.pairs_file:
+        questions = task.questions
+    else:
+        n_held_out = max(1, round(HELD_OUT_SHARE * len(pairs)))
+        pairs, held_out = pairs[n_held_out:], pairs[:n_held_out]
+        questions = questions_from_pairs(model, tokenizer, held_out)
+    if len(pairs) < args.per_device_train_batch_size:
+        raise ValueError(
+            f"{len(pairs)} training pairs do not fill one batch of per_device_train_batch_size="
+            f"{args.per_device_train_batch_size}; give more pairs or a smaller batch"
+        )
+    adapted = add_adapter(args, model)
+    with steer(adapted, 0.0):
+        neutral, unseen = neutral_texts(args, adapted, tokenizer, task)
+    examples = tokenize_examples(tokenizer, pairs, neutral, args.seed)
+    return Run(adapted, tokenizer, pairs, examples, unseen, questions, personas(args, task))
+
+
+def check_files(args: SteeringArguments) -> None:
+    """Raise FileNotFoundError for a named file that does not exist."""
+    for name in ("pairs_file", "suffixes_file", "neutral_file", "questions_file"):
+        path = getattr(args, name)
+        if path is not None and not Path(path).is_file():
+            raise FileNotFoundError(f"{name}: there is no file {path!r}")
+
+
+def training_pairs(
+    args: SteeringArguments, tokenizer: PreTrainedTokenizerBase, task: Data | None
+) -> list[ContrastPair]:
+    """Pairs from the file, from the task, or from templates and suffixes."""
+    if args.pairs_file:
+        pairs = load_pairs(args.pairs_file)
+        require_sound(pairs, tokenizer)
+        return random.Random(args.seed).sample(pairs, len(pairs))
+    if task and args.suffixes_file is None:
+        return task.pairs
+    if args.suffixes_file is None:
+        raise ValueError("positive and negative need suffixes_file: incomplete answers, one a line")
+    suffixes, templates = load_texts(args.suffixes_file), args.templates or list(DEFAULT_TEMPLATES)
+    n = min(args.num_pairs or MAX_PAIRS, len(suffixes) * len(templates))
+    return make_pairs(
+        args.positive, args.negative, templates=templates, suffixes=suffixes, tokenizer=tokenizer, n=n, seed=args.seed
+    )
+
+
+def personas(args: SteeringArguments, task: Data | None) -> tuple[str, str] | None:
+    """Openings for the prompt baseline; None if only a pairs file says what the behaviour is."""
+    if args.positive is None:
+        return None
+    if task and not args.templates:
+        return task.personas
+    template = (args.templates or DEFAULT_TEMPLATES)[0]
+    return template.replace(PLACEHOLDER, args.positive), template.replace(PLACEHOLDER, args.negative)
+
+
+def resolve_defaults(args: SteeringArguments, model: PreTrainedModel) -> None:
+    """Fill in what follows the model's depth and width."""
+    layers = decoder_layers(model)
+    depth = len(layers)
+    if args.layers is None:
+        args.layers = list(range(round(depth / 6), depth // 2 + 1))
+    for layer in args.layers:
+        if not 0 <= layer < depth:
+            raise ValueError(f"layer {layer} does not exist; this model has layers 0 to {depth - 1}")
+    args.loss_layer = max(args.layers) if args.loss_layer is None else args.loss_layer
+    if args.r is None:
+        widths = [
+            min(linear_shape(module))
+            for layer in args.layers
+            for name, module in layers[layer].named_modules()
+            if name.rsplit(".", 1)[-1] in args.target_modules and isinstance(module, torch.nn.Linear)
+        ]
+        args.r = min([32, *widths])
+
+
+def add_adapter(args: SteeringArguments, model: PreTrainedModel) -> PeftModel:
+    """The model with a fresh adapter; the base is frozen."""
+    config = SvdSteeringConfig(
+        r=args.r, target_modules=args.target_modules, layers_to_transform=args.layers, task_type=TaskType.CAUSAL_LM
+    )
+    return get_peft_model(model, config)
+
+
+def neutral_texts(
+    args: SteeringArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Data | None
+) -> tuple[list[str], list[str]]:
+    """Texts for the coherence region, and unseen ones for the evaluation."""
+    if args.neutral_file:
+        texts = load_texts(args.neutral_file)
+        n_test = max(1, round(HELD_OUT_SHARE * len(texts)))
+        return texts[n_test:] or texts, texts[:n_test]
+    if task:
+        return task.neutral_texts, task.unseen_neutral_texts
+    texts = sample_texts(model, tokenizer, NEUTRAL_TRAIN + NEUTRAL_TEST, args.seed)
+    return texts[NEUTRAL_TEST:], texts[:NEUTRAL_TEST]
+
+
+@torch.no_grad()
+def sample_texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n: int, seed: int) -> list[str]:
+    """Texts that the base model itself writes at temperature 1: neutral for any model and language."""
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    prompt = torch.full((min(n, 32), 1), start, device=model.device)
+    texts: list[str] = []
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        while len(texts) < n:
+            out = model.generate(
+                input_ids=prompt, attention_mask=torch.ones_like(prompt), do_sample=True, top_k=0, top_p=1.0,
+                temperature=1.0, max_new_tokens=NEUTRAL_LENGTH, pad_token_id=tokenizer.pad_token_id or start,
+            )  # fmt: skip
+            decoded = tokenizer.batch_decode(out, skip_special_tokens=True)
+            texts += [text.strip() for text in decoded if len(text.split()) > 2]
+    return texts[:n]
+
+
+@torch.no_grad()
+def questions_from_pairs(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[ContrastPair], top: int = 5
+) -> list[Question]:
+    """Questions for data without any: the next words that the base's own personas favour on held-out pairs.
+
+    The target choices are the `top` tokens whose probability the chosen prompt raises most over the rejected one, the
+    other choices those that it lowers most.
+    """
+    questions = []
+    for pair in pairs:
+        rows = [encode(tokenizer, side, pair.suffix).ids for side in (pair.chosen, pair.rejected)]
+        logits = model(**pad_rows(rows, tokenizer, model.device, side="left"), use_cache=False).logits[:, -1].float()
+        chosen, rejected = logits.softmax(dim=-1)
+        shift = chosen - rejected
+        targets = distinct_words(tokenizer, shift.argsort(descending=True).tolist(), top, pair)
+        others = distinct_words(tokenizer, shift.argsort().tolist(), top, pair)
+        for side in (pair.chosen, pair.rejected):
+            questions.append(Question(side, (*targets, *others), targets, suffix=pair.suffix))
+    return questions
+
+
+def distinct_words(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], n: int, pair: ContrastPair
+) -> tuple[str, ...]:
+    """The first `n` of `ids` that, written as a word, are encoded as that very token again."""
+    words: list[str] = []
+    for token in ids:
+        word = tokenizer.decode([token]).strip()
+        if word and word not in words and token not in tokenizer.all_special_ids:
+            probe = Question(pair.chosen, (word, ""), (word,), suffix=pair.suffix)
+            if choice_id(tokenizer, probe, word) == token:
+                words.append(word)
+        if len(words) == n:
+            break
+    return tuple(words)
+
+
+def tokenize_examples(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[ContrastPair], neutral: Sequence[str], seed: int
+) -> list[dict]:
+    """One example a pair, each with a neutral text: all texts are used before one is used again."""
+    rng = random.Random(seed)
+    order = [text for _ in range(-(-len(pairs) // len(neutral))) for text in rng.sample(list(neutral), len(neutral))]
+    return [
+        {
+            "chosen_ids": encode(tokenizer, pair.chosen, pair.suffix).ids,
+            "rejected_ids": encode(tokenizer, pair.rejected, pair.suffix).ids,
+            "neutral_ids": encode(tokenizer, "", text).ids,
+        }
+        for pair, text in zip(pairs, order, strict=False)
+    ]

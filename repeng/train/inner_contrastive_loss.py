@@ -1,0 +1,125 @@
+"""The training loss: separation along the preference direction inside a region of coherence.
+
+Shapes: `b` pairs, `t` tokens, `d` width of the site, `k` preference directions, `p` pair side (chosen, rejected),
+`c` coefficient side (plus, minus). The derivation and drawings are in docs/loss_geometry.md.
+"""
+
+from typing import NamedTuple
+
+import torch
+from einops import einsum, rearrange, reduce
+from torch import Tensor
+
+
+class InnerContrastiveLoss(NamedTuple):
+    """`loss`, a scalar with its graph, and `terms`, detached `(b)` tensors: what each pair contributes."""
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+
+
+def inner_contrastive_loss(
+    *,
+    hs_pi: Tensor,
+    hs_ref: Tensor,
+    hs_mask: Tensor,
+    logp_pi: Tensor,
+    logp_ref: Tensor,
+    logp_mask: Tensor,
+    neutral_logp_pi: Tensor,
+    neutral_logp_ref: Tensor,
+    neutral_mask: Tensor,
+    direction: Tensor,
+    scale: Tensor,
+    separation_target: float = 1.0,
+    coherence_margin: float = 0.1,
+    coherence_weight: float = 30.0,
+) -> InnerContrastiveLoss:
+    """The mean over pairs of `separation + coherence_weight · (coherence + neutral)`.
+
+    With `s = (hs · direction) / scale`, averaged over the masked tokens, and `Δ = s_plus − s_ref` at c = +1,
+    `Δ = s_ref − s_minus` at c = −1:
+
+    - separation: `relu(target − Δ) / target`, mean over both coefficient sides, both pair sides and the directions;
+    - coherence: with `v = relu(logp_ref − margin − logp_pi)` for each token, the token mean of `v + v²`.
+
+    Args:
+        hs_pi: `(c p b t d)` hidden states of the policy, plus and minus.
+        hs_ref: `(p b t d)` hidden states of the reference on the same tokens.
+        hs_mask: `(p b t)` which of them count.
+        logp_pi: `(c b t)` next-token log-probabilities of the policy: the chosen text at plus, the rejected at minus.
+        logp_ref: `(c b t)` the reference's on the same texts.
+        logp_mask: `(c b t)` which tokens are real.
+        neutral_logp_pi: `(c b t)` the policy's on one neutral text a pair, plus and minus.
+        neutral_logp_ref: `(b t)` the reference's.
+        neutral_mask: `(b t)` which tokens are real.
+        direction: `(d k)` preference directions, signed so that + is toward chosen.
+        scale: `(k)` length of one unit along each direction.
+        separation_target: distance to reach, in units.
+        coherence_margin: log-probability in nats that a token may lose for nothing.
+        coherence_weight: weight of the coherence terms against separation.
+
+    Raises:
+        ValueError: a shape does not fit the others.
+    """
+    check_shapes(hs_pi, hs_ref, hs_mask, logp_pi, logp_ref, logp_mask, neutral_logp_pi, neutral_logp_ref, neutral_mask)
+    delta = signed_shift(hs_pi, hs_ref, hs_mask, direction, scale)  # (c p b k)
+    separation = reduce((separation_target - delta).relu() / separation_target, "c p b k -> b", "mean")
+    coherence = reduce(violation(logp_pi, logp_ref, logp_mask, coherence_margin), "c b -> b", "mean")
+    neutral = reduce(
+        violation(neutral_logp_pi, neutral_logp_ref[None], neutral_mask[None], coherence_margin), "c b -> b", "mean"
+    )
+    total = separation + coherence_weight * (coherence + neutral)
+    terms = {
+        "separation": separation,
+        "coherence": coherence,
+        "neutral": neutral,
+        "shift_plus": reduce(delta[0], "p b k -> b", "mean"),
+        "shift_minus": reduce(delta[1], "p b k -> b", "mean"),
+    }
+    return InnerContrastiveLoss(total.mean(), {name: term.detach() for name, term in terms.items()})
+
+
+def signed_shift(hs_pi: Tensor, hs_ref: Tensor, hs_mask: Tensor, direction: Tensor, scale: Tensor) -> Tensor:
+    """Δ `(c p b k)`: how far each coefficient side stands from the reference, in units, + being the wanted way."""
+    moved = where(hs_mask[..., None], hs_pi - hs_ref)
+    along = einsum(moved, direction.to(moved.dtype), "c p b t d, d k -> c p b t k") / scale.to(moved.dtype)
+    count = reduce(hs_mask.to(moved.dtype), "p b t -> p b 1", "sum").clamp(min=1)
+    sign = torch.tensor([1.0, -1.0], dtype=moved.dtype, device=moved.device)
+    return rearrange(sign, "c -> c 1 1 1") * reduce(along, "c p b t k -> c p b k", "sum") / count
+
+
+def violation(logp_pi: Tensor, logp_ref: Tensor, mask: Tensor, margin: float) -> Tensor:
+    """Token mean `(c b)` of `v + v²`, `v` being what a token has lost beyond the margin. No gain pays for a loss."""
+    v = where(mask, logp_ref - margin - logp_pi).relu()
+    count = reduce(mask.to(v.dtype), "c b t -> c b", "sum").clamp(min=1)
+    return reduce(v + v**2, "c b t -> c b", "sum") / count
+
+
+def where(mask: Tensor, value: Tensor) -> Tensor:
+    """`value` on the mask, 0 elsewhere; a NaN elsewhere gives neither a value nor a gradient."""
+    return torch.where(mask, value, torch.zeros((), dtype=value.dtype, device=value.device))
+
+
+def check_shapes(
+    hs_pi: Tensor, hs_ref: Tensor, hs_mask: Tensor,
+    logp_pi: Tensor, logp_ref: Tensor, logp_mask: Tensor,
+    neutral_logp_pi: Tensor, neutral_logp_ref: Tensor, neutral_mask: Tensor,
+) -> None:  # fmt: skip
+    """Raise ValueError, naming the tensor, where broadcasting would hide a mistake."""
+    p, b, t, d = hs_ref.shape
+    wanted = {
+        "hs_pi": (hs_pi, (2, p, b, t, d)),
+        "hs_mask": (hs_mask, (p, b, t)),
+        "logp_pi": (logp_pi, (2, b, logp_pi.shape[-1])),
+        "logp_ref": (logp_ref, logp_pi.shape),
+        "logp_mask": (logp_mask, logp_pi.shape),
+        "neutral_logp_pi": (neutral_logp_pi, (2, b, neutral_logp_pi.shape[-1])),
+        "neutral_logp_ref": (neutral_logp_ref, neutral_logp_pi.shape[1:]),
+        "neutral_mask": (neutral_mask, neutral_logp_pi.shape[1:]),
+    }
+    for name, (tensor, shape) in wanted.items():
+        if tensor.shape != tuple(shape):
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}; expected {tuple(shape)} beside hs_ref {p, b, t, d}"
+            )

@@ -1,0 +1,163 @@
+"""The trainer: one forward a step for both coefficients, the loss, its terms in the log."""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from einops import rearrange, repeat
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+
+from repeng.control import steer
+from repeng.data import PairCollator, label_mask, last_tokens
+from repeng.logprob import next_token_logp
+from repeng.sites import capture, decoder_layers, site_module
+from repeng.train.arguments import SteeringArguments
+from repeng.train.inner_contrastive_loss import InnerContrastiveLoss, inner_contrastive_loss
+from repeng.train.reference import add_reference, gather_tokens, preference_direction
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss term, gradient or parameter became NaN or infinite."""
+
+
+class SteeringTrainer(Trainer):
+    """`transformers.Trainer` for a PEFT model with a steering adapter and pairs that `tokenize_examples` prepared.
+
+    Args:
+        model: the PEFT model.
+        args: the arguments; `loss_layer` must be resolved.
+        train_dataset: dicts with `chosen_ids`, `rejected_ids`, `neutral_ids`.
+        processing_class: the tokenizer.
+        loss_func: the loss, with the signature of `inner_contrastive_loss`.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        args: SteeringArguments,
+        train_dataset: Sequence[dict],
+        processing_class: PreTrainedTokenizerBase,
+        *,
+        loss_func: Callable[..., InnerContrastiveLoss] = inner_contrastive_loss,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        examples = add_reference(
+            model, processing_class, train_dataset, site=args.loss_site, layer=args.loss_layer,
+            last_n=args.last_n_tokens, batch_size=args.per_device_train_batch_size,
+        )  # fmt: skip
+        self.direction, self.scale = preference_direction(examples, args.num_directions)
+        super().__init__(
+            model=model, args=args, train_dataset=examples, data_collator=PairCollator(processing_class),
+            processing_class=processing_class, callbacks=[*(callbacks or []), FiniteGradients()],
+        )  # fmt: skip
+        # Trainer leaves a custom loss undivided by accumulation steps unless the model is said to take no loss kwargs.
+        self.model_accepts_loss_kwargs = False
+        self.loss_func = loss_func
+        self._terms: dict[str, list[Tensor]] = defaultdict(list)
+        self._last_inputs: dict[str, Tensor] | None = None
+        if args.gradient_checkpointing:
+            model.enable_input_require_grads()
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
+        base = self.accelerator.unwrap_model(model)
+        # A hook inside a checkpointed layer would capture hidden states without a graph, or recomputed ones.
+        decoder_layers(base)[self.args.loss_layer].gradient_checkpointing = False
+        # Held until after backward: checkpointing recomputes the forward there, at whatever coefficient is set.
+        with self.both_sides(base, inputs):
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def both_sides(self, model: nn.Module, inputs: dict[str, Tensor]):
+        """The context in which the first half of the doubled rows stands at +1 and the second at −1."""
+        rows = inputs["input_ids"].shape[0]
+        return steer(model, repeat(torch.tensor([1.0, -1.0]), "c -> (c r)", r=rows))
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        result = self.policy_loss(model, inputs)
+        self.require_finite(result)
+        self._last_inputs = inputs
+        for name, term in result.terms.items():
+            self._terms[name].append(self.accelerator.gather(term).mean())
+        return (result.loss, result.terms) if return_outputs else result.loss
+
+    def policy_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> InnerContrastiveLoss:
+        """One forward of `[chosen ; rejected ; neutral]` at plus and at minus, and the loss on it."""
+        args = self.args
+        names = ("input_ids", "attention_mask", "position_ids")
+        doubled = {name: repeat(inputs[name], "r t -> (c r) t", c=2) for name in names}
+        site = site_module(self.accelerator.unwrap_model(model), args.loss_layer, args.loss_site)
+        with capture([site]) as outputs:
+            logits = model(**doubled, use_cache=False).logits
+        hs = rearrange(outputs[0], "(c p b) t d -> c p b t d", c=2, p=3)[:, :2]
+        logits = rearrange(logits, "(c p b) t v -> c p b t v", c=2, p=3)
+        ids, mask, logp_ref = (
+            rearrange(x, "(p b) t -> p b t", p=3)
+            for x in (inputs["input_ids"], label_mask(inputs["attention_mask"]), inputs["ref_logp"])
+        )
+        # Rows whose coherence counts: chosen at plus, rejected at minus, neutral at both.
+        rows = torch.stack([logits[0, 0], logits[1, 1], logits[0, 2], logits[1, 2]])
+        logp = next_token_logp(
+            rearrange(rows, "q b t v -> (q b) t v"), rearrange(ids[[0, 1, 2, 2]], "q b t -> (q b) t")
+        )
+        logp = rearrange(logp, "(q b) t -> q b t", q=4)
+
+        index, exists = last_tokens(
+            rearrange(inputs["attention_mask"], "(p b) t -> p b t", p=3)[:2].flatten(0, 1), args.last_n_tokens
+        )
+        index, exists = (rearrange(x, "(p b) n -> p b n", p=2) for x in (index, exists))
+        hs = gather_tokens(hs.flatten(0, 2), repeat(index, "p b n -> (c p b) n", c=2))
+        return self.loss_func(
+            hs_pi=rearrange(hs, "(c p b) n d -> c p b n d", c=2, p=2).float(),
+            hs_ref=inputs["ref_hs"],
+            hs_mask=exists,
+            logp_pi=logp[:2],
+            logp_ref=logp_ref[:2],
+            logp_mask=mask[:2],
+            neutral_logp_pi=logp[2:],
+            neutral_logp_ref=logp_ref[2],
+            neutral_mask=mask[2],
+            direction=self.direction.to(hs.device),
+            scale=self.scale.to(hs.device),
+            separation_target=args.separation_target,
+            coherence_margin=args.coherence_margin,
+            coherence_weight=args.coherence_weight,
+        )
+
+    def require_finite(self, result: InnerContrastiveLoss) -> None:
+        """Raise NonFiniteError, naming step and term, unless the loss is finite."""
+        if torch.isfinite(result.loss):
+            return
+        bad = [name for name, term in result.terms.items() if not torch.isfinite(term).all()]
+        raise NonFiniteError(
+            f"the loss is not finite at optimizer step {self.state.global_step + 1} "
+            f"(terms: {', '.join(bad) or 'total'}); checkpoints written before are intact. "
+            f"Lower learning_rate (now {self.args.learning_rate}) or coherence_weight"
+        )
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # The loss seen so far is of the parameters before the last update: look at those that are about to be written.
+        if self._last_inputs is not None:
+            with torch.no_grad(), self.both_sides(self.accelerator.unwrap_model(model), self._last_inputs):
+                self.require_finite(self.policy_loss(model, self._last_inputs))
+        super()._save_checkpoint(model, trial)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        for name, values in self._terms.items():
+            logs[name] = round(torch.stack(values).mean().item(), 5)
+        self._terms.clear()
+        super().log(logs, start_time)
+
+
+class FiniteGradients(TrainerCallback):
+    """Stops training before the optimizer spreads a NaN gradient."""
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any
+    ) -> None:
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+                raise NonFiniteError(f"the gradient of {name} is not finite at optimizer step {state.global_step + 1}")

@@ -1,0 +1,14 @@
+"""The PEFT method `SVD_STEERING`: a coefficient-controlled rotation of each weight's singular subspace."""
+
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
+from repeng.tuner.config import PEFT_TYPE, PREFIX, SvdSteeringConfig
+from repeng.tuner.layer import Coefficients, SvdSteeringLayer
+from repeng.tuner.model import SvdSteeringModel
+
+# `peft.utils.register_peft_method` accepts members of the PeftType enum only; the three tables are what it fills.
+PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = SvdSteeringConfig
+PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = SvdSteeringModel
+PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = PREFIX
+
+__all__ = ["Coefficients", "SvdSteeringConfig", "SvdSteeringLayer", "SvdSteeringModel"]

@@ -1,0 +1,186 @@
+"""Training: the same gradients however the batch is split, the right rows at the right coefficient, a safe stop."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+from repeng import steer, tiny
+from repeng.data import encode
+from repeng.sites import capture, site_module
+from repeng.train.arguments import parse_arguments
+from repeng.train.build import build
+from repeng.train.inner_contrastive_loss import inner_contrastive_loss
+from repeng.train.reference import preference_direction
+from repeng.train.trainer import NonFiniteError, SteeringTrainer
+
+CONFIG = Path(__file__).parent.parent / "configs" / "tiny.yaml"
+
+
+def arguments(tmp_path, **changes):
+    settings = {
+        "num_pairs": 8, "max_steps": 1, "r": 8, "per_device_train_batch_size": 8, "save_strategy": "no",
+        "disable_tqdm": "true", "output_dir": tmp_path, "use_cpu": "true", **changes,
+    }  # fmt: skip
+    argv = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    return parse_arguments(argv, CONFIG)
+
+
+def trainer_for(args, **kwargs):
+    run = build(args, tiny.task(args))
+    # A start away from zero, so that both coefficients differ and every term is at work.
+    generator = torch.Generator().manual_seed(0)
+    for parameter in run.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+    return SteeringTrainer(run.model, args, run.examples, run.tokenizer, **kwargs)
+
+
+def first_step_gradients(args):
+    """Gradients as the optimizer sees them at its first step, before clipping."""
+    seen = {}
+    trainer = trainer_for(args)
+    trainer.args.max_grad_norm = 0.0
+
+    def keep(optimizer, *_):
+        for name, parameter in trainer.model.named_parameters():
+            if parameter.grad is not None:
+                seen[name] = parameter.grad.clone()
+
+    trainer.create_optimizer()
+    trainer.optimizer.register_step_pre_hook(keep)
+    trainer.train()
+    return seen
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+        {"gradient_checkpointing": "true", "gradient_checkpointing_kwargs": '{"use_reentrant": true}'},
+        {"gradient_checkpointing": "true", "gradient_checkpointing_kwargs": '{"use_reentrant": false}'},
+    ],
+    ids=["accumulation", "reentrant", "non-reentrant"],
+)
+def test_gradients_do_not_depend_on_how_the_step_is_computed(tmp_path, changes):
+    whole = first_step_gradients(arguments(tmp_path))
+    other = first_step_gradients(arguments(tmp_path, **changes))
+    assert whole.keys() == other.keys() and len(whole) > 0
+    assert sum(grad.abs().sum() for grad in whole.values()) > 0
+    for name, grad in whole.items():
+        assert torch.allclose(other[name], grad, atol=1e-5, rtol=1e-4), name
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_loss_gets_what_separate_forwards_give(tmp_path, side):
+    """Every tensor handed to the loss equals the one from single, unpadded rows at one coefficient."""
+    args = arguments(tmp_path, num_pairs=8, per_device_train_batch_size=3, last_n_tokens=4)
+    seen = {}
+
+    def loss(**tensors):
+        seen.update(tensors)
+        return inner_contrastive_loss(**tensors)
+
+    trainer = trainer_for(args, loss_func=loss)
+    trainer.data_collator.tokenizer.padding_side = side
+    examples = trainer.train_dataset[:3]
+    trainer.training_step(trainer.model, trainer.data_collator(examples))
+    model = trainer.model.eval()
+    site = site_module(model, args.loss_layer, args.loss_site)
+
+    def single(ids, c):
+        with steer(model, c), torch.no_grad(), capture([site]) as outputs:
+            logits = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        logp = logits.gather(-1, torch.tensor(ids)[1:, None])[:, 0]
+        return outputs[0][0, -4:], logp
+
+    for b, example in enumerate(examples):
+        for c, coefficient in enumerate((1.0, -1.0)):
+            for p, key in enumerate(("chosen_ids", "rejected_ids")):
+                hs, logp = single(example[key], coefficient)
+                assert torch.allclose(seen["hs_pi"][c, p, b], hs, atol=1e-4)
+                if c == p:
+                    assert torch.allclose(seen["logp_pi"][c, b][seen["logp_mask"][c, b]], logp, atol=1e-4)
+                hs, logp = single(example[key], 0.0)
+                assert torch.allclose(seen["hs_ref"][p, b], hs, atol=1e-4)
+                assert torch.allclose(seen["logp_ref"][p, b][seen["logp_mask"][p, b]], logp, atol=1e-4)
+            logp = single(example["neutral_ids"], coefficient)[1]
+            assert torch.allclose(seen["neutral_logp_pi"][c, b][seen["neutral_mask"][b]], logp, atol=1e-4)
+    assert seen["hs_mask"].all() and not seen["logp_mask"].all()
+
+
+def test_the_coefficient_is_what_it_was_after_a_step(tmp_path, batch):
+    trainer = trainer_for(arguments(tmp_path))
+    trainer.model.eval()
+    with torch.no_grad():
+        before = trainer.model(batch).logits
+    trainer.training_step(trainer.model, trainer.data_collator(trainer.train_dataset[:2]))
+    trainer.model.eval()
+    with torch.no_grad():
+        assert torch.equal(trainer.model(batch).logits, before)
+
+
+def test_direction_points_toward_chosen_with_the_mean_distance_as_unit():
+    generator = torch.Generator().manual_seed(0)
+    wanted = torch.nn.functional.normalize(torch.randn(16, generator=generator), dim=0)
+    for sign in (1.0, -1.0):
+        rejected = torch.randn(40, 2, 16, generator=generator)
+        chosen = rejected + sign * 3 * wanted + 0.01 * torch.randn(40, 2, 16, generator=generator)
+        mask = torch.ones(2, 2, dtype=torch.bool)
+        examples = [{"ref_hs": torch.stack(hs), "ref_mask": mask} for hs in zip(chosen, rejected, strict=True)]
+        direction, scale = preference_direction(examples, 1)
+        assert torch.allclose(direction[:, 0], sign * wanted, atol=0.02)
+        assert scale.item() == pytest.approx(3, rel=0.02)
+    with pytest.raises(ValueError, match="num_directions=17"):
+        preference_direction(examples, 17)
+
+
+def test_tokens_beyond_a_short_prompt_do_not_count_in_the_direction():
+    hs = torch.zeros(2, 3, 4)
+    hs[0, -1, 0] = 2.0
+    hs[:, 0] = 1e6
+    mask = torch.tensor([[False, True, True]] * 2)
+    direction, scale = preference_direction([{"ref_hs": hs, "ref_mask": mask}] * 3, 1)
+    assert direction[:, 0].tolist() == pytest.approx([1, 0, 0, 0]) and scale.item() == pytest.approx(1.0)
+
+
+def test_every_example_ends_as_its_pair_does(tmp_path):
+    args = arguments(tmp_path)
+    run = build(args, tiny.task(args))
+    for pair, example in zip(run.pairs, run.examples, strict=True):
+        suffix = encode(run.tokenizer, "", pair.suffix).suffix
+        assert example["chosen_ids"][-len(suffix) :] == example["rejected_ids"][-len(suffix) :] == suffix
+
+
+def test_the_three_terms_are_logged(tmp_path):
+    trainer = trainer_for(arguments(tmp_path, logging_steps=1))
+    trainer.train()
+    row = next(row for row in trainer.state.log_history if "loss" in row)
+    total = row["separation"] + trainer.args.coherence_weight * (row["coherence"] + row["neutral"])
+    assert row["loss"] == pytest.approx(total, abs=5e-3)
+
+
+def test_training_stops_at_a_nan_and_the_last_checkpoint_is_intact(tmp_path, embedded, batch):
+    """From step 3 on the learning rate is absurd: the parameters stay finite, the loss does not."""
+    args = arguments(tmp_path, num_pairs=32, max_steps=8, save_strategy="steps", save_steps=1, save_total_limit=8)
+    trainer = trainer_for(args)
+    trainer.create_optimizer()
+    trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda step: 1.0 if step < 2 else 1e6)
+    with pytest.raises(NonFiniteError, match="optimizer step 3"):
+        trainer.train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    model = PeftModel.from_pretrained(copy.deepcopy(embedded[0]), tmp_path / "checkpoint-2").eval()
+    for c in (-1.0, 1.0):
+        with steer(model, c), torch.no_grad():
+            assert model(batch).logits.isfinite().all()
+
+
+def test_a_nan_gradient_stops_before_the_parameters_take_it(tmp_path):
+    trainer = trainer_for(arguments(tmp_path))
+    parameter = next(p for p in trainer.model.parameters() if p.requires_grad)
+    parameter.register_hook(lambda grad: grad * float("nan"))
+    with pytest.raises(NonFiniteError, match="optimizer step 1"):
+        trainer.train()
+    assert all(p.isfinite().all() for p in trainer.model.parameters())

@@ -1,0 +1,282 @@
+"""The PEFT method: exact at 0, correct per row, strict and SVD-free when loaded."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, OFTConfig, PeftModel, PsoftConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
+
+from repeng import SvdSteeringConfig, steer, tiny
+from repeng.tuner import SvdSteeringLayer
+from repeng.tuner import layer as layer_module
+from repeng.tuner.layer import rotation, top_singular_triples
+
+
+def logits(model, batch):
+    with torch.no_grad():
+        return model(batch).logits
+
+
+def test_zero_and_disabled_are_bit_equal_to_the_base(embedded, steered, batch):
+    expected = logits(embedded[0], batch)
+    with steer(steered, 1.0):
+        assert (logits(steered, batch) - expected).abs().max() > 0.05
+    with steer(steered, 0.0):
+        assert torch.equal(logits(steered, batch), expected)
+    with steer(steered, torch.zeros(len(batch))):
+        assert torch.equal(logits(steered, batch), expected)
+    with steered.disable_adapter(), steer(steered, 1.0):
+        assert torch.equal(logits(steered, batch), expected)
+
+
+def test_fresh_adapter_is_the_base_at_every_coefficient(embedded, base, batch):
+    model = get_peft_model(base, SvdSteeringConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    with steer(model, -2.0):
+        assert torch.allclose(logits(model, batch), logits(embedded[0], batch), atol=1e-5)
+
+
+def test_each_row_follows_its_own_coefficient(embedded, steered, batch):
+    coefficients = torch.tensor([1.0, 0.0, -0.5, 1.0])
+    with steer(steered, coefficients):
+        together = logits(steered, batch)
+    for row, c in enumerate(coefficients):
+        with steer(steered, c):
+            assert torch.allclose(together[row], logits(steered, batch[row : row + 1])[0], atol=1e-4)
+    assert torch.equal(together[1], logits(embedded[0], batch)[1])
+
+
+def test_rows_of_beams_take_the_coefficient_of_their_prompt(steered, batch):
+    arguments = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False}
+    with steer(steered, torch.tensor([2.0, -2.0])):
+        together = steered.generate(input_ids=batch[:2], **arguments)
+    for row, c in enumerate((2.0, -2.0)):
+        with steer(steered, c):
+            alone = steered.generate(input_ids=batch[row : row + 1], **arguments)
+        assert torch.equal(together[row], alone[0])
+
+
+def test_wrong_number_of_row_coefficients_raises(steered, batch):
+    with pytest.raises(ValueError, match="3 per-row coefficients"), steer(steered, torch.ones(3)):
+        logits(steered, batch)
+
+
+def test_minus_c_turns_back():
+    triangle = torch.randn(6 * 5 // 2, generator=torch.Generator().manual_seed(0))
+    turn = rotation(triangle, torch.tensor([0.7, -0.7, 0.0, 1e-3]), 6)
+    eye = torch.eye(6)
+    assert torch.allclose(turn[0] @ turn[0].mT, eye, atol=1e-6)
+    assert torch.allclose(turn[1], turn[0].mT, atol=1e-6)
+    assert torch.equal(turn[2], eye)
+    skew = torch.zeros(6, 6)
+    skew[tuple(torch.triu_indices(6, 6, 1))] = triangle
+    assert torch.allclose((turn[3] - eye) / 1e-3, skew - skew.mT, atol=1e-2)
+
+
+def test_delta_is_that_of_the_formula(steered):
+    """K(c) = R_out diag(S exp(cλ)) R_inᵀ − diag(S), written out with matrices of one layer."""
+    site = next(m for m in steered.modules() if isinstance(m, SvdSteeringLayer))
+    x = torch.randn(2, 3, site.in_features, generator=torch.Generator().manual_seed(0))
+    u, s, v = (getattr(site, f"svd_steering_{name}")["default"] for name in "usv")
+    for c in (1.0, -1.5):
+        one = torch.tensor([c])
+        r_in, r_out = (rotation(getattr(site, f"svd_steering_{n}")["default"], one, 8)[0] for n in ("in", "out"))
+        spread = torch.diag(s * torch.exp(c * site.svd_steering_lambda["default"]))
+        change = u @ (r_out @ spread @ r_in.T - torch.diag(s)) @ v.T
+        with steer(steered, c), torch.no_grad():
+            assert torch.allclose(site(x), site.base_layer(x) + x @ change.T, atol=1e-5)
+
+
+def test_only_the_adapter_trains(steered, batch):
+    before = {name: p.detach().clone() for name, p in steered.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in steered.parameters() if p.requires_grad], lr=1.0)
+    steered(batch, labels=batch).loss.backward()
+    optimizer.step()
+    for name, parameter in steered.named_parameters():
+        assert torch.equal(parameter, before[name]) != (".svd_steering_" in name), name
+
+
+def test_saved_bases_are_the_top_singular_triples():
+    weight = torch.randn(40, 30, generator=torch.Generator().manual_seed(0)).double()
+    exact = torch.linalg.svdvals(weight)[:5]
+    for niter, tolerance in ((0, 1e-10), (4, 1e-2)):
+        u, s, v = top_singular_triples(weight, 5, niter, seed=0)
+        assert torch.allclose(s, exact, rtol=tolerance)
+        assert torch.allclose(u.T @ weight @ v, torch.diag(s), atol=10 * tolerance)
+
+
+def test_creating_an_adapter_leaves_the_random_state_alone(base):
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    get_peft_model(base, SvdSteeringConfig(r=4, target_modules=["q_proj"]))
+    assert torch.equal(torch.rand(1), expected)
+
+
+LOADER = """
+import json, sys, torch
+import repeng
+from peft import PeftModel
+from repeng import tiny
+
+torch.manual_seed(99)
+folder, out = sys.argv[1:]
+torch.linalg.svd = torch.svd_lowrank = None  # loading must not need them
+base, tokenizer = tiny.load()
+model = PeftModel.from_pretrained(base, folder, low_cpu_mem_usage=len(folder) % 2 == 0).eval()
+batch = torch.tensor(json.load(open(folder + "/batch.json")))
+result = {}
+for c in (-1.0, 0.0, 1.0):
+    with repeng.steer(model, c), torch.no_grad():
+        result[str(c)] = model(batch).logits
+from safetensors.torch import save_file
+save_file(result, out)
+"""
+
+
+@pytest.mark.parametrize("suffix", ["a", "ab"])
+def test_a_fresh_process_loads_the_same_logits_without_svd(steered, batch, tmp_path, suffix):
+    """Both ways PEFT has of loading (`low_cpu_mem_usage`): the parity of the folder's name chooses."""
+    folder = tmp_path / suffix
+    steered.save_pretrained(folder)
+    (folder / "batch.json").write_text(json.dumps(batch.tolist()))
+    subprocess.run([sys.executable, "-c", LOADER, str(folder), str(tmp_path / "out")], check=True, timeout=120)
+    loaded = load_file(tmp_path / "out")
+    for c in (-1.0, 0.0, 1.0):
+        with steer(steered, c):
+            assert torch.equal(loaded[str(c)], logits(steered, batch)), c
+
+
+def test_loading_runs_no_svd(steered, tmp_path, monkeypatch):
+    steered.save_pretrained(tmp_path)
+    monkeypatch.setattr(layer_module, "top_singular_triples", None)
+    PeftModel.from_pretrained(tiny.load()[0], tmp_path)
+
+
+@pytest.mark.parametrize("change", ["delete", "rename", "add", "add elsewhere", "delete all"])
+def test_a_missing_or_strange_key_raises_and_is_named(steered, tmp_path, change):
+    steered.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = next(k for k in tensors if k.endswith("layers.1.mlp.up_proj.svd_steering_v"))
+    named = key
+    match change:
+        case "delete":
+            del tensors[key]
+        case "rename":
+            tensors[key + "_old"] = tensors.pop(key)
+        case "add":
+            named = key.replace("layers.1", "layers.5")
+            tensors[named] = tensors[key].clone()
+        case "add elsewhere":
+            named = "base_model.model.model.norm.weight"
+            tensors[named] = torch.ones(128)
+        case "delete all":
+            tensors = {"x": torch.ones(1)}
+    save_file(tensors, path)
+    with pytest.raises(ValueError) as error:
+        PeftModel.from_pretrained(tiny.load()[0], tmp_path)
+    assert named in str(error.value) or change == "delete all"
+
+
+def test_a_stray_key_is_refused_by_plain_load_state_dict_too(steered):
+    state = steered.state_dict()
+    key = next(k for k in state if ".svd_steering_s.default" in k)
+    del state[key]
+    with pytest.raises(ValueError, match="missing"):
+        steered.load_state_dict(state, strict=False)
+
+
+def test_two_adapters_are_set_apart_and_add_up(embedded, base, batch):
+    config = SvdSteeringConfig(r=4, target_modules=["q_proj"], init_weights=False)
+    torch.manual_seed(0)
+    model = get_peft_model(base, config, adapter_name="one").eval()
+    model.add_adapter("two", copy.deepcopy(config))
+    model.base_model.set_adapter(["one", "two"])
+    alone = {}
+    for name, other in (("one", "two"), ("two", "one")):
+        with steer(model, 0.0, adapter_name=other), steer(model, 2.0, adapter_name=name):
+            alone[name] = logits(model, batch)
+    assert not torch.allclose(alone["one"], alone["two"], atol=1e-3)
+    with steer(model, 0.0):
+        assert torch.equal(logits(model, batch), logits(embedded[0], batch))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(embedded, batch, dtype):
+    half = copy.deepcopy(embedded[0]).to(dtype)
+    expected = logits(half, batch)
+    torch.manual_seed(0)
+    config = SvdSteeringConfig(r=8, target_modules=["v_proj", "up_proj"], init_weights=False)
+    model = get_peft_model(half, config).eval()
+    with steer(model, 0.0):
+        assert torch.equal(logits(model, batch), expected)
+    with steer(model, 1.0):
+        out = logits(model, batch)
+    assert out.dtype == dtype and out.isfinite().all() and not torch.equal(out, expected)
+
+
+def test_bias_grouped_heads_and_conv1d_are_kept():
+    """Qwen2 has biases and fewer k/v heads, GPT-2 a transposed weight: at c = 0 and 1 the formula holds for both."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "num_hidden_layers": 2, "num_attention_heads": 4}
+    qwen = Qwen2ForCausalLM(Qwen2Config(hidden_size=32, intermediate_size=48, num_key_value_heads=2, **sizes))
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=32, bos_token_id=0, eos_token_id=0, **sizes))
+    ids = torch.arange(8)[None]
+    for model, targets in ((qwen, ["k_proj", "down_proj"]), (gpt2, ["c_attn", "c_proj"])):
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(parameter)
+        model.eval()
+        expected = logits(model, ids)
+        steered = get_peft_model(model, SvdSteeringConfig(r=8, target_modules=targets, init_weights=False)).eval()
+        with steer(steered, 0.0):
+            assert torch.equal(logits(steered, ids), expected)
+        site = next(m for m in steered.modules() if isinstance(m, SvdSteeringLayer))
+        u, s, v = (getattr(site, f"svd_steering_{name}")["default"] for name in "usv")
+        assert torch.allclose(u.T @ site.dense_weight() @ v, torch.diag(s), atol=1e-3)
+        with steer(steered, 10.0):
+            assert (logits(steered, ids) - expected).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"target_modules": ["q_prj"]}, ["q_prj", "q_proj", "down_proj"]),
+        ({"target_modules": ["q_proj", "nothing"]}, ["nothing", "q_proj"]),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [17]}, ["17"]),
+        ({"target_modules": ["self_attn"]}, ["self_attn", "cannot be adapted"]),
+        ({"target_modules": ["q_proj", "k_proj"], "r": 65}, ["r=65", "k_proj", "64"]),
+        ({"target_modules": ".*q_proj", "layers_to_transform": [1]}, ["regular expression"]),
+        ({"target_modules": ["q_proj"], "r": 1}, ["r must be"]),
+        ({"target_modules": ["q_proj"], "rotate_input": False, "scale": False}, ["nothing to learn"]),
+    ],
+)
+def test_bad_settings_are_refused_before_any_svd(base, settings, words, monkeypatch):
+    monkeypatch.setattr(layer_module, "top_singular_triples", None)
+    with pytest.raises(ValueError) as error:
+        get_peft_model(base, SvdSteeringConfig(**{"r": 4, **settings}))
+    for word in words:
+        assert word in str(error.value)
+    assert not any(isinstance(m, SvdSteeringLayer) for m in base.modules())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False),
+        OFTConfig(r=4, oft_block_size=0, target_modules=["q_proj"], init_weights=False),
+        PsoftConfig(r=4, target_modules=["q_proj"], init_weights=False),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_other_methods_of_peft_still_work(base, batch, tmp_path, config):
+    model = get_peft_model(base, copy.deepcopy(config)).eval()
+    expected = logits(model, batch)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny.load()[0], tmp_path).eval()
+    assert torch.allclose(logits(again, batch), expected, atol=1e-5)

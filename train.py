@@ -1,0 +1,43 @@
+"""Train a steering adapter, save it, and print what it does.
+
+accelerate launch train.py                                                    # the embedded model, offline
+accelerate launch train.py --config configs/tiny.yaml --learning_rate 1e-3    # any key overrides the file
+accelerate launch train.py --help
+"""
+
+import sys
+from pathlib import Path
+
+from repeng import tiny
+from repeng.train.arguments import parse_arguments
+from repeng.train.build import build
+from repeng.train.report import check_writable, compare, print_table, save_adapter, verdict, write_folder
+from repeng.train.trainer import NonFiniteError, SteeringTrainer
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny.yaml"
+
+
+def main(argv: list[str]) -> None:
+    try:
+        args = parse_arguments(argv, DEFAULT_CONFIG)
+        check_writable(args.output_dir)
+        run = build(args, tiny.task(args))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    trainer = SteeringTrainer(run.model, args, run.examples, run.tokenizer)
+    try:
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    except NonFiniteError as error:
+        sys.exit(f"error: {error}")
+    if trainer.is_world_process_zero():
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        save_adapter(model, args.output_dir)
+        reports = compare(run)
+        write_folder(args, run, trainer, reports)
+        print_table(reports)
+        print(verdict(reports))
+        print(f"adapter and report: {args.output_dir}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
