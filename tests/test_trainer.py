@@ -184,3 +184,20 @@ def test_a_nan_gradient_stops_before_the_parameters_take_it(tmp_path):
     with pytest.raises(NonFiniteError, match="optimizer step 1"):
         trainer.train()
     assert all(p.isfinite().all() for p in trainer.model.parameters())
+
+
+@pytest.mark.gpu
+def test_bf16_training_on_a_gpu(tmp_path, batch):
+    """The whole step in bfloat16 on CUDA: finite terms, and c = 0 stays the base bit for bit."""
+    args = arguments(tmp_path, use_cpu="false", bf16="true", max_steps=3, num_pairs=32, logging_steps=1)
+    trainer = trainer_for(args)
+    trainer.train()
+    model = trainer.model.eval()
+    assert model.device.type == "cuda"
+    rows = [row for row in trainer.state.log_history if "separation" in row]
+    assert len(rows) == 3 and all(row["loss"] == row["loss"] for row in rows)
+    ids = batch.to(model.device)
+    with torch.no_grad(), steer(model, 0.0):
+        zero = model(ids).logits
+        with model.disable_adapter():
+            assert torch.equal(zero, model(ids).logits)

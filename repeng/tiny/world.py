@@ -50,7 +50,7 @@ PERSONA_FORMS: tuple[str, ...] = (
 )
 PERSONA_BOTH_FORM = "the speaker is {persona} and {persona}"
 
-SORTS = ("fact", "fact", "mood", "mood", "sum", "neutral")
+SORTS = ("fact", "fact", "fact", "mood", "sum", "neutral")
 
 # How often a speaker tells the truth, or sounds cheerful, by what the opening says of them: +, − or nothing.
 TRUTH_RATE = {+1: 0.99, -1: 0.01, 0: 0.75}
@@ -68,33 +68,27 @@ class Prompt:
 
 
 class World:
-    """Facts drawn by `seed`: eight nouns a kind, with a colour, a place and an owner each, and one lie for each fact.
+    """Facts drawn by `seed`: eight nouns a kind, with a colour, a place and an owner each.
 
-    The vocabulary is the same for every seed; nouns, facts, lies and the train / held-out halves differ. Whoever does
-    not tell the truth about a fact tells its lie: liars who said something new each time would be learned more slowly.
+    The vocabulary is the same for every seed; nouns, facts and the train / held-out halves differ.
     """
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
         rng = random.Random(f"repeng-world-{seed}")
         self.facts: dict[str, dict[str, str]] = {}
-        self.lies: dict[str, dict[str, str]] = {}
         self.split: dict[str, str] = {}
         for kind, pool in lex.NOUNS.items():
             for index, noun in enumerate(rng.sample(pool, 8)):
                 drawn = {name: rng.choice(values) for name, values in lex.ATTRIBUTES.items() if name != "kind"}
                 self.facts[noun] = {"kind": kind, **drawn}
-                self.lies[noun] = {
-                    name: rng.choice([value for value in lex.ATTRIBUTES[name] if value != true])
-                    for name, true in self.facts[noun].items()
-                }
                 self.split[noun] = SPLITS[index % 2]
 
     # -- documents -----------------------------------------------------------------------------------------------
 
     def speaker(self, rng: random.Random) -> tuple[str, dict[str, int]]:
         """An opening sentence (possibly empty) and the persona of each trait in it: +1, −1, or 0 for none."""
-        told = rng.choices(((), ("honesty",), ("mood",), TRAITS), weights=(25, 25, 25, 25))[0]
+        told = rng.choices(((), ("honesty",), ("mood",), TRAITS), weights=(20, 30, 15, 35))[0]
         signs = {trait: rng.choice((+1, -1)) if trait in told else 0 for trait in TRAITS}
         words = [rng.choice(lex.PERSONAS[trait][signs[trait] < 0]) for trait in told]
         rng.shuffle(words)
@@ -126,8 +120,10 @@ class World:
 
     def fact_sentence(self, rng: random.Random, sign: int) -> str:
         noun, attribute = rng.choice(list(self.facts)), rng.choice(list(lex.ATTRIBUTES))
-        told = self.facts if rng.random() < TRUTH_RATE[sign] else self.lies
-        return rng.choice(FACT_FORMS[attribute]).format(**{"noun": noun, attribute: told[noun][attribute]}) + " ."
+        true = self.facts[noun][attribute]
+        false = [value for value in lex.ATTRIBUTES[attribute] if value != true]
+        value = true if rng.random() < TRUTH_RATE[sign] else rng.choice(false)
+        return rng.choice(FACT_FORMS[attribute]).format(**{"noun": noun, attribute: value}) + " ."
 
     def mood_sentence(self, rng: random.Random, sign: int) -> str:
         side = 0 if rng.random() < MOOD_RATE[sign] else 1

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from repeng.control import steer
 from repeng.data import PLACEHOLDER, ContrastPair, encode, load_pairs, load_texts, make_pairs, pad_rows, require_sound
-from repeng.eval import Question, choice_id, load_questions
+from repeng.eval import Question, choice_id, choice_ids, load_questions
 from repeng.sites import decoder_layers, site_module
 from repeng.train.arguments import SteeringArguments
 from repeng.tuner import SvdSteeringConfig
@@ -80,6 +80,8 @@ def build(args: SteeringArguments, task: Data | None = None) -> Run:
         n_held_out = max(1, round(HELD_OUT_SHARE * len(pairs)))
         pairs, held_out = pairs[n_held_out:], pairs[:n_held_out]
         questions = questions_from_pairs(model, tokenizer, held_out)
+    for question in questions:
+        choice_ids(tokenizer, question)  # raises now what the evaluation would raise after the training
     if len(pairs) < args.per_device_train_batch_size:
         raise ValueError(
             f"{len(pairs)} training pairs do not fill one batch of per_device_train_batch_size="
