@@ -206,18 +206,24 @@ def choice_ids(tokenizer: PreTrainedTokenizerBase, question: Question) -> dict[s
     """The first token of each choice as it follows the prompt.
 
     Raises:
-        ValueError: two choices begin with the same token.
+        ValueError: two choices begin with the same token, or one has none.
     """
     ids = {choice: choice_id(tokenizer, question, choice) for choice in question.choices}
+    if None in ids.values():
+        raise ValueError(f"this tokenizer has no token for one of the choices {question.choices}; reword it")
     if len(set(ids.values())) < len(ids):
         raise ValueError(f"choices {question.choices} do not begin with different tokens; rename them")
     return ids
 
 
-def choice_id(tokenizer: PreTrainedTokenizerBase, question: Question, choice: str) -> int:
-    """The first token of `choice` as it follows the question: without a space where it opens the assistant's turn."""
+def choice_id(tokenizer: PreTrainedTokenizerBase, question: Question, choice: str) -> int | None:
+    """The first token of `choice` as it follows the question: without a space where it opens the assistant's turn.
+
+    None if the tokenizer turns the choice into nothing.
+    """
     opens_turn = bool(tokenizer.chat_template) and question.prompt and not question.suffix
-    return tokenizer(choice if opens_turn else f" {choice}", add_special_tokens=False)["input_ids"][0]
+    ids = tokenizer(choice if opens_turn else f" {choice}", add_special_tokens=False)["input_ids"]
+    return ids[0] if ids else None
 
 
 def neutral_nll(

@@ -84,12 +84,12 @@ def test_the_model_cards_snippet_runs(outcome):
 
 def test_a_model_and_a_pairs_file_are_enough(tmp_path):
     """Another architecture, saved to a folder, and JSON Lines with two keys: nothing else is said."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import Olmo2Config, Olmo2ForCausalLM
 
     _, tokenizer = tiny.load()
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
+    model = Olmo2ForCausalLM(
+        Olmo2Config(
             vocab_size=len(tokenizer), hidden_size=48, intermediate_size=64, num_hidden_layers=4,
             num_attention_heads=4, num_key_value_heads=2, bos_token_id=1, eos_token_id=2, initializer_range=0.2,
         )
@@ -114,7 +114,7 @@ def test_a_model_and_a_pairs_file_are_enough(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert {name.split(".")[2] for name in report["adapted"]} == {"1", "2"}
-    PeftModel.from_pretrained(Qwen2ForCausalLM.from_pretrained(tmp_path / "model"), tmp_path / "out")
+    PeftModel.from_pretrained(Olmo2ForCausalLM.from_pretrained(tmp_path / "model"), tmp_path / "out")
 
 
 def write(path, text):
