@@ -38,6 +38,12 @@ def trainer_for(args, **kwargs):
     return SteeringTrainer(run.model, args, run.examples, run.tokenizer, **kwargs)
 
 
+def step(trainer, examples):
+    """One forward and backward, as in the training loop."""
+    trainer.current_gradient_accumulation_steps = 1  # the loop sets it
+    trainer.training_step(trainer.model, trainer.data_collator(examples))
+
+
 def first_step_gradients(args):
     """Gradients as the optimizer sees them at its first step, before clipping."""
     seen = {}
@@ -86,7 +92,7 @@ def test_the_loss_gets_what_separate_forwards_give(tmp_path, side):
     trainer = trainer_for(args, loss_func=loss)
     trainer.data_collator.tokenizer.padding_side = side
     examples = trainer.train_dataset[:3]
-    trainer.training_step(trainer.model, trainer.data_collator(examples))
+    step(trainer, examples)
     model = trainer.model.eval()
     site = site_module(model, args.loss_layer, args.loss_site)
 
@@ -116,7 +122,7 @@ def test_the_coefficient_is_what_it_was_after_a_step(tmp_path, batch):
     trainer.model.eval()
     with torch.no_grad():
         before = trainer.model(batch).logits
-    trainer.training_step(trainer.model, trainer.data_collator(trainer.train_dataset[:2]))
+    step(trainer, trainer.train_dataset[:2])
     trainer.model.eval()
     with torch.no_grad():
         assert torch.equal(trainer.model(batch).logits, before)
@@ -163,12 +169,12 @@ def test_the_three_terms_are_logged(tmp_path):
 
 
 def test_training_stops_at_a_nan_and_the_last_checkpoint_is_intact(tmp_path, embedded, batch):
-    """From step 3 on the learning rate is absurd: the parameters stay finite, the loss does not."""
+    """At step 3 the learning rate is absurd: the parameters stay finite, the loss of the next step would not."""
     args = arguments(tmp_path, num_pairs=32, max_steps=8, save_strategy="steps", save_steps=1, save_total_limit=8)
     trainer = trainer_for(args)
     trainer.create_optimizer()
     trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda step: 1.0 if step < 2 else 1e6)
-    with pytest.raises(NonFiniteError, match="optimizer step 3"):
+    with pytest.raises(NonFiniteError, match="optimizer step 4"):
         trainer.train()
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
     model = PeftModel.from_pretrained(copy.deepcopy(embedded[0]), tmp_path / "checkpoint-2").eval()

@@ -50,7 +50,7 @@ PERSONA_FORMS: tuple[str, ...] = (
 )
 PERSONA_BOTH_FORM = "the speaker is {persona} and {persona}"
 
-SORTS = ("fact", "fact", "fact", "mood", "sum", "neutral")
+SORTS = ("fact", "fact", "fact", "mood", "mood", "sum", "neutral")
 
 # How often a speaker tells the truth, or sounds cheerful, by what the opening says of them: +, − or nothing.
 TRUTH_RATE = {+1: 0.99, -1: 0.01, 0: 0.75}
