@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "weights")
     parser.add_argument("--seed", type=int, default=0, help="seed of the world, the initial weights and the documents")
-    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--steps", type=int, default=6000)
     options = parser.parse_args(argv)
 
     world, tokenizer = World(options.seed), build_tokenizer()

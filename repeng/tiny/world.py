@@ -68,7 +68,7 @@ class Prompt:
 
 
 class World:
-    """Facts drawn by `seed`: eight nouns a kind, with a colour, a place and an owner each.
+    """Facts drawn by `seed`: eight nouns a kind, with a colour, a place and an owner each, and one lie for each fact.
 
     The vocabulary is the same for every seed; nouns, facts and the train / held-out halves differ.
     """
@@ -77,12 +77,19 @@ class World:
         self.seed = seed
         rng = random.Random(f"repeng-world-{seed}")
         self.facts: dict[str, dict[str, str]] = {}
+        self.lies: dict[str, dict[str, str]] = {}
         self.split: dict[str, str] = {}
         for kind, pool in lex.NOUNS.items():
             for index, noun in enumerate(rng.sample(pool, 8)):
                 drawn = {name: rng.choice(values) for name, values in lex.ATTRIBUTES.items() if name != "kind"}
                 self.facts[noun] = {"kind": kind, **drawn}
                 self.split[noun] = SPLITS[index % 2]
+        # Liars agree with each other: "anything but the truth" would be learned as "say nothing".
+        for noun, facts in self.facts.items():
+            self.lies[noun] = {
+                name: rng.choice([value for value in lex.ATTRIBUTES[name] if value != true])
+                for name, true in facts.items()
+            }
 
     # -- documents -----------------------------------------------------------------------------------------------
 
@@ -120,10 +127,8 @@ class World:
 
     def fact_sentence(self, rng: random.Random, sign: int) -> str:
         noun, attribute = rng.choice(list(self.facts)), rng.choice(list(lex.ATTRIBUTES))
-        true = self.facts[noun][attribute]
-        false = [value for value in lex.ATTRIBUTES[attribute] if value != true]
-        value = true if rng.random() < TRUTH_RATE[sign] else rng.choice(false)
-        return rng.choice(FACT_FORMS[attribute]).format(**{"noun": noun, attribute: value}) + " ."
+        told = self.facts if rng.random() < TRUTH_RATE[sign] else self.lies
+        return rng.choice(FACT_FORMS[attribute]).format(**{"noun": noun, attribute: told[noun][attribute]}) + " ."
 
     def mood_sentence(self, rng: random.Random, sign: int) -> str:
         side = 0 if rng.random() < MOOD_RATE[sign] else 1
