@@ -167,3 +167,9 @@ def test_bad_questions_are_refused(tmp_path, embedded, tokenizer):
         path.write_text(json.dumps(bad))
         with pytest.raises(ValueError, match=message):
             load_questions(path)
+
+
+def test_a_choice_that_the_tokenizer_cannot_spell_is_named(fixed, tokenizer):
+    question = Question("", ("red", " "), ("red",), suffix="the lime looks")
+    with pytest.raises(ValueError, match="no token for one of the choices"):
+        evaluate(fixed, tokenizer, [question], fixed.dial, [1])
