@@ -124,9 +124,9 @@ class Form:
 
 FORMS: dict[str, Form] = {
     "default": Form(inner_contrastive_loss),
-    "target 2": Form(inner_contrastive_loss, ("--separation_target", "2")),
-    "policy chosen − reference rejected, target 3": Form(
-        with_separation(policy_chosen_reference_rejected), ("--separation_target", "3")
+    "target 1": Form(inner_contrastive_loss, ("--separation_target", "1")),
+    "policy chosen − reference rejected, target 4": Form(
+        with_separation(policy_chosen_reference_rejected), ("--separation_target", "4")
     ),
     "unbounded": Form(with_separation(unbounded)),
     "gap, unbounded": Form(with_separation(gap)),

@@ -168,7 +168,7 @@ def test_one_tokens_ruin_is_not_paid_for_by_anothers_gain(name, ref):
 
 
 def test_inside_the_margin_costs_nothing_and_beyond_the_target_gains_nothing():
-    inputs = random_inputs()
+    inputs = {**random_inputs(), "separation_target": 1.0, "coherence_margin": 0.1}
     for name, ref in (("logp_pi", "logp_ref"), ("neutral_logp_pi", "neutral_logp_ref")):
         inputs[name] = inputs[ref].expand_as(inputs[name]) - 0.09
     along = inputs["direction"] * inputs["scale"]

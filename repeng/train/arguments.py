@@ -44,20 +44,20 @@ class SteeringArguments(TrainingArguments):
     target_modules: list[str] = options(
         ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"], "Linear sites to adapt, by name."
     )
-    layers: list[int] | None = options(None, "Decoder layers to adapt, from 0; None = 1/6 to 1/2 of the depth.")
+    layers: list[int] | None = options(None, "Decoder layers to adapt, from 0; None = 1/3 to 2/3 of the depth.")
     loss_site: str = option("residual", "Where separation is measured: 'residual' or the name of a linear site.")
     loss_layer: int | None = option(None, "Layer of the loss site, from 0; None = the last adapted one.")
     r: int | None = option(None, "Rank; None = 32, or the narrowest target if that is less.")
-    separation_target: float = option(1.0, "Separation to reach, in mean distances between the two sides; above 0.")
+    separation_target: float = option(3.0, "Separation to reach, in mean distances between the two sides; above 0.")
     coherence_margin: float = option(
-        0.1, "What any token may lose in log-probability for nothing, in nats; 0 or more."
+        0.4, "What any token may lose in log-probability for nothing, in nats; 0 or more."
     )
     coherence_weight: float = option(30.0, "Weight of the coherence terms; 0 or more.")
     last_n_tokens: int = option(6, "Tokens at the end of each prompt on which separation is measured; 1 or more.")
     num_directions: int = option(1, "Preference directions from the SVD; 1 or more.")
 
     per_device_train_batch_size: int = option(16, "Pairs a process and micro-batch.")
-    learning_rate: float = option(5e-3, "Peak learning rate of AdamW.")
+    learning_rate: float = option(2e-3, "Peak learning rate of AdamW.")
     weight_decay: float = option(0.0, "Weight decay of AdamW.")
     max_steps: int = option(120, "Optimizer steps.")
     warmup_steps: float = option(0.1, "Steps, or a share of them below 1, of linear warm-up.")

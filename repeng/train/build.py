@@ -136,7 +136,7 @@ def resolve_defaults(args: SteeringArguments, model: PreTrainedModel) -> None:
     layers = decoder_layers(model)
     depth = len(layers)
     if args.layers is None:
-        args.layers = list(range(round(depth / 6), depth // 2 + 1))
+        args.layers = list(range(round(depth / 3), 2 * depth // 3 + 1))
     for layer in args.layers:
         if not 0 <= layer < depth:
             raise ValueError(f"layer {layer} does not exist; this model has layers 0 to {depth - 1}")

@@ -31,8 +31,8 @@ def inner_contrastive_loss(
     neutral_mask: Tensor,
     direction: Tensor,
     scale: Tensor,
-    separation_target: float = 1.0,
-    coherence_margin: float = 0.1,
+    separation_target: float = 3.0,
+    coherence_margin: float = 0.4,
     coherence_weight: float = 30.0,
 ) -> InnerContrastiveLoss:
     """The mean over pairs of `separation + coherence_weight · (coherence + neutral)`.
