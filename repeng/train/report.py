@@ -126,7 +126,10 @@ def print_table(reports: dict[str, EvalReport], console: Console | None = None) 
         odds = [f"{report.mean_log_odds(c):.2f}" for c in (-1.0, 1.0)]
         style = "bold" if name == ADAPTER else None
         table.add_row(name, *odds, f"{report.range:.2f}", wrong, *costs_text(report, (-1.0, 1.0)), style=style)
-    (console or Console()).print(table)
+    console = console or Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 120)  # a log file has no edge at which to break words
+    console.print(table)
 
 
 def costs_text(report: EvalReport, coefficients: Sequence[float]) -> list[str]:
