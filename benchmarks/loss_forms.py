@@ -39,7 +39,10 @@ def position(hs: Tensor, mask: Tensor, direction: Tensor, scale: Tensor) -> Tens
 
 
 def symlog(x: Tensor) -> Tensor:
-    return x.sign() * x.abs().log1p()
+    """`sign(x) log(1 + |x|)` with its derivative, 1, also at 0, where training starts and abs() has none."""
+    negative = x < 0
+    zero = torch.zeros_like(x)
+    return torch.where(negative, -torch.where(negative, -x, zero).log1p(), torch.where(negative, zero, x).log1p())
 
 
 def coherence_terms(inputs: dict) -> tuple[Tensor, Tensor]:
