@@ -62,13 +62,14 @@ def draw() -> None:
     token.legend(fontsize=8)
 
     top = 1.5 * max([args.separation_target, *(max(r["shift_plus"], r["shift_minus"]) for r in path)])
-    xs, ys = torch.linspace(-0.1, top, 60), torch.linspace(0, 0.3, 60)
+    xs, ys = torch.linspace(-0.1, top, 60), torch.linspace(0, args.coherence_margin + 0.15, 60)
     grid = [[loss_at(x, y, args) for x in xs.tolist()] for y in ys.tolist()]
     contours = plane.contourf(xs, ys, grid, levels=20, cmap="Greys")
     figure.colorbar(contours, ax=plane, label="loss of a pair")
     plane.axvline(args.separation_target, color="tab:blue", linestyle="--", label="target")
     plane.axhline(args.coherence_margin, color="tab:green", linestyle="--", label="margin of coherence")
     # The loss of a token whose penalty is the run's mean penalty: the solution of v + v² = penalty, beyond the margin.
+    # A run without a penalty lies on the margin or anywhere below it.
     penalty = torch.tensor([row["coherence"] + row["neutral"] for row in path])
     equivalent = args.coherence_margin + ((1 + 4 * penalty).sqrt() - 1) / 2
     shift = [(row["shift_plus"] + row["shift_minus"]) / 2 for row in path]

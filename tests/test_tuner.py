@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausa
 from repeng import SvdSteeringConfig, steer, tiny
 from repeng.tuner import SvdSteeringLayer
 from repeng.tuner import layer as layer_module
-from repeng.tuner.layer import rotation, top_singular_triples
+from repeng.tuner.layer import rotation, rows_of, top_singular_triples
 
 
 def logits(model, batch):
@@ -58,6 +58,11 @@ def test_rows_of_beams_take_the_coefficient_of_their_prompt(steered, batch):
         with steer(steered, c):
             alone = steered.generate(input_ids=batch[row : row + 1], **arguments)
         assert torch.equal(together[row], alone[0])
+
+
+def test_repeated_rows_stand_side_by_side():
+    """generate() repeats each prompt for its beams before it goes on to the next prompt."""
+    assert rows_of(torch.tensor([0, 1]), torch.zeros(6, 2, 4)).tolist() == [0, 0, 0, 1, 1, 1]
 
 
 def test_wrong_number_of_row_coefficients_raises(steered, batch):
