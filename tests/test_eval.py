@@ -114,9 +114,17 @@ def test_choices_order_batch_size_and_padding_side_do_not_matter(embedded, token
 
 
 def test_evaluation_switches_dropout_off_and_restores_the_mode(steered, tokenizer):
+    modes = []
+
+    @contextmanager
+    def dial(c):
+        modes.append(steered.training)
+        with steer(steered, c):
+            yield
+
     steered.train()
-    evaluate(steered, tokenizer, QUESTIONS[:1], lambda c: steer(steered, c), [1])
-    assert steered.training
+    evaluate(steered, tokenizer, tiny.questions("mood", "held_out")[:4], dial, [1.0])
+    assert modes == [False, False] and steered.training
 
 
 def test_prompts_are_rewritten_and_neutral_text_counts_its_own_tokens_only(embedded):
