@@ -40,9 +40,8 @@ def position(hs: Tensor, mask: Tensor, direction: Tensor, scale: Tensor) -> Tens
 
 def symlog(x: Tensor) -> Tensor:
     """`sign(x) log(1 + |x|)` with its derivative, 1, also at 0, where training starts and abs() has none."""
-    negative = x < 0
-    zero = torch.zeros_like(x)
-    return torch.where(negative, -torch.where(negative, -x, zero).log1p(), torch.where(negative, zero, x).log1p())
+    sign = torch.where(x < 0, -1.0, 1.0)
+    return sign * (sign * x).log1p()
 
 
 def coherence_terms(inputs: dict) -> tuple[Tensor, Tensor]:

@@ -1,15 +1,9 @@
 """What the benchmarks compare does what it says."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 
-PATH = Path(__file__).parent.parent / "benchmarks" / "loss_forms.py"
-spec = importlib.util.spec_from_file_location("loss_forms", PATH)
-loss_forms = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(loss_forms)
+from benchmarks import loss_forms
 
 
 @pytest.mark.parametrize("name", loss_forms.FORMS)

@@ -123,7 +123,7 @@ def test_evaluation_switches_dropout_off_and_restores_the_mode(steered, tokenize
             yield
 
     steered.train()
-    evaluate(steered, tokenizer, tiny.questions("mood", "held_out")[:4], dial, [1.0])
+    evaluate(steered, tokenizer, QUESTIONS[:1], dial, [1])
     assert modes == [False, False] and steered.training
 
 

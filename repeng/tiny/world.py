@@ -77,7 +77,6 @@ class World:
         self.seed = seed
         rng = random.Random(f"repeng-world-{seed}")
         self.facts: dict[str, dict[str, str]] = {}
-        self.lies: dict[str, dict[str, str]] = {}
         self.split: dict[str, str] = {}
         for kind, pool in lex.NOUNS.items():
             for index, noun in enumerate(rng.sample(pool, 8)):
@@ -85,11 +84,13 @@ class World:
                 self.facts[noun] = {"kind": kind, **drawn}
                 self.split[noun] = SPLITS[index % 2]
         # Liars agree with each other: "anything but the truth" would be learned as "say nothing".
-        for noun, facts in self.facts.items():
-            self.lies[noun] = {
+        self.lies = {
+            noun: {
                 name: rng.choice([value for value in lex.ATTRIBUTES[name] if value != true])
                 for name, true in facts.items()
             }
+            for noun, facts in self.facts.items()
+        }
 
     # -- documents -----------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from repeng.data import nearest
+from repeng.train.inner_contrastive_loss import COHERENCE_MARGIN, COHERENCE_WEIGHT, SEPARATION_TARGET
 
 
 def option(default, text: str):
@@ -48,11 +49,13 @@ class SteeringArguments(TrainingArguments):
     loss_site: str = option("residual", "Where separation is measured: 'residual' or the name of a linear site.")
     loss_layer: int | None = option(None, "Layer of the loss site, from 0; None = the last adapted one.")
     r: int | None = option(None, "Rank; None = 32, or the narrowest target if that is less.")
-    separation_target: float = option(3.0, "Separation to reach, in mean distances between the two sides; above 0.")
-    coherence_margin: float = option(
-        0.4, "What any token may lose in log-probability for nothing, in nats; 0 or more."
+    separation_target: float = option(
+        SEPARATION_TARGET, "Separation to reach, in mean distances between the two sides; above 0."
     )
-    coherence_weight: float = option(30.0, "Weight of the coherence terms; 0 or more.")
+    coherence_margin: float = option(
+        COHERENCE_MARGIN, "What any token may lose in log-probability for nothing, in nats; 0 or more."
+    )
+    coherence_weight: float = option(COHERENCE_WEIGHT, "Weight of the coherence terms; 0 or more.")
     last_n_tokens: int = option(6, "Tokens at the end of each prompt on which separation is measured; 1 or more.")
     num_directions: int = option(1, "Preference directions from the SVD; 1 or more.")
 

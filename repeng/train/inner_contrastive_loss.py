@@ -10,6 +10,11 @@ import torch
 from einops import einsum, rearrange, reduce
 from torch import Tensor
 
+# The recipe (research_notes.md); training takes its defaults from here.
+SEPARATION_TARGET = 3.0
+COHERENCE_MARGIN = 0.4
+COHERENCE_WEIGHT = 30.0
+
 
 class InnerContrastiveLoss(NamedTuple):
     """`loss`, a scalar with its graph, and `terms`, detached `(b)` tensors: what each pair contributes."""
@@ -31,9 +36,9 @@ def inner_contrastive_loss(
     neutral_mask: Tensor,
     direction: Tensor,
     scale: Tensor,
-    separation_target: float = 3.0,
-    coherence_margin: float = 0.4,
-    coherence_weight: float = 30.0,
+    separation_target: float = SEPARATION_TARGET,
+    coherence_margin: float = COHERENCE_MARGIN,
+    coherence_weight: float = COHERENCE_WEIGHT,
 ) -> InnerContrastiveLoss:
     """The mean over pairs of `separation + coherence_weight · (coherence + neutral)`.
 

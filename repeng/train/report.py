@@ -111,7 +111,7 @@ def verdict(reports: dict[str, EvalReport]) -> str:
     return f"range inside the budget: {own:.2f} nats ({gains}); {'; '.join(against) or 'no baseline moved anything'}"
 
 
-def print_table(reports: dict[str, EvalReport], console: Console | None = None) -> None:
+def print_table(reports: dict[str, EvalReport]) -> None:
     """One table: log-odds at both coefficients, range, items moved the wrong way, and the worst cost at c = ±1."""
     table = Table(title="Effect and cost (vectors: c = 1 is one mean difference)")
     table.add_column("")
@@ -126,7 +126,7 @@ def print_table(reports: dict[str, EvalReport], console: Console | None = None) 
         odds = [f"{report.mean_log_odds(c):.2f}" for c in (-1.0, 1.0)]
         style = "bold" if name == ADAPTER else None
         table.add_row(name, *odds, f"{report.range:.2f}", wrong, *costs_text(report, (-1.0, 1.0)), style=style)
-    console = console or Console()
+    console = Console()
     if not console.is_terminal:
         console.width = max(console.width, 120)  # a log file has no edge at which to break words
     console.print(table)
