@@ -75,7 +75,12 @@ def coefficient_stores(model: nn.Module, adapter_name: str | None) -> list[tuple
     available: set[str] = set()
     for layer in model.modules():
         if isinstance(layer, SvdSteeringLayer):
-            here = set(layer.svd_steering_u.keys())
+            if layer.merged:
+                raise ValueError(
+                    f"adapter {', '.join(layer.merged_adapters)} is merged into the weights, where no coefficient "
+                    "reaches it; call unmerge_adapter() first"
+                )
+            here = set(layer.r)
             available |= here
             wanted = set(layer.active_adapters) if adapter_name is None else {adapter_name}
             stores[id(layer.coefficients)] = layer.coefficients

@@ -4,30 +4,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-RESIDUAL = "residual"
-LINEAR_SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj")
+from repeng.tuner import targets
+
+RESIDUAL = targets.RESIDUAL
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The decoder layers of a causal language model, adapters or not.
 
-    Found by structure: the one `ModuleList` as long as the text configuration's `num_hidden_layers`.
-
     Raises:
-        ValueError: there is no such list, or more than one.
+        ValueError: they cannot be found.
     """
-    config = model.config.get_text_config(decoder=True)
-    n = config.num_hidden_layers
-    found = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == n]
-    if len(found) != 1:
-        raise ValueError(
-            f"expected one list of {n} decoder layers in {type(model).__name__}, found {len(found)}; "
-            "pass the text decoder of a larger model"
-        )
-    return found[0]
+    return targets.decoder_layers(model)[1]
 
 
 def site_module(model: nn.Module, layer: int, site: str) -> nn.Module:
@@ -45,19 +35,9 @@ def site_module(model: nn.Module, layer: int, site: str) -> nn.Module:
     if len(found) != 1:
         raise ValueError(
             f"site {site!r} names {len(found)} modules of layer {layer}; choose {RESIDUAL!r} or one of: "
-            f"{', '.join(linear_names(layers[layer]))}"
+            f"{', '.join(sorted(set(map(targets.last, targets.linear_modules(layers[layer])))))}"
         )
     return found[0]
-
-
-def linear_names(module: nn.Module) -> list[str]:
-    """Last parts of the names of the linear modules below `module`, those that an adapter wraps included."""
-    names = {name.split(".base_layer")[0] for name, child in module.named_modules() if is_linear(child)}
-    return sorted({name.rsplit(".", 1)[-1] for name in names})
-
-
-def is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | BaseTunerLayer) or type(module).__name__ == "Conv1D"
 
 
 @contextmanager

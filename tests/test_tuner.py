@@ -14,7 +14,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausa
 from repeng import SvdSteeringConfig, steer, tiny
 from repeng.tuner import SvdSteeringLayer
 from repeng.tuner import layer as layer_module
-from repeng.tuner.layer import rotation, rows_of, top_singular_triples
+from repeng.tuner.layer import dense_weight, rows_of, top_singular_triples
+from repeng.tuner.rotation import rotation
 
 
 def logits(model, batch):
@@ -243,7 +244,7 @@ def test_bias_grouped_heads_and_conv1d_are_kept():
             assert torch.equal(logits(steered, ids), expected)
         site = next(m for m in steered.modules() if isinstance(m, SvdSteeringLayer))
         u, s, v = (getattr(site, f"svd_steering_{name}")["default"] for name in "usv")
-        assert torch.allclose(u.T @ site.dense_weight() @ v, torch.diag(s), atol=1e-3)
+        assert torch.allclose(u.T @ dense_weight(site.base_layer) @ v, torch.diag(s), atol=1e-3)
         with steer(steered, 10.0):
             assert (logits(steered, ids) - expected).abs().max() > 1e-4
 

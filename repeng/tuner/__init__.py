@@ -2,8 +2,9 @@
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
+from repeng.tuner.coefficients import Coefficients
 from repeng.tuner.config import PEFT_TYPE, PREFIX, SvdSteeringConfig
-from repeng.tuner.layer import Coefficients, SvdSteeringLayer
+from repeng.tuner.layer import SvdSteeringLayer
 from repeng.tuner.model import SvdSteeringModel
 
 # `peft.utils.register_peft_method` accepts members of the PeftType enum only; the three tables are what it fills.

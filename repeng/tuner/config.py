@@ -1,5 +1,6 @@
 """Configuration of the PEFT method."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -7,39 +8,47 @@ from peft import PeftConfig
 
 PEFT_TYPE = "SVD_STEERING"
 PREFIX = "svd_steering_"
+FORMAT_VERSION = 1
 
 
 @dataclass
 class SvdSteeringConfig(PeftConfig):
-    """Rotate and scale the top singular directions of linear layers by one coefficient c.
+    """Rotate and scale the top singular directions of linear layers, or of the residual stream, by one coefficient c.
 
-    `y = base(x) + [(x V) K(c)ᵀ] Uᵀ` with `K(c) = R_out(c) diag(S exp(c λ)) R_in(c)ᵀ − diag(S)`, where `U, S, V` are
-    the top `r` singular triples of the frozen weight, λ is learned and each R(c) is the Cayley rotation of a learned
-    skew matrix, so that R(−c) = R(c)ᵀ and K(0) = 0.
+    Linear layer: `y = base(x) + [(x V) K(c)ᵀ] Uᵀ` with `K(c) = R_out(c) diag(S exp(c λ)) R_in(c)ᵀ − diag(S)`, where
+    `U, S, V` are the top `r` singular triples of the frozen weight and λ is learned. Residual stream:
+    `h + c b + Q (R(c) − I) Qᵀ h` after the decoder layer, Q the top `r` output directions of the weights that write to
+    it. Each R(c) is the Cayley rotation of a learned skew matrix, so R(−c) = R(c)ᵀ and K(0) = 0. Angles are not
+    bounded, but for |c| = 1 no plane turns by 180° or more.
 
     Raises:
-        ValueError: a field is out of its range, or two fields contradict each other.
+        ValueError: a field is out of its range, two fields contradict each other, or the file is of a newer format.
     """
 
     r: int = field(
         default=32, metadata={"help": "Singular directions that turn, 2 up to the smaller side of a weight."}
     )
     target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names (suffixes) of linear layers, or one regular expression of full names."}
+        default=None,
+        metadata={
+            "help": "Names (suffixes) of linear modules; 'residual' (the output of the decoder layer); "
+            "'residual-writers', 'residual-readers', 'kv', 'all-linear'; or one regular expression of full names."
+        },
     )
     exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names to leave out, like target_modules."}
+        default=None, metadata={"help": "Names to leave out, or one regular expression of full names."}
     )
-    layers_to_transform: list[int] | int | None = field(
+    layers_to_transform: list[int] | int | str | None = field(
         default=None,
-        metadata={"help": "Indices of decoder layers, from 0; None = all. Needs a list of target_modules."},
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the module list of layers, if it is not found by itself."}
+        metadata={
+            "help": "Decoder layers: indices from 0, or a share of the depth such as '0.3-0.7'; None = all. "
+            "Needs a list of target_modules."
+        },
     )
     rotate_input: bool = field(default=True, metadata={"help": "Learn R_in, which turns the input directions V."})
     rotate_output: bool = field(default=False, metadata={"help": "Learn R_out, which turns the output directions U."})
     scale: bool = field(default=True, metadata={"help": "Learn λ, the log-gain of each singular value."})
+    shift: bool = field(default=True, metadata={"help": "Learn b, what is added to the residual stream."})
     svd_niter: int = field(
         default=4, metadata={"help": "Power iterations of the seeded randomised SVD; 0 = exact SVD."}
     )
@@ -54,10 +63,27 @@ class SvdSteeringConfig(PeftConfig):
         default=True,
         metadata={"help": "False in every saved configuration: take U, S, V from the weights file and run no SVD."},
     )
+    resolved_modules: list[str] | None = field(
+        default=None, metadata={"help": "Full names of the adapted modules; filled in when the adapter is created."}
+    )
+    fingerprint: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Sampled entries of the adapted weights; filled in when it is created."}
+    )
+    allow_other_base: bool = field(
+        default=False, metadata={"help": "Load onto a base model whose weights differ from the fingerprint."}
+    )
+    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the adapter's files."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PEFT_TYPE
+        if not isinstance(self.format_version, int) or self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"this adapter has file format {self.format_version!r} and this version of repeng reads formats up to "
+                f"{FORMAT_VERSION}: install a newer repeng to load it"
+            )
+        if isinstance(self.target_modules, str) and re.fullmatch(r"[\w-]+", self.target_modules):
+            self.target_modules = {self.target_modules}  # one name, such as "residual" or "all-linear"
         if isinstance(self.target_modules, list | tuple):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list | tuple):
@@ -66,8 +92,8 @@ class SvdSteeringConfig(PeftConfig):
             raise ValueError(f"r must be an integer of at least 2 (one direction cannot turn); got {self.r!r}")
         if self.svd_niter < 0:
             raise ValueError(f"svd_niter must be 0 (exact) or positive; got {self.svd_niter}")
-        if not (self.rotate_input or self.rotate_output or self.scale):
-            raise ValueError("nothing to learn: set at least one of rotate_input, rotate_output, scale")
+        if not (self.rotate_input or self.rotate_output or self.scale or self.shift):
+            raise ValueError("nothing to learn: set at least one of rotate_input, rotate_output, scale, shift")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError(
                 f"layers_to_transform={self.layers_to_transform} has no effect when target_modules is a regular "
@@ -75,5 +101,7 @@ class SvdSteeringConfig(PeftConfig):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """As saved: a configuration on disk belongs to a file that holds the bases."""
-        return {**super().to_dict(), "init_bases": False}
+        """As saved: a configuration on disk belongs to a file that holds the bases, and is for the base it names."""
+        saved = {**super().to_dict(), "init_bases": False}
+        saved.pop("allow_other_base")
+        return saved

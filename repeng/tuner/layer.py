@@ -5,174 +5,224 @@ from typing import Any
 import torch
 from einops import einsum
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from repeng.tuner.coefficients import Coefficients
 from repeng.tuner.config import SvdSteeringConfig
 
-INIT_STD = 0.02  # of the skew matrix and of λ when init_weights is False
-
-
-class Coefficients:
-    """The coefficient of every adapter of one model: one object that all of its layers refer to.
-
-    A coefficient is one number or one for each batch row. Adapters without an entry stand at 1.
-    """
-
-    def __init__(self) -> None:
-        self._given: dict[str, Tensor] = {}
-        self._unique: dict[str, tuple[Tensor, Tensor | None]] = {}
-        self._zero: dict[str, bool] = {}
-
-    def snapshot(self) -> dict[str, Tensor]:
-        """What `restore` takes."""
-        return dict(self._given)
-
-    def restore(self, snapshot: dict[str, Tensor]) -> None:
-        """Make the state what it was when `snapshot` was taken."""
-        self.__init__()
-        for name, value in snapshot.items():
-            self.set(name, value)
-
-    def set(self, name: str, value: Tensor | float) -> None:
-        """Set adapter `name` to `value`, a number, a 0-dim tensor or a `(b,)` tensor.
-
-        Raises:
-            ValueError: `value` has another shape or is not finite.
-        """
-        value = torch.as_tensor(value, dtype=torch.float32).detach()
-        if value.ndim > 1 or value.numel() == 0:
-            raise ValueError(f"a coefficient is one number or one for each row; got shape {tuple(value.shape)}")
-        if not torch.isfinite(value).all():
-            raise ValueError(f"a coefficient must be finite; got {value.tolist()}")
-        self._given[name] = value
-        # Distinct values once a change, not once a layer: each needs its own rotation.
-        self._unique[name] = (value[None], None) if value.ndim == 0 else torch.unique(value, return_inverse=True)
-        self._zero[name] = not value.any().item()
-
-    def is_zero(self, name: str) -> bool:
-        """Whether the adapter stands at 0 for every row."""
-        return self._zero.get(name, False)
-
-    def unique(self, name: str, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """Distinct coefficients `(n,)` and the index of each row into them `(b,)`, or None for one number."""
-        values, index = self._unique.get(name, (torch.ones(1), None))
-        return values.to(device), None if index is None else index.to(device)
+INIT_STD = 0.02  # of the skew matrices, of λ and of b when init_weights is False
+OVERSAMPLING = 16
 
 
 class SvdSteeringLayer(BaseTunerLayer):
     """State of the method on one site. Stored tensors, by adapter name:
 
     `svd_steering_u (d_out r)`, `svd_steering_s (r)`, `svd_steering_v (d_in r)`: frozen bases, saved with the adapter;
-    `svd_steering_in (r(r−1)/2)`, `svd_steering_out`: upper triangles of the skew matrices; `svd_steering_lambda (r)`.
+    `svd_steering_in (r(r−1)/2)`, `svd_steering_out`: upper triangles of the skew matrices; `svd_steering_lambda (r)`;
+    `svd_steering_shift (d_out)`. A site holds those that it uses.
+
+    `svd_error` holds ‖W − U Uᵀ W‖ / ‖W‖: how much of the weight lies outside the directions that turn.
     """
 
-    adapter_layer_names = ("svd_steering_in", "svd_steering_out", "svd_steering_lambda")
-    other_param_names = ("svd_steering_u", "svd_steering_s", "svd_steering_v", "r")
+    adapter_layer_names = ("svd_steering_in", "svd_steering_out", "svd_steering_lambda", "svd_steering_shift")
+    other_param_names = ("svd_steering_u", "svd_steering_s", "svd_steering_v", "r", "svd_error")
 
-    def __init__(self, base_layer: nn.Module, coefficients: Coefficients) -> None:
-        self.base_layer = base_layer
+    def __init__(self, coefficients: Coefficients) -> None:
         self.coefficients = coefficients
         self.r: dict[str, int] = {}
+        self.svd_error: dict[str, float] = {}
         self.svd_steering_in = nn.ParameterDict()
         self.svd_steering_out = nn.ParameterDict()
         self.svd_steering_lambda = nn.ParameterDict()
+        self.svd_steering_shift = nn.ParameterDict()
         self.svd_steering_u = BufferDict(persistent=True)
         self.svd_steering_s = BufferDict(persistent=True)
         self.svd_steering_v = BufferDict(persistent=True)
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self.in_features, self.out_features = linear_shape(self.get_base_layer())
+        coefficients.register(self.svd_steering_in)
+        coefficients.register(self.svd_steering_out)
 
     def update_layer(self, adapter_name: str, config: SvdSteeringConfig) -> None:
         """Add an adapter: bases by SVD (or NaN until they are loaded), parameters at zero."""
-        r = config.r
-        self.r[adapter_name] = r
-        if config.init_bases:
-            u, s, v = top_singular_triples(self.dense_weight(), r, config.svd_niter, config.svd_seed)
-        else:
-            u, s, v = (torch.full(shape, torch.nan) for shape in ((self.out_features, r), (r,), (self.in_features, r)))
-        self.svd_steering_u[adapter_name], self.svd_steering_v[adapter_name] = u, v
-        self.svd_steering_s[adapter_name] = s
+        raise NotImplementedError
 
-        def parameter(n: int) -> nn.Parameter:
-            return nn.Parameter(torch.zeros(n) if config.init_weights else torch.randn(n) * INIT_STD)
+    def enable_adapters(self, enabled: bool) -> None:
+        # PEFT's own also sets requires_grad of every adapter, which disabling for one forward must not touch.
+        self._disable_adapters = not enabled
 
-        if config.rotate_input:
-            self.svd_steering_in[adapter_name] = parameter(r * (r - 1) // 2)
-        if config.rotate_output:
-            self.svd_steering_out[adapter_name] = parameter(r * (r - 1) // 2)
-        if config.scale:
-            self.svd_steering_lambda[adapter_name] = parameter(r)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters)
+    def device(self) -> torch.device:
+        """Where this site's base weights are."""
+        return self.get_base_layer().weight.device
 
-    @torch.no_grad()
-    def dense_weight(self) -> Tensor:
-        """The base weight `(d_out d_in)` in float32."""
-        base = self.get_base_layer()
-        weight = base.weight.detach().float()
-        return weight.mT if isinstance(base, Conv1D) else weight
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's own also casts to the dtype of the base, which would round the bases.
+        device = device or self.device()
+        for attribute in (*self.adapter_layer_names, "svd_steering_u", "svd_steering_s", "svd_steering_v"):
+            store = getattr(self, attribute)
+            if adapter_name in store and store[adapter_name].device not in (device, torch.device("meta")):
+                store[adapter_name] = store[adapter_name].detach().to(device)
 
-    def gain(self, adapter_name: str, coefficient: Tensor) -> Tensor:
-        """K(c), `(n r r)` in float32, for coefficients `(n,)`; exactly zero at c = 0."""
-        s = self.svd_steering_s[adapter_name].float()
-        spread = torch.zeros_like(coefficient)[:, None]
-        if adapter_name in self.svd_steering_lambda:
-            spread = coefficient[:, None] * self.svd_steering_lambda[adapter_name].float()
-        gain = torch.diag_embed(s * spread.exp())
-        if adapter_name in self.svd_steering_out:
-            gain = rotation(self.svd_steering_out[adapter_name], coefficient, s.numel()) @ gain
-        if adapter_name in self.svd_steering_in:
-            gain = gain @ rotation(self.svd_steering_in[adapter_name], coefficient, s.numel()).mT
-        return gain - s.diag()
-
-    def delta(self, x: Tensor, adapter_name: str) -> Tensor:
-        """The change of the output at the current coefficient, `(… d_out)` for `x (… d_in)`."""
-        u, v = self.svd_steering_u[adapter_name], self.svd_steering_v[adapter_name]
-        values, index = self.coefficients.unique(adapter_name, x.device)
-        gain = self.gain(adapter_name, values).to(v.dtype)
-        z = self._cast_input_dtype(x, v.dtype) @ v
-        if index is None:
-            z = z @ gain[0].mT
-        else:
-            z = einsum(z, gain[rows_of(index, x)], "b ... r, b s r -> b ... s")
-        return z @ u.mT
+    def working(self) -> list[str]:
+        """Active adapters that this site has and that do not stand at 0."""
+        here = [name for name in self.active_adapters if name in self.r]
+        return [name for name in here if not self.coefficients.is_zero(name)]
 
 
 class Linear(nn.Module, SvdSteeringLayer):
-    """`y = base(x) + [(x V) K(c)ᵀ] Uᵀ` on top of `nn.Linear` or `Conv1D`; the base layer itself runs untouched."""
+    """`y = base(x) + [(x V) K(c)ᵀ] Uᵀ` on `nn.Linear` or `Conv1D`, quantised or not; the base runs untouched."""
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: SvdSteeringConfig, coefficients: Coefficients
     ) -> None:
         nn.Module.__init__(self)
-        SvdSteeringLayer.__init__(self, base_layer, coefficients)
+        SvdSteeringLayer.__init__(self, coefficients)
+        self.base_layer = base_layer
+        self.in_features, self.out_features = linear_shape(self.get_base_layer())
+        self._unmerged: Tensor | None = None
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
+    def update_layer(self, adapter_name: str, config: SvdSteeringConfig) -> None:
+        r, base = config.r, self.get_base_layer()
+        if config.init_bases:
+            weight = dense_weight(base)
+            u, s, v = top_singular_triples(weight, r, config.svd_niter, config.svd_seed)
+            self.svd_error[adapter_name] = subspace_error(weight, u)
+        else:
+            u, s, v = (torch.full(shape, torch.nan) for shape in ((self.out_features, r), (r,), (self.in_features, r)))
+        device = base.weight.device
+        for store, tensor in (("u", u), ("s", s), ("v", v)):
+            getattr(self, f"svd_steering_{store}")[adapter_name] = tensor.to(device)
+        self.r[adapter_name] = r
+        if config.rotate_input:
+            self.svd_steering_in[adapter_name] = start(config, r * (r - 1) // 2, device)
+        if config.rotate_output:
+            self.svd_steering_out[adapter_name] = start(config, r * (r - 1) // 2, device)
+        if config.scale:
+            self.svd_steering_lambda[adapter_name] = start(config, r, device)
+        self.set_adapter(self.active_adapters)
+
+    def gain(self, adapter_name: str) -> Tensor:
+        """K(c), `(n r r)` in float32 even under autocast, at the distinct coefficients `(n,)`; zero at c = 0."""
+        s = self.svd_steering_s[adapter_name].float()
+        coefficient = self.coefficients.setting(adapter_name, s.device).values
+        with torch.autocast(s.device.type, enabled=False):
+            spread = torch.zeros_like(coefficient)[:, None]
+            if adapter_name in self.svd_steering_lambda:
+                spread = coefficient[:, None] * self.svd_steering_lambda[adapter_name].float()
+            gain = torch.diag_embed(s * spread.exp())
+            if adapter_name in self.svd_steering_out:
+                gain = self.coefficients.rotation(self.svd_steering_out, adapter_name, s.numel()) @ gain
+            if adapter_name in self.svd_steering_in:
+                gain = gain @ self.coefficients.rotation(self.svd_steering_in, adapter_name, s.numel()).mT
+            return gain - s.diag()
+
+    def delta(self, x: Tensor, adapter_name: str, dtype: torch.dtype) -> Tensor:
+        """The change of the output at the current coefficient, `(… d_out)` in `dtype` for `x (… d_in)`."""
+        index = self.coefficients.setting(adapter_name, x.device).index
+        u, v = self.svd_steering_u[adapter_name].to(dtype), self.svd_steering_v[adapter_name].to(dtype)
+        return rank_change(self._cast_input_dtype(x, dtype), v, self.gain(adapter_name).to(dtype), u, index)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
         result = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters:
+        if self.disable_adapters or self.merged:
             return result
-        for name in self.active_adapters:
-            if name in self.svd_steering_u and not self.coefficients.is_zero(name):
-                result = result + self.delta(x, name).to(result.dtype)
+        for name in self.working():
+            result = result + self.delta(x, name, result.dtype)
         return result
 
+    @torch.no_grad()
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """U K(c) Vᵀ at the current coefficient, float32, in the layout of the base weight.
 
-def rotation(triangle: Tensor, coefficient: Tensor, r: int) -> Tensor:
-    """Cayley rotations `R(c) = (I − cA/2)⁻¹ (I + cA/2)`, `(n r r)` in float32; A is skew with this upper triangle.
+        Raises:
+            ValueError: the coefficient is not one number.
+        """
+        coefficient = self.coefficients.get(adapter_name)
+        if coefficient.ndim:
+            raise ValueError(
+                f"adapter {adapter_name!r} stands at one coefficient for each of {coefficient.numel()} rows, which no "
+                "single weight can hold; merge inside steer(model, c) with a number c"
+            )
+        u, v = self.svd_steering_u[adapter_name].float(), self.svd_steering_v[adapter_name].float()
+        change = u @ self.gain(adapter_name)[0] @ v.mT
+        return change.mT if isinstance(self.get_base_layer(), Conv1D) else change
 
-    R(−c) = R(c)ᵀ, and the derivative at c = 0 is A. A plane of A with eigenvalue ±iω turns by
-    2 arctan(cω/2), under 180°.
-    """
-    rows, cols = torch.triu_indices(r, r, 1, device=triangle.device)
-    upper = torch.zeros(r, r, device=triangle.device).index_put((rows, cols), triangle.float())
-    half = coefficient[:, None, None] * (upper - upper.mT) / 2
-    eye = torch.eye(r, device=triangle.device)
-    return torch.linalg.solve(eye - half, eye + half)
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the change at the current coefficient into the base weight; `unmerge` gets a copy of the old one.
+
+        Args:
+            safe_merge: refuse a result with NaN or infinite entries.
+            adapter_names: which adapters; by default the active ones.
+
+        Raises:
+            ValueError: the base is quantised, the coefficient is not one number, or `safe_merge` found such entries.
+                Then nothing is written.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.r]
+        if not names:
+            return
+        weight = self.get_base_layer().weight
+        if is_quantised(self.get_base_layer()):
+            raise ValueError(
+                f"a quantised weight ({type(weight).__name__}, {weight.dtype}) cannot take up the change exactly; "
+                "load the base model without quantisation to merge"
+            )
+        changed = weight.float()
+        for name in names:
+            if not self.coefficients.is_zero(name):
+                changed = changed + self.get_delta_weight(name)
+        changed = changed.to(weight.dtype)
+        if safe_merge and not torch.isfinite(changed).all():
+            raise ValueError(
+                f"merging {', '.join(names)} gives NaN or infinite weights; the adapter seems to be broken"
+            )
+        if self._unmerged is None:
+            self._unmerged = weight.detach().clone()
+        weight.data = changed
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Put the base weight back as it was before `merge`, bit for bit."""
+        if self._unmerged is not None:
+            self.get_base_layer().weight.data = self._unmerged
+        self._unmerged = None
+        self.merged_adapters.clear()
+
+
+def start(config: SvdSteeringConfig, n: int, device: torch.device) -> nn.Parameter:
+    """A fresh parameter `(n,)`, zero or small and random."""
+    values = torch.zeros(n) if config.init_weights else torch.randn(n) * INIT_STD
+    return nn.Parameter(values.to(device))
+
+
+def rank_change(x: Tensor, v: Tensor, gain: Tensor, u: Tensor, index: Tensor | None) -> Tensor:
+    """`[(x V) Kᵀ] Uᵀ`, `(… d_out)`, with K the only entry of `gain (n r r)`, or that of `index (b,)` for each row."""
+    z = x @ v
+    if index is None:
+        z = z @ gain[0].mT
+    else:
+        z = einsum(z, gain[rows_of(index, x)], "b ... r, b s r -> b ... s")
+    return z @ u.mT
+
+
+def rows_of(index: Tensor, x: Tensor) -> Tensor:
+    """The index of each row of `x`: beams and returned sequences repeat a row of the prompt batch side by side."""
+    if x.shape[0] == index.numel():
+        return index
+    if x.ndim < 3 or x.shape[0] % index.numel():
+        raise ValueError(
+            f"{index.numel()} per-row coefficients were given, and the layer sees input of shape {tuple(x.shape)}; "
+            "give one coefficient for each row of the batch, or one number"
+        )
+    return index.repeat_interleave(x.shape[0] // index.numel())
 
 
 @torch.no_grad()
@@ -188,22 +238,30 @@ def top_singular_triples(weight: Tensor, r: int, niter: int, seed: int) -> tuple
     devices = [] if weight.device.type == "cpu" else [weight.device]
     with torch.random.fork_rng(devices=devices, device_type="cuda" if not devices else weight.device.type):
         torch.manual_seed(seed)
-        u, s, v = torch.svd_lowrank(weight, q=min(r + 16, *weight.shape), niter=niter)
+        u, s, v = torch.svd_lowrank(weight, q=min(r + OVERSAMPLING, *weight.shape), niter=niter)
     return u[:, :r].contiguous(), s[:r].contiguous(), v[:, :r].contiguous()
+
+
+@torch.no_grad()
+def subspace_error(weight: Tensor, u: Tensor) -> float:
+    """‖W − U Uᵀ W‖ / ‖W‖ (Frobenius) of `weight (d_out d_in)` and orthonormal `u (d_out r)`."""
+    total = weight.square().sum()
+    return (1 - (u.mT @ weight).square().sum() / total).clamp_min(0).sqrt().item() if total > 0 else 0.0
+
+
+@torch.no_grad()
+def dense_weight(linear: nn.Module) -> Tensor:
+    """The weight `(d_out d_in)` of a linear layer in float32, dequantised if need be."""
+    weight = dequantize_module_weight(linear).detach().float()
+    return weight.mT if isinstance(linear, Conv1D) else weight
+
+
+def is_quantised(linear: nn.Module) -> bool:
+    """Whether the weight is anything but a plain floating-point tensor."""
+    weight = linear.weight
+    return type(weight.data) is not Tensor or not weight.is_floating_point() or weight.element_size() < 2
 
 
 def linear_shape(layer: nn.Module) -> tuple[int, int]:
     """`(d_in, d_out)` of a linear layer or a Conv1D."""
     return tuple(layer.weight.shape) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
-
-
-def rows_of(index: Tensor, x: Tensor) -> Tensor:
-    """The index of each row of `x`: beams and returned sequences repeat a row of the prompt batch side by side."""
-    if x.shape[0] == index.numel():
-        return index
-    if x.ndim < 3 or x.shape[0] % index.numel():
-        raise ValueError(
-            f"{index.numel()} per-row coefficients were given, and the layer sees input of shape {tuple(x.shape)}; "
-            "give one coefficient for each row of the batch, or one number"
-        )
-    return index.repeat_interleave(x.shape[0] // index.numel())

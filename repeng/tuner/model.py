@@ -3,20 +3,24 @@
 from typing import Any
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.constants import (
     EMBEDDING_LAYER_NAMES,
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
 )
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from tqdm.auto import tqdm
 
+from repeng.tuner.coefficients import Coefficients
 from repeng.tuner.config import PREFIX, SvdSteeringConfig
-from repeng.tuner.layer import Coefficients, Linear, SvdSteeringLayer, linear_shape
+from repeng.tuner.fingerprint import check_same_base, take_fingerprint
+from repeng.tuner.layer import Linear, SvdSteeringLayer
+from repeng.tuner.residual import NO_MERGE, Residual, attach, detach
+from repeng.tuner.targets import is_linear, resolve
 
 
 class SvdSteeringModel(BaseTuner):
-    """The base model with `SvdSteeringLayer`s in place of its target modules.
+    """The base model with steering layers in place of its target modules, or beside them.
 
     `coefficients` is the one place that holds the coefficient of every adapter; `repeng.steer` sets it.
     """
@@ -26,10 +30,26 @@ class SvdSteeringModel(BaseTuner):
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     coefficients: Coefficients
 
-    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+    def _prepare_model(self, peft_config: SvdSteeringConfig, model: nn.Module) -> None:
+        # PEFT calls this before it changes anything, for the first adapter and for those added later.
         self.__dict__.setdefault("coefficients", Coefficients())
-        config = self._prepare_adapter_config(config, self.get_model_config(model))
-        check_targets(model, config)
+        if peft_config.init_bases or peft_config.resolved_modules is None:
+            peft_config.resolved_modules = resolve(model, peft_config)
+        else:
+            require_modules(model, peft_config.resolved_modules)
+        if peft_config.init_bases:
+            peft_config.fingerprint = take_fingerprint(model, peft_config.resolved_modules)
+            peft_config.revision = peft_config.revision or getattr(model.config, "_commit_hash", None)
+        else:
+            check_same_base(model, peft_config, peft_config.resolved_modules)
+        total = len(peft_config.resolved_modules)
+        self.__dict__["_bar"] = tqdm(
+            total=total, desc="SVD of the adapted weights", leave=False, delay=1, disable=not peft_config.init_bases
+        )
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: SvdSteeringConfig, key: str) -> bool:
+        return key in peft_config.resolved_modules
 
     def _create_and_replace(
         self,
@@ -43,11 +63,29 @@ class SvdSteeringModel(BaseTuner):
     ) -> None:
         if isinstance(target, SvdSteeringLayer):
             target.update_layer(adapter_name, peft_config)
-            return
-        module = Linear(target, adapter_name, peft_config, self.coefficients)
-        if adapter_name not in self.active_adapters:
-            module.requires_grad_(False)
-        self._replace_module(parent, target_name, module, target)
+        elif is_linear(target):
+            module = Linear(target, adapter_name, peft_config, self.coefficients)
+            module.set_adapter(self.active_adapters)
+            self._replace_module(parent, target_name, module, target)
+        else:
+            width = self.model.config.get_text_config(decoder=True).hidden_size
+            residual = attach(target, self.coefficients)
+            residual.update_layer(adapter_name, peft_config, width)
+            residual.set_adapter(self.active_adapters)
+        self._bar.update()
+        if self._bar.n >= self._bar.total:
+            self._bar.close()
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        if any(isinstance(module, Residual) for module in self.model.modules()):
+            raise ValueError(NO_MERGE)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        for layer in [m for m in model.modules() if any(isinstance(child, Residual) for child in m.children())]:
+            detach(layer)
+        return model
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
         # PEFT loads with strict=False; without this a missing base would stay NaN and a stray key would be dropped.
@@ -66,6 +104,17 @@ class SvdSteeringModel(BaseTuner):
         given = {key for key in state_dict if not is_auxiliary(key)}
         check_keys(expected, given, adapter_name)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def require_modules(model: nn.Module, names: list[str]) -> None:
+    """Raise ValueError unless all modules of an adapter file are there."""
+    here = {name for name, _ in model.named_modules()}
+    missing = [name for name in names if name not in here]
+    if missing:
+        raise ValueError(
+            f"this adapter needs {len(names)} modules and {type(model).__name__} lacks {len(missing)} of them: "
+            f"{', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}; load the base model that it was made for"
+        )
 
 
 def adapter_keys(model: nn.Module, adapter_name: str) -> list[str]:
@@ -92,47 +141,3 @@ def check_keys(expected: set[str], given: set[str], adapter_name: str) -> None:
             f"({'; '.join(problems)}); check "
             "that adapter_config.json and adapter_model.safetensors come from one save, for this base model"
         )
-
-
-def check_targets(model: nn.Module, config: SvdSteeringConfig) -> None:
-    """Refuse, before any SVD, targets that match nothing, are not linear, or are narrower than the rank.
-
-    Raises:
-        ValueError: naming what was asked for and what the model has.
-    """
-    modules = {
-        name: module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        for name, module in model.named_modules()
-        if ".base_layer" not in name
-    }
-    linear = {name: module for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)}
-    available = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
-    matched = [name for name in modules if name and check_target_module_exists(config, name)]
-    if not matched:
-        raise ValueError(
-            f"target_modules={targets_text(config.target_modules)} with layers "
-            f"{config.layers_to_transform} matches nothing in this model; its linear modules are: {available}"
-        )
-    for name in matched:
-        if name not in linear:
-            raise ValueError(
-                f"target module {name!r} is a {type(modules[name]).__name__}, which cannot be adapted; "
-                f"the linear modules of this model are: {available}"
-            )
-        shape = linear_shape(linear[name])
-        if config.r > min(shape):
-            raise ValueError(
-                f"r={config.r} is above the rank of {name!r}, whose weight is {shape[1]} x {shape[0]}; "
-                f"give r ≤ {min(shape)}"
-            )
-    if not isinstance(config.target_modules, str):
-        missing = [t for t in config.target_modules if not any(m == t or m.endswith(f".{t}") for m in matched)]
-        if missing:
-            raise ValueError(
-                f"target_modules {targets_text(missing)} match nothing in this model; "
-                f"its linear modules are: {available}"
-            )
-
-
-def targets_text(targets: Any) -> str:
-    return repr(targets) if isinstance(targets, str) else ", ".join(map(repr, sorted(targets)))

@@ -1,0 +1,126 @@
+"""The coefficient of every adapter of one model, and the rotations that follow from it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repeng.tuner.rotation import Rotations, can_be_batched, rotation
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One adapter's coefficient, prepared once a change instead of once a layer.
+
+    `given` as set; `values (n,)` distinct; `index (b,)` of each row into them, or None for one number;
+    `magnitude (a,)` distinct |c| and `which (n,)` the index of each value into them.
+    """
+
+    given: Tensor
+    values: Tensor
+    index: Tensor | None
+    magnitude: Tensor
+    which: Tensor
+
+    @classmethod
+    def of(cls, given: Tensor) -> "Setting":
+        values, index = (given[None], None) if given.ndim == 0 else torch.unique(given, return_inverse=True)
+        return cls(given, values, index, *torch.unique(values.abs(), return_inverse=True))
+
+    def to(self, device: torch.device) -> "Setting":
+        parts = (self.values, self.index, self.magnitude, self.which)
+        return Setting(self.given, *(None if part is None else part.to(device) for part in parts))
+
+
+ONE = Setting.of(torch.ones(()))
+
+
+class Coefficients:
+    """One object that all steering layers of a model refer to. Adapters without an entry stand at 1."""
+
+    def __init__(self) -> None:
+        self._settings: dict[str, dict[torch.device, Setting]] = {}
+        self._zero: dict[str, bool] = {}
+        self._triangles: list[nn.ParameterDict] = []
+        # By adapter, rank and site: the triangle, its version, whether gradients were on, its rotations.
+        self._ready: dict[tuple[str, int, int], tuple[Tensor, int, bool, Tensor]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Rotations with a graph can be neither copied nor pickled.
+        return {**self.__dict__, "_ready": {}}
+
+    def register(self, triangles: nn.ParameterDict) -> None:
+        """Compute the rotations of these triangles, by adapter name, together with those registered before."""
+        self._triangles.append(triangles)
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """What `restore` takes."""
+        return {name: setting.given for name, by_device in self._settings.items() for setting in by_device.values()}
+
+    def restore(self, snapshot: dict[str, Tensor]) -> None:
+        """Make the coefficients what they were when `snapshot` was taken."""
+        self._settings, self._zero, self._ready = {}, {}, {}
+        for name, value in snapshot.items():
+            self.set(name, value)
+
+    def set(self, name: str, value: Tensor | float) -> None:
+        """Set adapter `name` to `value`, a number, a 0-dim tensor or a `(b,)` tensor.
+
+        Raises:
+            ValueError: `value` has another shape or is not finite.
+        """
+        value = torch.as_tensor(value, dtype=torch.float32).detach()
+        if value.ndim > 1 or value.numel() == 0:
+            raise ValueError(f"a coefficient is one number or one for each row; got shape {tuple(value.shape)}")
+        if not torch.isfinite(value).all():
+            raise ValueError(f"a coefficient must be finite; got {value.tolist()}")
+        setting = Setting.of(value)
+        self._settings[name] = {value.device: setting}
+        self._zero[name] = not value.any().item()
+        self._ready = {}
+
+    def get(self, name: str) -> Tensor:
+        """The coefficient of adapter `name` as it was set."""
+        return next(iter(self._settings.get(name, {None: ONE}).values())).given
+
+    def is_zero(self, name: str) -> bool:
+        """Whether the adapter stands at 0 for every row."""
+        return self._zero.get(name, False)
+
+    def setting(self, name: str, device: torch.device) -> Setting:
+        """The prepared coefficient of adapter `name` on `device`."""
+        by_device = self._settings.setdefault(name, {torch.device("cpu"): ONE})
+        if device not in by_device:
+            by_device[device] = next(iter(by_device.values())).to(device)
+        return by_device[device]
+
+    def rotation(self, triangles: nn.ParameterDict, name: str, r: int) -> Tensor:
+        """Rotations `(n r r)` of adapter `name` for one site, at the distinct values of its coefficient.
+
+        The first site that asks has those of all registered sites of this rank computed. Each is handed out once, so
+        that parameters which change between two passes never meet rotations of an earlier pass.
+        """
+        mine = triangles[name]
+        setting = self.setting(name, mine.device)
+        if torch.compiler.is_compiling():
+            return rotation(mine, setting.values, r)
+        key = (name, r, id(triangles))
+        ready = self._ready.pop(key, None)
+        if ready is None or ready[0] is not mine or ready[1:3] != (version(mine), torch.is_grad_enabled()):
+            sites = [site for site in self._triangles if name in site and site[name].device == mine.device]
+            sites = [site for site in sites if can_be_batched([mine, site[name]], r)]
+            if not any(site is triangles for site in sites):
+                return rotation(mine, setting.values, r)
+            turns = Rotations.apply(
+                setting.values, setting.magnitude, setting.which, r, *(site[name] for site in sites)
+            )
+            for site, turn in zip(sites, turns, strict=True):
+                self._ready[name, r, id(site)] = (site[name], version(site[name]), torch.is_grad_enabled(), turn)
+            ready = self._ready.pop(key)
+        return ready[3]
+
+
+def version(tensor: Tensor) -> int:
+    """How often the tensor was written in place; tensors of inference mode, which cannot be tracked, do not count."""
+    return -1 if tensor.is_inference() else tensor._version

@@ -1,0 +1,59 @@
+"""A few entries of the adapted weights, by which the base model is recognised when an adapter is loaded."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from repeng.tuner.config import SvdSteeringConfig
+from repeng.tuner.layer import dense_weight, is_quantised
+from repeng.tuner.targets import base_of, is_linear, last, linear_modules
+
+MODULES, ENTRIES = 32, 8
+SAME_SHARE = 0.9  # of entries that must agree once both are rounded to bfloat16; two dtypes may round apart
+QUANTISED_DISTANCE = 0.3  # relative; 4-bit quantisation moves weights by about 0.1
+
+
+def take_fingerprint(model: nn.Module, names: list[str]) -> dict[str, Any]:
+    """Entries of up to 32 linear modules at or below `names`: `{"dtype": …, "weights": {name: [8 floats]}}`."""
+    linear: dict[str, nn.Module] = {}
+    for name in names:
+        module = model.get_submodule(name)
+        below = {name: module} if is_linear(module) else {f"{name}.{n}": m for n, m in linear_modules(module).items()}
+        linear.update({key: base_of(m) for key, m in below.items() if last(key) != "lm_head"})
+    keys = sorted(linear)
+    chosen = [keys[i] for i in torch.linspace(0, len(keys) - 1, min(MODULES, len(keys))).long().tolist()]
+    dtypes = {"quantised" if is_quantised(linear[key]) else str(linear[key].weight.dtype) for key in chosen}
+    return {"dtype": ", ".join(sorted(dtypes)), "weights": {key: entries(linear[key]) for key in chosen}}
+
+
+def entries(linear: nn.Module) -> list[float]:
+    """Eight evenly spaced entries of the weight."""
+    weight = dense_weight(linear).reshape(-1)
+    index = torch.linspace(0, weight.numel() - 1, ENTRIES, dtype=torch.float64).long()
+    return weight[index.to(weight.device)].tolist()
+
+
+def check_same_base(model: nn.Module, config: SvdSteeringConfig, names: list[str]) -> None:
+    """Raise ValueError if the adapted weights of `model` are not those that the adapter was made for."""
+    if config.allow_other_base or not config.fingerprint:
+        return
+    known = config.fingerprint
+    here = take_fingerprint(model, names)
+    if set(here["weights"]) != set(known["weights"]):
+        problem = "its adapted modules have other names"
+    else:
+        a, b = (torch.tensor([f["weights"][key] for key in sorted(f["weights"])]) for f in (known, here))
+        if "quantised" in known["dtype"] + here["dtype"]:
+            distance = ((a - b).norm() / a.norm().clamp_min(1e-12)).item()
+            problem = f"sampled weights differ by {distance:.0%}" if distance > QUANTISED_DISTANCE else None
+        else:
+            same = (a == b if known["dtype"] == here["dtype"] else a.bfloat16() == b.bfloat16()).float().mean().item()
+            needed = 1.0 if known["dtype"] == here["dtype"] else SAME_SHARE
+            problem = f"{1 - same:.0%} of the sampled weights differ" if same < needed else None
+    if problem:
+        raise ValueError(
+            f"this adapter was made for another base model ({config.base_model_name_or_path or 'unnamed'}"
+            f"{f', revision {config.revision}' if config.revision else ''}): {problem}. Load that model, or pass "
+            "allow_other_base=True to PeftModel.from_pretrained to use the adapter here all the same"
+        )

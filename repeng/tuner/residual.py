@@ -1,0 +1,105 @@
+"""A decoder layer whose output, the residual stream, is turned and shifted by the coefficient."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repeng.tuner.coefficients import Coefficients
+from repeng.tuner.config import SvdSteeringConfig
+from repeng.tuner.layer import SvdSteeringLayer, rank_change, rows_of, start, subspace_error, top_singular_triples
+from repeng.tuner.targets import writers
+
+# Without the method's prefix: PEFT leaves modules under it out when it deletes an adapter.
+CHILD = "steering_residual"
+
+
+class Residual(nn.Module, SvdSteeringLayer):
+    """`h + c b + Q (R(c) − I) Qᵀ h`: a child of the decoder layer, applied to its output by a hook.
+
+    Q `(d r)`, stored as `svd_steering_u`, are the top output directions of the weights that write to the residual
+    stream in this layer. R is `svd_steering_in`, b is `svd_steering_shift`.
+    """
+
+    def __init__(self, layer: nn.Module, coefficients: Coefficients) -> None:
+        nn.Module.__init__(self)
+        SvdSteeringLayer.__init__(self, coefficients)
+        self._beside = (layer,)  # in a tuple, as a module is no child of its own child
+        self._active_adapter = []
+
+    def get_base_layer(self) -> nn.Module:
+        return self._beside[0]
+
+    def device(self) -> torch.device:
+        return next(self.get_base_layer().parameters()).device
+
+    def update_layer(self, adapter_name: str, config: SvdSteeringConfig, width: int) -> None:
+        """Add an adapter to a residual stream of this width."""
+        r, device = config.r, self.device()
+        self.r[adapter_name] = r
+        if config.rotate_input or config.rotate_output:
+            if config.init_bases:
+                weight = torch.cat(writers(self.get_base_layer(), width), dim=1)
+                basis = top_singular_triples(weight, r, config.svd_niter, config.svd_seed)[0]
+                self.svd_error[adapter_name] = subspace_error(weight, basis)
+            else:
+                basis = torch.full((width, r), torch.nan)
+            self.svd_steering_u[adapter_name] = basis.to(device)
+            self.svd_steering_in[adapter_name] = start(config, r * (r - 1) // 2, device)
+        if config.shift:
+            self.svd_steering_shift[adapter_name] = start(config, width, device)
+        self.set_adapter(self.active_adapters)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """The steered residual stream, `(b t d)` in the dtype of `h (b t d)`."""
+        if self.disable_adapters:
+            return h
+        result = h
+        for name in self.working():
+            setting = self.coefficients.setting(name, h.device)
+            if name in self.svd_steering_in:
+                basis, r = self.svd_steering_u[name].to(h.dtype), self.r[name]
+                with torch.autocast(h.device.type, enabled=False):
+                    turn = self.coefficients.rotation(self.svd_steering_in, name, r) - torch.eye(r, device=h.device)
+                    result = result + rank_change(h, basis, turn.to(h.dtype), basis, setting.index)
+            if name in self.svd_steering_shift:
+                shift = setting.values[:, None, None] * self.svd_steering_shift[name].float()
+                shift = shift[0] if setting.index is None else shift[rows_of(setting.index, h)]
+                result = result + shift.to(h.dtype)
+        return result
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise ValueError(NO_MERGE)
+
+    def unmerge(self) -> None:
+        pass
+
+
+NO_MERGE = (
+    "the site 'residual' turns the sum of all that was written before, which no single weight does, so it cannot be "
+    "merged; adapt 'residual-writers' (the linear layers that write to the residual stream) to get mergeable weights"
+)
+
+
+def steer_output(layer: nn.Module, _inputs: Any, output: Any) -> Any:
+    """Forward hook of a decoder layer: its output, a tensor or a tuple starting with it, goes through `Residual`."""
+    residual = getattr(layer, CHILD)
+    if isinstance(output, tuple):
+        return (residual(output[0]), *output[1:])
+    return residual(output)
+
+
+def attach(layer: nn.Module, coefficients: Coefficients) -> Residual:
+    """Give a decoder layer a `Residual`; one that it already has is kept."""
+    if not hasattr(layer, CHILD):
+        layer.add_module(CHILD, Residual(layer, coefficients))
+        layer.register_forward_hook(steer_output)
+    return getattr(layer, CHILD)
+
+
+def detach(layer: nn.Module) -> None:
+    """Take the `Residual` and its hook off a decoder layer."""
+    for key, hook in list(layer._forward_hooks.items()):
+        if hook is steer_output:
+            del layer._forward_hooks[key]
+    delattr(layer, CHILD)

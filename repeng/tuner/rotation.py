@@ -1,0 +1,74 @@
+"""Cayley rotations of all sites of a model, in one batched solve and without a solve in the backward pass."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def skew(triangles: Tensor, r: int) -> Tensor:
+    """Skew matrices `(… r r)` in float32 from their upper triangles `(… r(r−1)/2)`."""
+    rows, cols = torch.triu_indices(r, r, 1, device=triangles.device)
+    upper = triangles.new_zeros((*triangles.shape[:-1], r, r), dtype=torch.float32)
+    upper[..., rows, cols] = triangles.float()
+    return upper - upper.mT
+
+
+def rotation(triangle: Tensor, coefficient: Tensor, r: int) -> Tensor:
+    """Cayley rotations `R(c) = (I − cA/2)⁻¹ (I + cA/2)`, `(… n r r)` in float32 for coefficients `(n,)`.
+
+    A is the skew matrix with the upper triangle `triangle (… r(r−1)/2)`. R(−c) = R(c)ᵀ; the derivative at c = 0 is A.
+    A plane of A with eigenvalues ±iω turns by 2 arctan(cω/2), under 180°.
+    """
+    half = coefficient[:, None, None] * skew(triangle, r)[..., None, :, :] / 2
+    eye = torch.eye(r, device=triangle.device)
+    return torch.linalg.solve(eye - half, eye + half)
+
+
+class Rotations(torch.autograd.Function):
+    """`rotation` of many triangles at once: one solve for each distinct |c|, since R(−c) = R(c)ᵀ.
+
+    With `R = M (I + cA/2)` and `M = (I − cA/2)⁻¹ = (I + R)/2`, the differential is `dR = c/4 (I + R) dA (I + R)`, so
+    that the backward pass is two products. The rotations are kept on the context instead of among the saved tensors:
+    activation checkpointing may run this backward once for each layer, which would free those.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, coefficient: Tensor, magnitude: Tensor, which: Tensor, r: int, *triangles: Tensor) -> Any:
+        """Rotations `(n r r)` for each of `triangles`.
+
+        Args:
+            coefficient: `(n,)`.
+            magnitude: distinct |c|, `(a,)`.
+            which: index of each coefficient into `magnitude`, `(n,)`.
+            r: the rank.
+            triangles: upper triangles `(r(r−1)/2)` on one device.
+        """
+        turn = rotation(torch.stack(triangles), magnitude, r)[:, which]
+        turn = torch.where((coefficient < 0)[:, None, None], turn.mT, turn)
+        ctx.coefficient, ctx.turn, ctx.r = coefficient, turn, r
+        ctx.set_materialize_grads(False)
+        return turn.unbind(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        reached = [i for i, gradient in enumerate(gradients) if gradient is not None]
+        result: list[Tensor | None] = [None] * len(gradients)
+        if reached:
+            near = torch.eye(ctx.r, device=ctx.turn.device) + ctx.turn[reached]
+            outer = near.mT @ torch.stack([gradients[i].float() for i in reached]) @ near.mT
+            of_skew = (ctx.coefficient[:, None, None] / 4 * outer).sum(dim=1)
+            rows, cols = torch.triu_indices(ctx.r, ctx.r, 1, device=ctx.turn.device)
+            of_triangle = (of_skew - of_skew.mT)[:, rows, cols]
+            for i, gradient in zip(reached, of_triangle, strict=True):
+                result[i] = gradient
+        return None, None, None, None, *result
+
+
+def can_be_batched(triangles: Sequence[Tensor], r: int) -> bool:
+    """Whether the triangles are whole and in one place: not sharded over processes, nor on several devices."""
+    whole = all(type(t.data) is Tensor and t.numel() == r * (r - 1) // 2 for t in triangles)
+    return whole and len({(t.device, t.dtype) for t in triangles}) == 1

@@ -1,0 +1,264 @@
+"""From what a configuration asks for to full names of modules; every request that matches nothing is an error."""
+
+import re
+from collections.abc import Iterable
+from fnmatch import fnmatch
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from repeng.tuner.config import SvdSteeringConfig
+from repeng.tuner.layer import dense_weight, linear_shape
+
+RESIDUAL = "residual"
+ALL_LINEAR = "all-linear"
+# What each sugar name stands for, over the architectures: Llama and its heirs, Phi-3 (fused), GPT-2, GPT-NeoX, OPT.
+SUGAR = {
+    "residual-writers": ("o_proj", "down_proj", "c_proj", "dense", "dense_4h_to_h", "out_proj", "fc2"),
+    "residual-readers": (
+        *("q_proj", "k_proj", "v_proj", "qkv_proj", "up_proj", "gate_proj", "gate_up_proj"),
+        *("c_attn", "c_fc", "query_key_value", "dense_h_to_4h", "fc1"),
+    ),
+    "kv": ("k_proj", "v_proj"),
+}
+OTHER_MODALITIES = ("*vision*", "*visual*", "*image*", "*audio*", "*speech*")
+
+
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Full name and list of the decoder layers of a causal language model, adapters or not.
+
+    Found by structure: the outermost `ModuleList` as long as the text configuration's `num_hidden_layers`, towers of
+    other modalities left aside.
+
+    Raises:
+        ValueError: there is no such list, or more than one.
+    """
+    if not hasattr(model, "config"):
+        raise ValueError(f"{type(model).__name__} has no configuration that tells its number of decoder layers")
+    n = model.config.get_text_config(decoder=True).num_hidden_layers
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, nn.ModuleList) and len(module) == n and not inside and not is_other_modality(name):
+            found[name] = module
+    if len(found) != 1:
+        raise ValueError(
+            f"expected one list of {n} decoder layers in {type(model).__name__}, found {len(found)} "
+            f"({', '.join(found) or 'none'}); pass the text decoder of a larger model"
+        )
+    return next(iter(found.items()))
+
+
+def is_other_modality(name: str) -> bool:
+    return any(fnmatch(part, pattern) for part in name.split(".") for pattern in OTHER_MODALITIES)
+
+
+def select_layers(depth: int, layers: Iterable[int] | int | str | None) -> list[int]:
+    """Indices of decoder layers, from a list, one index, a share of the depth such as "0.3-0.7", or None for all.
+
+    A layer belongs to a share if its stretch [i/depth, (i+1)/depth) of the depth overlaps it.
+
+    Raises:
+        ValueError: an index or a share outside the model, or text that is no share.
+    """
+    if layers is None:
+        return list(range(depth))
+    if isinstance(layers, str):
+        match = re.fullmatch(r"\s*([0-9.]+)\s*-\s*([0-9.]+)\s*", layers)
+        low, high = (float(part) for part in match.groups()) if match else (1.0, 0.0)
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"layers {layers!r} is no share of the depth; write for example 0.3-0.7, within 0-1")
+        return [i for i in range(depth) if (i + 1) / depth > low + 1e-9 and i / depth < high - 1e-9]
+    chosen = [layers] if isinstance(layers, int) else sorted(set(layers))
+    for index in chosen:
+        if not 0 <= index < depth:
+            raise ValueError(f"layer {index} does not exist; this model has layers 0 to {depth - 1}")
+    if not chosen:
+        raise ValueError("layers is empty; leave it out for all layers")
+    return chosen
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the base of `module` is a layer that this method can adapt."""
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return isinstance(base, nn.Linear | Conv1D)
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """The layer below adapters."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def linear_modules(root: nn.Module) -> dict[str, nn.Module]:
+    """Linear modules below `root` by name, adapted ones included and insides of adapters left out."""
+    found: dict[str, nn.Module] = {}
+    wrapped: list[str] = []
+    for name, module in root.named_modules():
+        if any(name.startswith(f"{outer}.") for outer in wrapped):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            wrapped.append(name)
+        if name and is_linear(module):
+            found[name] = module
+    return found
+
+
+def last(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
+
+
+def fused_experts(layer: nn.Module) -> dict[str, Tensor]:
+    """Parameters of a decoder layer that hold the weights of all experts at once, `(experts … …)`, by name."""
+    return {n: p for n, p in layer.named_parameters() if p.ndim == 3 and last(n) not in ("weight", "bias")}
+
+
+def writers(layer: nn.Module, width: int) -> list[Tensor]:
+    """Weights `(width …)` in float32 that write to the residual stream in this decoder layer, fused experts included.
+
+    Raises:
+        ValueError: none is found.
+    """
+    names = SUGAR["residual-writers"]
+    found = [dense_weight(base_of(m)) for name, m in linear_modules(layer).items() if last(name) in names]
+    for name, weight in fused_experts(layer).items():
+        if last(name) in names:
+            weight = weight.detach().float()
+            by_input = weight.mT if weight.shape[1] == width else weight  # (experts … width)
+            found.append(by_input.flatten(0, 1).mT)
+    found = [weight for weight in found if weight.shape[0] == width]
+    if not found:
+        raise ValueError(
+            f"a {type(layer).__name__} has none of the modules {', '.join(names)}, which would span the directions of "
+            f"{RESIDUAL!r}; adapt linear modules instead: {', '.join(sorted(map(last, linear_modules(layer))))}"
+        )
+    return found
+
+
+def resolve(model: nn.Module, config: SvdSteeringConfig) -> list[str]:
+    """Full names of the modules to adapt, in the order of the model; a decoder layer's own name means its residual.
+
+    Raises:
+        ValueError: naming the (layer, site) without a match, a module that cannot be adapted, a rank above a weight's,
+            and what the model has instead.
+    """
+    _, layers = decoder_layers(model)
+    if isinstance(config.target_modules, str):
+        wanted = by_expression(model, config.target_modules)
+    elif config.target_modules:
+        indices = select_layers(len(layers), config.layers_to_transform)
+        wanted = {name for target in config.target_modules for name in by_name(model, target, indices, config)}
+    else:
+        raise ValueError(f"target_modules is empty; {available(model)}")
+    wanted = {name for name in wanted if not matches(name, config.exclude_modules)}
+    saved = [name for name in wanted if last(name) in (config.modules_to_save or ())]
+    if saved:
+        raise ValueError(f"{saved[0]!r} is in modules_to_save and in target_modules; choose one")
+    if not wanted:
+        raise ValueError(
+            f"nothing is left of target_modules={texts(config.target_modules)} after "
+            f"exclude_modules={texts(config.exclude_modules)}"
+        )
+    check(model, config, wanted)
+    return [name for name, _ in model.named_modules() if name in wanted]
+
+
+def by_expression(model: nn.Module, expression: str) -> set[str]:
+    """Linear modules and decoder layers whose full name matches."""
+    prefix, layers = decoder_layers(model)
+    candidates = [*linear_modules(model), *(f"{prefix}.{i}" for i in range(len(layers)))]
+    found = {name for name in candidates if re.fullmatch(expression, name) and not is_other_modality(name)}
+    if not found:
+        others = [name for name, _ in model.named_modules() if re.fullmatch(expression, name)]
+        raise ValueError(
+            f"the regular expression target_modules={expression!r} matches no linear module and no decoder layer"
+            f"{f' (but {others[0]!r}, which cannot be adapted)' if others else ''}; {available(model)}"
+        )
+    return found
+
+
+def by_name(model: nn.Module, target: str, indices: list[int], config: SvdSteeringConfig) -> set[str]:
+    """Modules that one entry of target_modules stands for: at least one in every selected layer, or one full name."""
+    prefix, layers = decoder_layers(model)
+    if target == RESIDUAL:
+        return {f"{prefix}.{i}" for i in indices}
+    everywhere = {name: m for name, m in linear_modules(model).items() if not is_other_modality(name)}
+    if target in everywhere:
+        return {target}
+    found: set[str] = set()
+    missing: list[int] = []
+    for i in indices:
+        here = {name for name in linear_modules(layers[i]) if is_called(name, target)}
+        found |= {f"{prefix}.{i}.{name}" for name in here}
+        fused = [name for name in fused_experts(layers[i]) if is_called(name, target)]
+        if fused:
+            raise ValueError(
+                f"{target!r} takes in {prefix}.{i}.{fused[0]}, all experts in one tensor of shape "
+                f"{tuple(layers[i].get_parameter(fused[0]).shape)}, which cannot be adapted one by one; adapt "
+                f"{RESIDUAL!r} or, by name, {', '.join(sorted({last(n) for n in linear_modules(layers[i])}))}"
+            )
+        if not here:
+            missing.append(i)
+    outside = {name for name in everywhere if is_called(name, target) and not name.startswith(f"{prefix}.")}
+    if outside and not found and config.layers_to_transform is None:
+        return outside
+    if missing:
+        whole = f"layers {missing[0]}–{missing[-1]}" if len(missing) > 1 else f"layer {missing[0]}"
+        others = [name for name, _ in layers[missing[0]].named_modules() if is_called(name, target)]
+        raise ValueError(
+            f"target_modules {target!r} matches no linear module in {whole} ({len(missing)} of {len(indices)} layers)"
+            f"{f' (but {others[0]!r}, which cannot be adapted)' if others else ''}; {available(model)}"
+        )
+    return found
+
+
+def is_called(name: str, target: str) -> bool:
+    """Whether `target`, sugar or the end of a name, stands for the module of this name."""
+    if target == ALL_LINEAR:
+        return last(name) != "lm_head"
+    if target in SUGAR:
+        return last(name) in SUGAR[target]
+    return name == target or name.endswith(f".{target}")
+
+
+def matches(name: str, patterns: Iterable[str] | str | None) -> bool:
+    """Whether PEFT's exclude_modules, names or a regular expression, cover `name`."""
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns or ())
+
+
+def check(model: nn.Module, config: SvdSteeringConfig, wanted: set[str]) -> None:
+    """Raise ValueError for a tied weight, a site with nothing to learn, or a rank that a weight does not have."""
+    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    tied = getattr(embeddings, "weight", None)
+    for name in sorted(wanted):
+        module = base_of(model.get_submodule(name))
+        parts = ("rotate_input", "rotate_output", "scale" if is_linear(module) else "shift")
+        if not any(getattr(config, part) for part in parts):
+            raise ValueError(f"nothing to learn at {name!r}: set at least one of {', '.join(parts)}")
+        if is_linear(module) and tied is not None and module.weight is tied:
+            raise ValueError(
+                f"{name!r} shares its weight with the input embeddings, which would change too; leave it out"
+            )
+        limit = max_rank(model, name)
+        if config.r > limit:
+            raise ValueError(f"r={config.r} is above the rank of {name!r}, which is at most {limit}; give r ≤ {limit}")
+
+
+def max_rank(model: nn.Module, name: str) -> int:
+    """The largest `r` for the module of this full name: the smaller side of a weight, a decoder layer's width."""
+    module = base_of(model.get_submodule(name))
+    if is_linear(module):
+        return min(linear_shape(module))
+    return model.config.get_text_config(decoder=True).hidden_size
+
+
+def available(model: nn.Module) -> str:
+    _, layers = decoder_layers(model)
+    names = sorted({last(name) for layer in layers for name in linear_modules(layer)})
+    return f"this model has {len(layers)} layers with the linear modules {', '.join(names)}, and {RESIDUAL!r}"
+
+
+def texts(targets: Iterable[str] | str | None) -> str:
+    return repr(targets) if isinstance(targets, str) or targets is None else ", ".join(map(repr, sorted(targets)))
