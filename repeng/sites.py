@@ -17,7 +17,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     Raises:
         ValueError: they cannot be found.
     """
-    return targets.decoder_layers(model)[1]
+    return targets.find_decoder(model).layers
 
 
 def site_module(model: nn.Module, layer: int, site: str) -> nn.Module:

@@ -14,8 +14,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausa
 from repeng import SvdSteeringConfig, steer, tiny
 from repeng.tuner import SvdSteeringLayer
 from repeng.tuner import layer as layer_module
-from repeng.tuner.layer import dense_weight, rows_of, top_singular_triples
+from repeng.tuner.base import dense_weight
+from repeng.tuner.layer import rows_of
 from repeng.tuner.rotation import rotation
+from repeng.tuner.svd import top_singular_triples
 
 
 def logits(model, batch):

@@ -15,7 +15,7 @@ from repeng.eval import Question, choice_id, choice_ids, load_questions
 from repeng.sites import decoder_layers, site_module
 from repeng.train.arguments import SteeringArguments
 from repeng.tuner import SvdSteeringConfig
-from repeng.tuner.layer import linear_shape
+from repeng.tuner.base import linear_shape
 
 MAX_PAIRS = 1024
 NEUTRAL_TRAIN, NEUTRAL_TEST = 256, 64

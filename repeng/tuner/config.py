@@ -45,12 +45,15 @@ class SvdSteeringConfig(PeftConfig):
             "Needs a list of target_modules."
         },
     )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of decoder layers, if it is not found by itself."}
+    )
     rotate_input: bool = field(default=True, metadata={"help": "Learn R_in, which turns the input directions V."})
     rotate_output: bool = field(default=False, metadata={"help": "Learn R_out, which turns the output directions U."})
     scale: bool = field(default=True, metadata={"help": "Learn λ, the log-gain of each singular value."})
     shift: bool = field(default=True, metadata={"help": "Learn b, what is added to the residual stream."})
     svd_niter: int = field(
-        default=4, metadata={"help": "Power iterations of the seeded randomised SVD; 0 = exact SVD."}
+        default=2, metadata={"help": "Power iterations of the seeded randomised SVD; 0 = exact SVD."}
     )
     svd_seed: int = field(default=0, metadata={"help": "Seed of the randomised SVD."})
     init_weights: bool = field(

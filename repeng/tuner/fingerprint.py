@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from repeng.tuner.base import base_of, entries, is_linear, is_quantised, linear_shape
 from repeng.tuner.config import SvdSteeringConfig
-from repeng.tuner.layer import dense_weight, is_quantised
-from repeng.tuner.targets import base_of, is_linear, last, linear_modules
+from repeng.tuner.targets import last, linear_modules
 
 MODULES, ENTRIES = 32, 8
 SAME_SHARE = 0.9  # of entries that must agree once both are rounded to bfloat16; two dtypes may round apart
@@ -24,14 +24,13 @@ def take_fingerprint(model: nn.Module, names: list[str]) -> dict[str, Any]:
     keys = sorted(linear)
     chosen = [keys[i] for i in torch.linspace(0, len(keys) - 1, min(MODULES, len(keys))).long().tolist()]
     dtypes = {"quantised" if is_quantised(linear[key]) else str(linear[key].weight.dtype) for key in chosen}
-    return {"dtype": ", ".join(sorted(dtypes)), "weights": {key: entries(linear[key]) for key in chosen}}
+    return {"dtype": ", ".join(sorted(dtypes)), "weights": {key: sample(linear[key]) for key in chosen}}
 
 
-def entries(linear: nn.Module) -> list[float]:
-    """Eight evenly spaced entries of the weight."""
-    weight = dense_weight(linear).reshape(-1)
-    index = torch.linspace(0, weight.numel() - 1, ENTRIES, dtype=torch.float64).long()
-    return weight[index.to(weight.device)].tolist()
+def sample(linear: nn.Module) -> list[float]:
+    """Eight entries along the diagonal of the weight."""
+    d_in, d_out = linear_shape(linear)
+    return entries(linear, *(torch.linspace(0, d - 1, ENTRIES).long() for d in (d_out, d_in))).tolist()
 
 
 def check_same_base(model: nn.Module, config: SvdSteeringConfig, names: list[str]) -> None:

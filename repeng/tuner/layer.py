@@ -6,15 +6,15 @@ import torch
 from einops import einsum
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from repeng.tuner.base import dense_weight, device_of, is_quantised, linear_shape
 from repeng.tuner.coefficients import Coefficients
 from repeng.tuner.config import SvdSteeringConfig
+from repeng.tuner.svd import subspace_error, top_singular_triples
 
 INIT_STD = 0.02  # of the skew matrices, of λ and of b when init_weights is False
-OVERSAMPLING = 16
 
 
 class SvdSteeringLayer(BaseTunerLayer):
@@ -55,8 +55,8 @@ class SvdSteeringLayer(BaseTunerLayer):
         self._disable_adapters = not enabled
 
     def device(self) -> torch.device:
-        """Where this site's base weights are."""
-        return self.get_base_layer().weight.device
+        """Where this site computes."""
+        return device_of(self.get_base_layer())
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own also casts to the dtype of the base, which would round the bases.
@@ -94,7 +94,7 @@ class Linear(nn.Module, SvdSteeringLayer):
             self.svd_error[adapter_name] = subspace_error(weight, u)
         else:
             u, s, v = (torch.full(shape, torch.nan) for shape in ((self.out_features, r), (r,), (self.in_features, r)))
-        device = base.weight.device
+        device = self.device()
         for store, tensor in (("u", u), ("s", s), ("v", v)):
             getattr(self, f"svd_steering_{store}")[adapter_name] = tensor.to(device)
         self.r[adapter_name] = r
@@ -223,45 +223,3 @@ def rows_of(index: Tensor, x: Tensor) -> Tensor:
             "give one coefficient for each row of the batch, or one number"
         )
     return index.repeat_interleave(x.shape[0] // index.numel())
-
-
-@torch.no_grad()
-def top_singular_triples(weight: Tensor, r: int, niter: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """U `(d_out r)`, S `(r)`, V `(d_in r)` of `weight (d_out d_in)`: exact for `niter` 0, else randomised.
-
-    The randomised form is that of Halko, Martinsson and Tropp (2011) with 16 extra directions, in a forked random
-    number generator, so that creating an adapter leaves the caller's random state alone.
-    """
-    if niter == 0:
-        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-        return u[:, :r].contiguous(), s[:r].contiguous(), vh[:r].mT.contiguous()
-    devices = [] if weight.device.type == "cpu" else [weight.device]
-    with torch.random.fork_rng(devices=devices, device_type="cuda" if not devices else weight.device.type):
-        torch.manual_seed(seed)
-        u, s, v = torch.svd_lowrank(weight, q=min(r + OVERSAMPLING, *weight.shape), niter=niter)
-    return u[:, :r].contiguous(), s[:r].contiguous(), v[:, :r].contiguous()
-
-
-@torch.no_grad()
-def subspace_error(weight: Tensor, u: Tensor) -> float:
-    """‖W − U Uᵀ W‖ / ‖W‖ (Frobenius) of `weight (d_out d_in)` and orthonormal `u (d_out r)`."""
-    total = weight.square().sum()
-    return (1 - (u.mT @ weight).square().sum() / total).clamp_min(0).sqrt().item() if total > 0 else 0.0
-
-
-@torch.no_grad()
-def dense_weight(linear: nn.Module) -> Tensor:
-    """The weight `(d_out d_in)` of a linear layer in float32, dequantised if need be."""
-    weight = dequantize_module_weight(linear).detach().float()
-    return weight.mT if isinstance(linear, Conv1D) else weight
-
-
-def is_quantised(linear: nn.Module) -> bool:
-    """Whether the weight is anything but a plain floating-point tensor."""
-    weight = linear.weight
-    return type(weight.data) is not Tensor or not weight.is_floating_point() or weight.element_size() < 2
-
-
-def linear_shape(layer: nn.Module) -> tuple[int, int]:
-    """`(d_in, d_out)` of a linear layer or a Conv1D."""
-    return tuple(layer.weight.shape) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)

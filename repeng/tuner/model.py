@@ -1,5 +1,7 @@
 """Routing of the PEFT method: which modules it replaces, and strict loading."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftConfig
@@ -11,12 +13,13 @@ from peft.utils.constants import (
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from repeng.tuner.base import is_linear
 from repeng.tuner.coefficients import Coefficients
-from repeng.tuner.config import PREFIX, SvdSteeringConfig
+from repeng.tuner.config import PEFT_TYPE, PREFIX, SvdSteeringConfig
 from repeng.tuner.fingerprint import check_same_base, take_fingerprint
 from repeng.tuner.layer import Linear, SvdSteeringLayer
-from repeng.tuner.residual import NO_MERGE, Residual, attach, detach
-from repeng.tuner.targets import is_linear, resolve
+from repeng.tuner.residual import CHILD, NO_MERGE, Residual, attach, detach
+from repeng.tuner.targets import RESIDUAL, last, resolve
 
 
 class SvdSteeringModel(BaseTuner):
@@ -32,6 +35,12 @@ class SvdSteeringModel(BaseTuner):
 
     def _prepare_model(self, peft_config: SvdSteeringConfig, model: nn.Module) -> None:
         # PEFT calls this before it changes anything, for the first adapter and for those added later.
+        merged = next((m for m in model.modules() if isinstance(m, SvdSteeringLayer) and m.merged), None)
+        if merged is not None:
+            raise ValueError(
+                f"adapter {', '.join(merged.merged_adapters)} is merged into the weights, of which another one would "
+                "take its bases; call unmerge_adapter() first"
+            )
         self.__dict__.setdefault("coefficients", Coefficients())
         if peft_config.init_bases or peft_config.resolved_modules is None:
             peft_config.resolved_modules = resolve(model, peft_config)
@@ -39,7 +48,9 @@ class SvdSteeringModel(BaseTuner):
             require_modules(model, peft_config.resolved_modules)
         if peft_config.init_bases:
             peft_config.fingerprint = take_fingerprint(model, peft_config.resolved_modules)
-            peft_config.revision = peft_config.revision or getattr(model.config, "_commit_hash", None)
+            peft_config.revision = peft_config.revision or getattr(
+                getattr(model, "config", None), "_commit_hash", None
+            )
         else:
             check_same_base(model, peft_config, peft_config.resolved_modules)
         total = len(peft_config.resolved_modules)
@@ -68,13 +79,27 @@ class SvdSteeringModel(BaseTuner):
             module.set_adapter(self.active_adapters)
             self._replace_module(parent, target_name, module, target)
         else:
-            width = self.model.config.get_text_config(decoder=True).hidden_size
             residual = attach(target, self.coefficients)
-            residual.update_layer(adapter_name, peft_config, width)
+            residual.update_layer(adapter_name, peft_config)
             residual.set_adapter(self.active_adapters)
         self._bar.update()
         if self._bar.n >= self._bar.total:
             self._bar.close()
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's own also moves modules, which would touch a quantised base and put buffers beside an offloaded weight.
+        setattr(parent, child_name, new_module)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *_args: Any, **kwargs: Any) -> Iterator[None]:
+        # PEFT drops these keywords after this context: a method that does not know them would ignore them silently.
+        for name in ("adapter_names", "alora_offsets"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"{PEFT_TYPE} does not take {name}; give each row its own coefficient: "
+                    "with repeng.steer(model, torch.tensor([…]), adapter_name=…)"
+                )
+        yield
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
@@ -86,6 +111,23 @@ class SvdSteeringModel(BaseTuner):
         for layer in [m for m in model.modules() if any(isinstance(child, Residual) for child in m.children())]:
             detach(layer)
         return model
+
+    def describe(self, adapter_name: str = "default") -> str:
+        """What one adapter adapts: modules by name and layer, and how much of each weight lies outside its bases."""
+        config = self.peft_config[adapter_name]
+        kinds: dict[str, list[tuple[int, float | None]]] = {}
+        for name in config.resolved_modules:
+            layer = next((int(part) for part in name.split(".") if part.isdigit()), -1)
+            site = self.model.get_submodule(name)
+            kind = last(name) if isinstance(site, Linear) else RESIDUAL
+            site = site if isinstance(site, Linear) else getattr(site, CHILD)
+            kinds.setdefault(kind, []).append((layer, site.svd_error.get(adapter_name)))
+        lines = [f"{len(config.resolved_modules)} modules adapted at rank {config.r}"]
+        for kind, found in kinds.items():
+            errors = [error for _, error in found if error is not None]
+            outside = f", up to {max(errors):.0%} of a weight outside the bases" if errors else ""
+            lines.append(f"  {kind}: {len(found)}, layers {spans(sorted({layer for layer, _ in found}))}{outside}")
+        return "\n".join(lines)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
         # PEFT loads with strict=False; without this a missing base would stay NaN and a stray key would be dropped.
@@ -104,6 +146,17 @@ class SvdSteeringModel(BaseTuner):
         given = {key for key in state_dict if not is_auxiliary(key)}
         check_keys(expected, given, adapter_name)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def spans(indices: list[int]) -> str:
+    """Sorted indices with runs drawn together: 2–4, 7."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def require_modules(model: nn.Module, names: list[str]) -> None:

@@ -5,10 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from repeng.tuner.base import base_of, device_of
 from repeng.tuner.coefficients import Coefficients
 from repeng.tuner.config import SvdSteeringConfig
-from repeng.tuner.layer import SvdSteeringLayer, rank_change, rows_of, start, subspace_error, top_singular_triples
-from repeng.tuner.targets import writers
+from repeng.tuner.layer import SvdSteeringLayer, rank_change, rows_of, start
+from repeng.tuner.svd import subspace_error, top_singular_triples
+from repeng.tuner.targets import linear_modules, residual_width, writers
 
 # Without the method's prefix: PEFT leaves modules under it out when it deletes an adapter.
 CHILD = "steering_residual"
@@ -31,15 +33,14 @@ class Residual(nn.Module, SvdSteeringLayer):
         return self._beside[0]
 
     def device(self) -> torch.device:
-        return next(self.get_base_layer().parameters()).device
+        return device_of(base_of(next(iter(linear_modules(self.get_base_layer()).values()))))
 
-    def update_layer(self, adapter_name: str, config: SvdSteeringConfig, width: int) -> None:
-        """Add an adapter to a residual stream of this width."""
-        r, device = config.r, self.device()
+    def update_layer(self, adapter_name: str, config: SvdSteeringConfig) -> None:
+        r, device, width = config.r, self.device(), residual_width(self.get_base_layer())
         self.r[adapter_name] = r
         if config.rotate_input or config.rotate_output:
             if config.init_bases:
-                weight = torch.cat(writers(self.get_base_layer(), width), dim=1)
+                weight = torch.cat(writers(self.get_base_layer()), dim=1)
                 basis = top_singular_triples(weight, r, config.svd_niter, config.svd_seed)[0]
                 self.svd_error[adapter_name] = subspace_error(weight, basis)
             else:

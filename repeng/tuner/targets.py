@@ -3,13 +3,13 @@
 import re
 from collections.abc import Iterable
 from fnmatch import fnmatch
+from typing import NamedTuple
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
+from repeng.tuner.base import base_of, dense_weight, is_linear, linear_shape
 from repeng.tuner.config import SvdSteeringConfig
-from repeng.tuner.layer import dense_weight, linear_shape
 
 RESIDUAL = "residual"
 ALL_LINEAR = "all-linear"
@@ -25,29 +25,51 @@ SUGAR = {
 OTHER_MODALITIES = ("*vision*", "*visual*", "*image*", "*audio*", "*speech*")
 
 
-def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Full name and list of the decoder layers of a causal language model, adapters or not.
+class Decoder(NamedTuple):
+    """The decoder layers of a model and the full name of their list."""
+
+    name: str
+    layers: nn.ModuleList
+
+    def available(self) -> str:
+        """What could be adapted, for error messages."""
+        names = sorted({last(name) for layer in self.layers for name in linear_modules(layer)})
+        return f"this model has {len(self.layers)} layers with the linear modules {', '.join(names)}, and {RESIDUAL!r}"
+
+
+def find_decoder(model: nn.Module, layers_pattern: list[str] | str | None = None) -> Decoder:
+    """The decoder layers of a causal language model, adapters or not.
 
     Found by structure: the outermost `ModuleList` as long as the text configuration's `num_hidden_layers`, towers of
-    other modalities left aside.
+    other modalities left aside; or the one whose name is, or ends in, one of `layers_pattern`.
 
     Raises:
         ValueError: there is no such list, or more than one.
     """
-    if not hasattr(model, "config"):
-        raise ValueError(f"{type(model).__name__} has no configuration that tells its number of decoder layers")
-    n = model.config.get_text_config(decoder=True).num_hidden_layers
+    patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    if patterns:
+        what = f"called {' or '.join(map(repr, patterns))}"
+        lists_here = {name: module for name, module in lists.items() if matches(name, patterns)}
+    elif not hasattr(model, "config"):
+        raise ValueError(
+            f"{type(model).__name__} has no config that tells its number of decoder layers; name their list with "
+            f"layers_pattern: {', '.join(lists) or 'this model has no list of modules'}"
+        )
+    else:
+        n = model.config.get_text_config(decoder=True).num_hidden_layers
+        what = f"of {n} decoder layers"
+        lists_here = {name: m for name, m in lists.items() if len(m) == n and not is_other_modality(name)}
     found: dict[str, nn.ModuleList] = {}
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, nn.ModuleList) and len(module) == n and not inside and not is_other_modality(name):
+    for name, module in lists_here.items():
+        if not any(name.startswith(f"{outer}.") for outer in found):
             found[name] = module
     if len(found) != 1:
         raise ValueError(
-            f"expected one list of {n} decoder layers in {type(model).__name__}, found {len(found)} "
-            f"({', '.join(found) or 'none'}); pass the text decoder of a larger model"
+            f"expected one list {what} in {type(model).__name__}, found {len(found)}; name it with layers_pattern: "
+            f"{', '.join(lists) or 'this model has no list of modules'}"
         )
-    return next(iter(found.items()))
+    return Decoder(*next(iter(found.items())))
 
 
 def is_other_modality(name: str) -> bool:
@@ -65,7 +87,7 @@ def select_layers(depth: int, layers: Iterable[int] | int | str | None) -> list[
     if layers is None:
         return list(range(depth))
     if isinstance(layers, str):
-        match = re.fullmatch(r"\s*([0-9.]+)\s*-\s*([0-9.]+)\s*", layers)
+        match = re.fullmatch(r"\s*(\d+|\d*\.\d+)\s*-\s*(\d+|\d*\.\d+)\s*", layers)
         low, high = (float(part) for part in match.groups()) if match else (1.0, 0.0)
         if not 0 <= low < high <= 1:
             raise ValueError(f"layers {layers!r} is no share of the depth; write for example 0.3-0.7, within 0-1")
@@ -77,17 +99,6 @@ def select_layers(depth: int, layers: Iterable[int] | int | str | None) -> list[
     if not chosen:
         raise ValueError("layers is empty; leave it out for all layers")
     return chosen
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether the base of `module` is a layer that this method can adapt."""
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    return isinstance(base, nn.Linear | Conv1D)
-
-
-def base_of(module: nn.Module) -> nn.Module:
-    """The layer below adapters."""
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def linear_modules(root: nn.Module) -> dict[str, nn.Module]:
@@ -113,26 +124,32 @@ def fused_experts(layer: nn.Module) -> dict[str, Tensor]:
     return {n: p for n, p in layer.named_parameters() if p.ndim == 3 and last(n) not in ("weight", "bias")}
 
 
-def writers(layer: nn.Module, width: int) -> list[Tensor]:
-    """Weights `(width …)` in float32 that write to the residual stream in this decoder layer, fused experts included.
+def residual_width(layer: nn.Module) -> int:
+    """Width of the residual stream: what the linear modules that write to it put out.
 
     Raises:
-        ValueError: none is found.
+        ValueError: the decoder layer has none.
     """
-    names = SUGAR["residual-writers"]
+    names, linear = SUGAR["residual-writers"], linear_modules(layer)
+    for name, module in linear.items():
+        if last(name) in names:
+            return linear_shape(base_of(module))[1]
+    raise ValueError(
+        f"a {type(layer).__name__} has none of the modules {', '.join(names)}, which would span the directions of "
+        f"{RESIDUAL!r}; adapt linear modules instead: {', '.join(sorted(map(last, linear)))}"
+    )
+
+
+def writers(layer: nn.Module) -> list[Tensor]:
+    """Weights `(width …)` in float32 that write to the residual stream in this layer, fused experts included."""
+    names, width = SUGAR["residual-writers"], residual_width(layer)
     found = [dense_weight(base_of(m)) for name, m in linear_modules(layer).items() if last(name) in names]
     for name, weight in fused_experts(layer).items():
         if last(name) in names:
             weight = weight.detach().float()
             by_input = weight.mT if weight.shape[1] == width else weight  # (experts … width)
             found.append(by_input.flatten(0, 1).mT)
-    found = [weight for weight in found if weight.shape[0] == width]
-    if not found:
-        raise ValueError(
-            f"a {type(layer).__name__} has none of the modules {', '.join(names)}, which would span the directions of "
-            f"{RESIDUAL!r}; adapt linear modules instead: {', '.join(sorted(map(last, linear_modules(layer))))}"
-        )
-    return found
+    return [weight for weight in found if weight.shape[0] == width]
 
 
 def resolve(model: nn.Module, config: SvdSteeringConfig) -> list[str]:
@@ -142,14 +159,13 @@ def resolve(model: nn.Module, config: SvdSteeringConfig) -> list[str]:
         ValueError: naming the (layer, site) without a match, a module that cannot be adapted, a rank above a weight's,
             and what the model has instead.
     """
-    _, layers = decoder_layers(model)
+    decoder = find_decoder(model, config.layers_pattern)
     if isinstance(config.target_modules, str):
-        wanted = by_expression(model, config.target_modules)
+        wanted = by_expression(model, decoder, config.target_modules)
     elif config.target_modules:
-        indices = select_layers(len(layers), config.layers_to_transform)
-        wanted = {name for target in config.target_modules for name in by_name(model, target, indices, config)}
+        wanted = {name for target in config.target_modules for name in by_name(model, decoder, target, config)}
     else:
-        raise ValueError(f"target_modules is empty; {available(model)}")
+        raise ValueError(f"target_modules is empty; {decoder.available()}")
     wanted = {name for name in wanted if not matches(name, config.exclude_modules)}
     saved = [name for name in wanted if last(name) in (config.modules_to_save or ())]
     if saved:
@@ -163,26 +179,26 @@ def resolve(model: nn.Module, config: SvdSteeringConfig) -> list[str]:
     return [name for name, _ in model.named_modules() if name in wanted]
 
 
-def by_expression(model: nn.Module, expression: str) -> set[str]:
+def by_expression(model: nn.Module, decoder: Decoder, expression: str) -> set[str]:
     """Linear modules and decoder layers whose full name matches."""
-    prefix, layers = decoder_layers(model)
-    candidates = [*linear_modules(model), *(f"{prefix}.{i}" for i in range(len(layers)))]
+    candidates = [*linear_modules(model), *(f"{decoder.name}.{i}" for i in range(len(decoder.layers)))]
     found = {name for name in candidates if re.fullmatch(expression, name) and not is_other_modality(name)}
     if not found:
         others = [name for name, _ in model.named_modules() if re.fullmatch(expression, name)]
         raise ValueError(
             f"the regular expression target_modules={expression!r} matches no linear module and no decoder layer"
-            f"{f' (but {others[0]!r}, which cannot be adapted)' if others else ''}; {available(model)}"
+            f"{f' (but {others[0]!r}, which cannot be adapted)' if others else ''}; {decoder.available()}"
         )
     return found
 
 
-def by_name(model: nn.Module, target: str, indices: list[int], config: SvdSteeringConfig) -> set[str]:
+def by_name(model: nn.Module, decoder: Decoder, target: str, config: SvdSteeringConfig) -> set[str]:
     """Modules that one entry of target_modules stands for: at least one in every selected layer, or one full name."""
-    prefix, layers = decoder_layers(model)
+    prefix, layers = decoder
+    indices = select_layers(len(layers), config.layers_to_transform)
     if target == RESIDUAL:
         return {f"{prefix}.{i}" for i in indices}
-    everywhere = {name: m for name, m in linear_modules(model).items() if not is_other_modality(name)}
+    everywhere = {name for name in linear_modules(model) if not is_other_modality(name)}
     if target in everywhere:
         return {target}
     found: set[str] = set()
@@ -207,7 +223,7 @@ def by_name(model: nn.Module, target: str, indices: list[int], config: SvdSteeri
         others = [name for name, _ in layers[missing[0]].named_modules() if is_called(name, target)]
         raise ValueError(
             f"target_modules {target!r} matches no linear module in {whole} ({len(missing)} of {len(indices)} layers)"
-            f"{f' (but {others[0]!r}, which cannot be adapted)' if others else ''}; {available(model)}"
+            f"{f' (but {others[0]!r}, which cannot be adapted)' if others else ''}; {decoder.available()}"
         )
     return found
 
@@ -222,7 +238,7 @@ def is_called(name: str, target: str) -> bool:
 
 
 def matches(name: str, patterns: Iterable[str] | str | None) -> bool:
-    """Whether PEFT's exclude_modules, names or a regular expression, cover `name`."""
+    """Whether `name` is, or ends in, one of the patterns, or matches the regular expression."""
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
     return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns or ())
@@ -249,15 +265,7 @@ def check(model: nn.Module, config: SvdSteeringConfig, wanted: set[str]) -> None
 def max_rank(model: nn.Module, name: str) -> int:
     """The largest `r` for the module of this full name: the smaller side of a weight, a decoder layer's width."""
     module = base_of(model.get_submodule(name))
-    if is_linear(module):
-        return min(linear_shape(module))
-    return model.config.get_text_config(decoder=True).hidden_size
-
-
-def available(model: nn.Module) -> str:
-    _, layers = decoder_layers(model)
-    names = sorted({last(name) for layer in layers for name in linear_modules(layer)})
-    return f"this model has {len(layers)} layers with the linear modules {', '.join(names)}, and {RESIDUAL!r}"
+    return min(linear_shape(module)) if is_linear(module) else residual_width(module)
 
 
 def texts(targets: Iterable[str] | str | None) -> str:

@@ -1,0 +1,91 @@
+"""What the method reads of a base layer, whatever library made it: shape, device, weight."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate.hooks import AlignDevicesHook
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+CHUNK = 1024  # input directions that are read at once from a quantised layer
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """The layer below adapters."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the base of `module` is a layer that this method can adapt."""
+    return isinstance(base_of(module), nn.Linear | Conv1D)
+
+
+def is_quantised(linear: nn.Module) -> bool:
+    """Whether the weight is anything but a plain floating-point tensor."""
+    weight = linear.weight
+    return type(weight.data) is not Tensor or not weight.is_floating_point() or weight.element_size() < 2
+
+
+def linear_shape(linear: nn.Module) -> tuple[int, int]:
+    """`(d_in, d_out)` of a linear layer or a Conv1D."""
+    return tuple(linear.weight.shape) if isinstance(linear, Conv1D) else (linear.in_features, linear.out_features)
+
+
+def device_of(linear: nn.Module) -> torch.device:
+    """Where the layer computes, which is not where its weight waits if accelerate has offloaded it."""
+    if linear.weight.device.type != "meta":
+        return linear.weight.device
+    hook = getattr(linear, "_hf_hook", None)
+    return torch.device(hook.execution_device if isinstance(hook, AlignDevicesHook) else "meta")
+
+
+@contextmanager
+def loaded(linear: nn.Module) -> Iterator[None]:
+    """Inside the context, an offloaded weight is there."""
+    hook = getattr(linear, "_hf_hook", None)
+    if not (isinstance(hook, AlignDevicesHook) and hook.offload):
+        yield
+        return
+    hook.pre_forward(linear)
+    try:
+        yield
+    finally:
+        hook.post_forward(linear, None)
+
+
+@torch.no_grad()
+def dense_weight(linear: nn.Module) -> Tensor:
+    """The weight `(d_out d_in)` of a linear layer in float32, dequantised if need be."""
+    if is_quantised(linear):
+        d_in = linear_shape(linear)[0]
+        inputs = torch.arange(d_in, device=linear.weight.device)
+        return torch.cat([columns(linear, part) for part in inputs.split(CHUNK)], dim=1)
+    with loaded(linear):
+        weight = linear.weight.detach().float()
+    return weight.mT if isinstance(linear, Conv1D) else weight
+
+
+@torch.no_grad()
+def entries(linear: nn.Module, outputs: Tensor, inputs: Tensor) -> Tensor:
+    """The weight's entries `(n)` at output and input indices `(n)`, float32 on the CPU."""
+    if is_quantised(linear):
+        every = torch.arange(len(inputs))
+        return columns(linear, inputs.to(linear.weight.device))[outputs, every].cpu()
+    with loaded(linear):
+        weight = linear.weight.detach()
+        weight = weight.mT if isinstance(linear, Conv1D) else weight
+        return weight[outputs.to(weight.device), inputs.to(weight.device)].float().cpu()
+
+
+def columns(linear: nn.Module, inputs: Tensor) -> Tensor:
+    """The columns `(d_out n)` of a quantised weight for input indices `(n)`.
+
+    They are what a copy of the layer does to unit vectors. This works for every scheme, and leaves the layer alone:
+    libraries repack weights, or choose a compute dtype, at the first forward.
+    """
+    apply = copy.deepcopy(linear).eval().requires_grad_(False)
+    units = nn.functional.one_hot(inputs, linear_shape(linear)[0]).float()
+    return (apply(units) - apply(torch.zeros_like(units[:1]))).float().mT
