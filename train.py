@@ -24,6 +24,7 @@ def main(argv: list[str]) -> None:
         run = build(args, tiny.task(args))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    print(run.model.base_model.describe())
     trainer = SteeringTrainer(run.model, args, run.examples, run.tokenizer)
     try:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)

@@ -36,10 +36,10 @@ def llama(bias=False):
 
 
 def torchao_int8(_folder):
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
+    quantization = pytest.importorskip("torchao.quantization")
     model = llama(bias=True)
-    quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda m, name: isinstance(m, nn.Linear) and name != "lm_head")
+    how = quantization.Int8WeightOnlyConfig()
+    quantization.quantize_(model, how, filter_fn=lambda m, name: isinstance(m, nn.Linear) and name != "lm_head")
     return model
 
 

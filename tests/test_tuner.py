@@ -16,7 +16,7 @@ from repeng.tuner import SvdSteeringLayer
 from repeng.tuner import layer as layer_module
 from repeng.tuner.base import dense_weight
 from repeng.tuner.layer import rows_of
-from repeng.tuner.rotation import rotation
+from repeng.tuner.rotation import Rotations, rotation
 from repeng.tuner.svd import top_singular_triples
 
 
@@ -228,6 +228,107 @@ def test_half_precision(embedded, batch, dtype):
     assert out.dtype == dtype and out.isfinite().all() and not torch.equal(out, expected)
 
 
+def counted_solves(monkeypatch):
+    """Shapes of the right-hand sides of every linear solve from here on."""
+    shapes, solve = [], torch.linalg.solve
+
+    def counting(a, b):
+        shapes.append(tuple(b.shape))
+        return solve(a, b)
+
+    monkeypatch.setattr(torch.linalg, "solve", counting)
+    return shapes
+
+
+def test_rotations_of_equal_rank_are_one_solve_a_step_and_minus_c_is_none(steered, batch, monkeypatch):
+    torch.manual_seed(2)
+    steered.add_adapter("other", SvdSteeringConfig(r=4, target_modules=["kv", "residual"], init_weights=False))
+    steered.base_model.set_adapter(["default", "other"])
+    shapes = counted_solves(monkeypatch)
+    with steer(steered, torch.tensor([1.0, -1.0, 1.0, -1.0])):
+        steered(batch, labels=batch).loss.backward()
+    # Seven sites of two layers turn input and output; k, v and the residual stream of six layers turn one side.
+    assert sorted(shapes) == [(18, 1, 4, 4), (28, 1, 8, 8)]
+
+
+def test_gradients_of_the_batched_rotations_are_those_of_autograd():
+    generator = torch.Generator().manual_seed(0)
+    triangles = [torch.randn(6, generator=generator).requires_grad_() for _ in range(3)]
+    coefficient = torch.tensor([0.5, -0.5, 2.0, 0.0])
+    magnitude, which = torch.unique(coefficient.abs(), return_inverse=True)
+    weight = torch.randn(3, 4, 4, 4, generator=generator)
+    turns = Rotations.apply(coefficient, magnitude, which, 4, *triangles)
+    plain = [rotation(triangle, coefficient, 4) for triangle in triangles]
+    for turn, expected in zip(turns, plain, strict=True):
+        assert torch.allclose(turn, expected, atol=1e-6)
+    used = [0, 2]  # a site that a loss does not reach has no gradient
+    batched = torch.autograd.grad(sum((weight[i] * turns[i]).sum() for i in used), triangles, allow_unused=True)
+    expected = torch.autograd.grad(sum((weight[i] * plain[i]).sum() for i in used), triangles, allow_unused=True)
+    assert batched[1] is None or not batched[1].any()
+    for i in used:
+        assert torch.allclose(batched[i], expected[i], atol=1e-5)
+
+
+def nudge(parameter):
+    with torch.no_grad():
+        parameter.mul_(3.0)
+
+
+def reassign(parameter):
+    parameter.data = parameter.data * 3.0
+
+
+@pytest.mark.parametrize("change", [nudge, reassign])
+def test_what_generation_keeps_follows_the_parameters(steered, batch, change, monkeypatch):
+    shapes = counted_solves(monkeypatch)
+    with steer(steered, 1.0):
+        first = logits(steered, batch)
+        solves = len(shapes)
+        assert torch.equal(logits(steered, batch), first) and len(shapes) == solves  # kept
+        change(next(p for n, p in steered.named_parameters() if "svd_steering_in" in n))
+        second = logits(steered, batch)
+        assert not torch.allclose(second, first, atol=1e-4)
+    with steer(steered, 1.0):
+        assert torch.allclose(logits(steered, batch), second, atol=1e-6)
+    with steer(steered, -1.0):
+        assert not torch.allclose(logits(steered, batch), second, atol=1e-3)
+
+
+def test_what_generation_keeps_does_not_outlive_a_training_step(steered, batch):
+    """Optimizers of other libraries write to parameters behind PyTorch's back; a pass with gradients comes before."""
+    with steer(steered, 1.0):
+        first = logits(steered, batch)
+        steered(batch, labels=batch).loss.backward()
+        for parameter in steered.parameters():
+            if parameter.requires_grad:
+                parameter.data.add_(parameter.grad, alpha=-1.0)
+        second = logits(steered, batch)
+    with steer(steered, 1.0):
+        assert torch.equal(logits(steered, batch), second) and not torch.allclose(first, second, atol=1e-3)
+
+
+def test_a_copied_model_has_a_coefficient_of_its_own(steered, batch):
+    with steer(steered, 1.0):
+        expected = logits(steered, batch)
+        twin = copy.deepcopy(steered)
+        with steer(twin, -1.0):
+            assert not torch.allclose(logits(twin, batch), expected, atol=1e-3)
+            assert torch.equal(logits(steered, batch), expected)
+        assert torch.equal(logits(twin, batch), expected)
+
+
+def test_weights_that_are_not_finite_are_not_merged(steered):
+    before = {key: tensor.clone() for key, tensor in steered.state_dict().items()}
+    site = next(m for m in steered.modules() if isinstance(m, SvdSteeringLayer))
+    with torch.no_grad():
+        site.svd_steering_lambda["default"].fill_(torch.inf)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        site.merge(safe_merge=True)
+    assert torch.equal(site.base_layer.weight, before[next(k for k in before if "q_proj.base_layer.weight" in k)])
+    with pytest.raises(ValueError, match="rows"), steer(steered, torch.ones(4)):
+        steered.merge_adapter()
+
+
 def test_bias_grouped_heads_and_conv1d_are_kept():
     """Qwen2 has biases and fewer k/v heads, GPT-2 a transposed weight: at c = 0 and 1 the formula holds for both."""
     torch.manual_seed(0)
@@ -283,8 +384,13 @@ def test_bad_settings_are_refused_before_any_svd(base, settings, words, monkeypa
     ids=lambda config: type(config).__name__,
 )
 def test_other_methods_of_peft_still_work(base, batch, tmp_path, config):
-    model = get_peft_model(base, copy.deepcopy(config)).eval()
-    expected = logits(model, batch)
+    model = get_peft_model(base, copy.deepcopy(config))
+    before = logits(model.eval(), batch)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model.train()(batch, labels=batch).loss.backward()
+    optimizer.step()
+    expected = logits(model.eval(), batch)
+    assert not torch.allclose(expected, before, atol=1e-4)
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(tiny.load()[0], tmp_path).eval()
     assert torch.allclose(logits(again, batch), expected, atol=1e-5)

@@ -43,9 +43,12 @@ class SteeringArguments(TrainingArguments):
         None, "Evaluation questions, JSON Lines; None = next words that the personas favour on held-out pairs."
     )
     target_modules: list[str] = options(
-        ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"], "Linear sites to adapt, by name."
+        ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"],
+        "Sites to adapt: linear modules by name, residual, residual-writers, residual-readers, kv, all-linear.",
     )
-    layers: list[int] | None = options(None, "Decoder layers to adapt, from 0; None = 1/3 to 2/3 of the depth.")
+    layers: list[str] | None = options(
+        None, "Decoder layers to adapt: indices from 0, or a share of the depth such as 0.3-0.7; None = 1/3 to 2/3."
+    )
     loss_site: str = option("residual", "Where separation is measured: 'residual' or the name of a linear site.")
     loss_layer: int | None = option(None, "Layer of the loss site, from 0; None = the last adapted one.")
     r: int | None = option(None, "Rank; None = 32, or the narrowest target if that is less.")
@@ -80,12 +83,28 @@ class SteeringArguments(TrainingArguments):
             value = getattr(self, name)
             if value < least or (open_end and value == least):
                 raise ValueError(f"{name} must be {'above' if open_end else 'at least'} {least}; got {value}")
+        if self.layers is not None:
+            self.layers = layer_request(self.layers)
         if (self.positive is None) != (self.negative is None):
             raise ValueError(f"give both positive and negative; got {self.positive!r} and {self.negative!r}")
         if (self.pairs_file is None) == (self.positive is None):
             raise ValueError("give either pairs_file, or positive and negative")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must stay false: the trainer's examples are no model inputs")
+
+
+def layer_request(given: object) -> list[int] | str:
+    """Indices, or one share of the depth as text, from what YAML or the command line gives.
+
+    Raises:
+        ValueError: neither.
+    """
+    words = [str(word) for word in (given if isinstance(given, list) else [given])]
+    if len(words) == 1 and "-" in words[0].strip("-"):
+        return words[0]
+    if not all(word.isdigit() for word in words):
+        raise ValueError(f"layers must be indices from 0, or one share of the depth such as 0.3-0.7; got {given!r}")
+    return [int(word) for word in words]
 
 
 def parse_arguments(argv: Sequence[str], default_config: Path) -> SteeringArguments:

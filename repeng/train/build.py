@@ -15,9 +15,10 @@ from repeng.eval import Question, choice_id, choice_ids, load_questions
 from repeng.sites import decoder_layers, site_module
 from repeng.train.arguments import SteeringArguments
 from repeng.tuner import SvdSteeringConfig
-from repeng.tuner.base import linear_shape
+from repeng.tuner.targets import max_rank, resolve, select_layers
 
 MAX_PAIRS = 1024
+DEFAULT_RANK = 32
 NEUTRAL_TRAIN, NEUTRAL_TEST = 256, 64
 HELD_OUT_SHARE = 0.1
 NEUTRAL_LENGTH = 32
@@ -87,7 +88,7 @@ def build(args: SteeringArguments, task: Data | None = None) -> Run:
             f"{len(pairs)} training pairs do not fill one batch of per_device_train_batch_size="
             f"{args.per_device_train_batch_size}; give more pairs or a smaller batch"
         )
-    adapted = add_adapter(args, model)
+    adapted = get_peft_model(model, adapter_config(args))
     with steer(adapted, 0.0):
         neutral, unseen = neutral_texts(args, adapted, tokenizer, task)
     examples = tokenize_examples(tokenizer, pairs, neutral, args.seed)
@@ -132,31 +133,24 @@ def personas(args: SteeringArguments, task: Data | None) -> tuple[str, str] | No
 
 
 def resolve_defaults(args: SteeringArguments, model: PreTrainedModel) -> None:
-    """Fill in what follows the model's depth and width."""
-    layers = decoder_layers(model)
-    depth = len(layers)
-    if args.layers is None:
-        args.layers = list(range(round(depth / 3), 2 * depth // 3 + 1))
-    for layer in args.layers:
-        if not 0 <= layer < depth:
-            raise ValueError(f"layer {layer} does not exist; this model has layers 0 to {depth - 1}")
+    """Fill in what follows the model's depth and width; raises ValueError for sites and layers that it lacks."""
+    depth = len(decoder_layers(model))
+    wanted = list(range(round(depth / 3), 2 * depth // 3 + 1)) if args.layers is None else args.layers
+    args.layers = select_layers(depth, wanted)
     args.loss_layer = max(args.layers) if args.loss_layer is None else args.loss_layer
+    names = resolve(model, adapter_config(args))
     if args.r is None:
-        widths = [
-            min(linear_shape(module))
-            for layer in args.layers
-            for name, module in layers[layer].named_modules()
-            if name.rsplit(".", 1)[-1] in args.target_modules and isinstance(module, torch.nn.Linear)
-        ]
-        args.r = min([32, *widths])
+        args.r = min(DEFAULT_RANK, *(max_rank(model, name) for name in names))
 
 
-def add_adapter(args: SteeringArguments, model: PreTrainedModel) -> PeftModel:
-    """The model with a fresh adapter; the base is frozen."""
-    config = SvdSteeringConfig(
-        r=args.r, target_modules=args.target_modules, layers_to_transform=args.layers, task_type=TaskType.CAUSAL_LM
+def adapter_config(args: SteeringArguments) -> SvdSteeringConfig:
+    """The adapter's configuration; at the lowest rank while the rank is not resolved."""
+    return SvdSteeringConfig(
+        r=args.r or 2,
+        target_modules=args.target_modules,
+        layers_to_transform=args.layers,
+        task_type=TaskType.CAUSAL_LM,
     )
-    return get_peft_model(model, config)
 
 
 def neutral_texts(

@@ -1,5 +1,6 @@
 """The coefficient of every adapter of one model, and the rotations that follow from it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,10 +46,12 @@ class Coefficients:
         self._triangles: list[nn.ParameterDict] = []
         # By adapter, rank and site: the triangle, its version, whether gradients were on, its rotations.
         self._ready: dict[tuple[str, int, int], tuple[Tensor, int, bool, Tensor]] = {}
+        # By adapter and site: identities and versions of the parameters, and what was computed from them.
+        self._kept: dict[tuple[str, int], tuple[list[tuple[int, int, int]], Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # Rotations with a graph can be neither copied nor pickled.
-        return {**self.__dict__, "_ready": {}}
+        # Rotations with a graph can be neither copied nor pickled, and keys hold the addresses of this process.
+        return {**self.__dict__, "_ready": {}, "_kept": {}}
 
     def register(self, triangles: nn.ParameterDict) -> None:
         """Compute the rotations of these triangles, by adapter name, together with those registered before."""
@@ -60,7 +63,7 @@ class Coefficients:
 
     def restore(self, snapshot: dict[str, Tensor]) -> None:
         """Make the coefficients what they were when `snapshot` was taken."""
-        self._settings, self._zero, self._ready = {}, {}, {}
+        self._settings, self._zero, self._ready, self._kept = {}, {}, {}, {}
         for name, value in snapshot.items():
             self.set(name, value)
 
@@ -78,7 +81,7 @@ class Coefficients:
         setting = Setting.of(value)
         self._settings[name] = {value.device: setting}
         self._zero[name] = not value.any().item()
-        self._ready = {}
+        self._ready, self._kept = {}, {}
 
     def get(self, name: str) -> Tensor:
         """The coefficient of adapter `name` as it was set."""
@@ -94,6 +97,24 @@ class Coefficients:
         if device not in by_device:
             by_device[device] = next(iter(by_device.values())).to(device)
         return by_device[device]
+
+    def once(self, name: str, site: int, parameters: list[Tensor], compute: Callable[[], Tensor]) -> Tensor:
+        """`compute()`, which depends on the coefficient of `name` and on `parameters` only.
+
+        Without gradients, as in generation, and inside `steer`, it is computed once and kept until one of them changes
+        or a pass with gradients begins. Writing through `parameter.data` is the one change that PyTorch does not tell.
+        """
+        if torch.compiler.is_compiling():
+            return compute()
+        tracked = all(type(p.data) is Tensor and not p.is_inference() for p in parameters)
+        if torch.is_grad_enabled() or name not in self._zero or not tracked:
+            self._kept.pop((name, site), None)
+            return compute()
+        stamp = [(id(p), p.data_ptr(), p._version) for p in parameters]
+        kept = self._kept.get((name, site))
+        if kept is None or kept[0] != stamp:
+            kept = self._kept[name, site] = (stamp, compute())
+        return kept[1]
 
     def rotation(self, triangles: nn.ParameterDict, name: str, r: int) -> Tensor:
         """Rotations `(n r r)` of adapter `name` for one site, at the distinct values of its coefficient.

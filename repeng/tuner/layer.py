@@ -66,6 +66,11 @@ class SvdSteeringLayer(BaseTunerLayer):
             if adapter_name in store and store[adapter_name].device not in (device, torch.device("meta")):
                 store[adapter_name] = store[adapter_name].detach().to(device)
 
+    def parameters_of(self, adapter_name: str) -> list[Tensor]:
+        """What one adapter learns at this site."""
+        stores = [getattr(self, attribute) for attribute in self.adapter_layer_names]
+        return [store[adapter_name] for store in stores if adapter_name in store]
+
     def working(self) -> list[str]:
         """Active adapters that this site has and that do not stand at 0."""
         here = [name for name in self.active_adapters if name in self.r]
@@ -125,7 +130,10 @@ class Linear(nn.Module, SvdSteeringLayer):
         """The change of the output at the current coefficient, `(… d_out)` in `dtype` for `x (… d_in)`."""
         index = self.coefficients.setting(adapter_name, x.device).index
         u, v = self.svd_steering_u[adapter_name].to(dtype), self.svd_steering_v[adapter_name].to(dtype)
-        return rank_change(self._cast_input_dtype(x, dtype), v, self.gain(adapter_name).to(dtype), u, index)
+        gain = self.coefficients.once(
+            adapter_name, id(self), self.parameters_of(adapter_name), lambda: self.gain(adapter_name)
+        )
+        return rank_change(self._cast_input_dtype(x, dtype), v, gain.to(dtype), u, index)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:

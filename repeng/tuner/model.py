@@ -84,7 +84,7 @@ class SvdSteeringModel(BaseTuner):
             residual.set_adapter(self.active_adapters)
         self._bar.update()
         if self._bar.n >= self._bar.total:
-            self._bar.close()
+            self.__dict__.pop("_bar").close()
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's own also moves modules, which would touch a quantised base and put buffers beside an offloaded weight.

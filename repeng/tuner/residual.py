@@ -51,6 +51,11 @@ class Residual(nn.Module, SvdSteeringLayer):
             self.svd_steering_shift[adapter_name] = start(config, width, device)
         self.set_adapter(self.active_adapters)
 
+    def turn(self, adapter_name: str) -> Tensor:
+        """R(c) − I, `(n r r)` in float32 at the distinct coefficients `(n,)`."""
+        turn = self.coefficients.rotation(self.svd_steering_in, adapter_name, self.r[adapter_name])
+        return turn - torch.eye(turn.shape[-1], device=turn.device)
+
     def forward(self, h: Tensor) -> Tensor:
         """The steered residual stream, `(b t d)` in the dtype of `h (b t d)`."""
         if self.disable_adapters:
@@ -59,9 +64,11 @@ class Residual(nn.Module, SvdSteeringLayer):
         for name in self.working():
             setting = self.coefficients.setting(name, h.device)
             if name in self.svd_steering_in:
-                basis, r = self.svd_steering_u[name].to(h.dtype), self.r[name]
+                basis = self.svd_steering_u[name].to(h.dtype)
                 with torch.autocast(h.device.type, enabled=False):
-                    turn = self.coefficients.rotation(self.svd_steering_in, name, r) - torch.eye(r, device=h.device)
+                    turn = self.coefficients.once(
+                        name, id(self), self.parameters_of(name), lambda name=name: self.turn(name)
+                    )
                     result = result + rank_change(h, basis, turn.to(h.dtype), basis, setting.index)
             if name in self.svd_steering_shift:
                 shift = setting.values[:, None, None] * self.svd_steering_shift[name].float()

@@ -1,0 +1,123 @@
+"""Which directions should turn? Compare choices of bases at equal rank: `python benchmarks/dimensions.py --r 8 32`.
+
+Each run is the main job (configs/tiny.yaml) with other bases. "top": the weight's largest singular values. "selected":
+the singular triples along which the pairs differ most, by s‖dX v‖. "pairs": the weight restricted to the leading right
+singular vectors of dX, what chosen minus rejected inputs of the site span. Prints a Markdown table.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from repeng import EvalReport, evaluate, steer, tiny
+from repeng.data import PairCollator, last_tokens
+from repeng.train.arguments import SteeringArguments, parse_arguments
+from repeng.train.build import Run, build
+from repeng.train.reference import gather_tokens
+from repeng.train.report import ADAPTER_COEFFICIENTS
+from repeng.train.trainer import SteeringTrainer
+from repeng.tuner.base import dense_weight
+from repeng.tuner.layer import Linear
+
+CONFIG = Path(__file__).parent.parent / "configs" / "tiny.yaml"
+Bases = tuple[Tensor, Tensor, Tensor]
+
+
+def top(weight: Tensor, _dx: Tensor, r: int) -> Bases:
+    u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+    return u[:, :r], s[:r], vh[:r].mT
+
+
+def selected(weight: Tensor, dx: Tensor, r: int) -> Bases:
+    u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+    keep = (s * (dx @ vh.mT).norm(dim=0)).topk(r).indices
+    return u[:, keep], s[keep], vh[keep].mT
+
+
+def pairs(weight: Tensor, dx: Tensor, r: int) -> Bases:
+    inputs = torch.linalg.svd(dx, full_matrices=False).Vh[:r].mT
+    u, s, vh = torch.linalg.svd(weight @ inputs, full_matrices=False)
+    return u, s, inputs @ vh.mT
+
+
+CHOICES: dict[str, Callable[[Tensor, Tensor, int], Bases]] = {"top": top, "selected": selected, "pairs": pairs}
+
+
+@torch.no_grad()
+def input_differences(prepared: Run, args: SteeringArguments, sites: Sequence[Linear]) -> list[Tensor]:
+    """dX `(pairs d_in)` of every site: chosen minus rejected inputs, each the mean over the last tokens."""
+    seen: list[Tensor] = [torch.empty(0)] * len(sites)
+
+    def keep(index: int) -> Callable:
+        def hook(_module, inputs) -> None:
+            seen[index] = inputs[0]
+
+        return hook
+
+    handles = [site.register_forward_pre_hook(keep(i)) for i, site in enumerate(sites)]
+    collate, parts = PairCollator(prepared.tokenizer), [[] for _ in sites]
+    with steer(prepared.model, 0.0):
+        for start in range(0, len(prepared.examples), 32):
+            batch = collate(prepared.examples[start : start + 32])
+            prepared.model(**batch, use_cache=False)
+            index, exists = last_tokens(batch["attention_mask"], args.last_n_tokens)
+            weight = exists / exists.sum(dim=1, keepdim=True)
+            for part, inputs in zip(parts, seen, strict=True):
+                rows = (gather_tokens(inputs, index) * weight[..., None]).sum(dim=1)
+                chosen, rejected, _ = rows.chunk(3)
+                part.append(chosen - rejected)
+    for handle in handles:
+        handle.remove()
+    return [torch.cat(part) for part in parts]
+
+
+@torch.no_grad()
+def put_bases(model: PeftModel, prepared: Run, args: SteeringArguments, choice: str) -> None:
+    """Replace the bases of a fresh adapter."""
+    sites = [module for module in model.modules() if isinstance(module, Linear)]
+    for site, dx in zip(sites, input_differences(prepared, args, sites), strict=True):
+        bases = CHOICES[choice](dense_weight(site.base_layer), dx, args.r)
+        for name, tensor in zip("usv", bases, strict=True):
+            getattr(site, f"svd_steering_{name}")["default"].copy_(tensor)
+
+
+def run(choice: str, seed: int, extra: Sequence[str]) -> EvalReport:
+    """Train once with these bases and evaluate on held-out questions."""
+    with tempfile.TemporaryDirectory() as folder:
+        argv = ["--output_dir", folder, "--save_strategy", "no", "--disable_tqdm", "true", "--seed", str(seed)]
+        args = parse_arguments([*argv, *extra], CONFIG)
+        prepared = build(args, tiny.task(args))
+        put_bases(prepared.model, prepared, args, choice)
+        SteeringTrainer(prepared.model, args, prepared.examples, prepared.tokenizer).train()
+    return evaluate(
+        prepared.model, prepared.tokenizer, prepared.questions, lambda c: steer(prepared.model, c),
+        ADAPTER_COEFFICIENTS, neutral_texts=prepared.neutral_texts,
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--r", type=int, nargs="+", default=[4, 8, 32])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--choices", nargs="+", choices=list(CHOICES), default=list(CHOICES))
+    options, extra = parser.parse_known_args()
+    print("| r | directions | range (seeds) | + arm | − arm |\n|---|---|---|---|---|")
+    for r in options.r:
+        for choice in options.choices:
+            reports = [run(choice, seed, [*extra, "--r", str(r)]) for seed in options.seeds]
+            ranges = [report.range for report in reports]
+            arms = " | ".join(f"{mean(report.arm(sign)[0] for report in reports):.2f}" for sign in (1, -1))
+            print(
+                f"| {r} | {choice} | {mean(ranges):.2f} ({', '.join(f'{x:.2f}' for x in ranges)}) | {arms} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
