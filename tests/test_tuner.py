@@ -322,11 +322,52 @@ def test_weights_that_are_not_finite_are_not_merged(steered):
     site = next(m for m in steered.modules() if isinstance(m, SvdSteeringLayer))
     with torch.no_grad():
         site.svd_steering_lambda["default"].fill_(torch.inf)
-    with pytest.raises(ValueError, match="NaN or infinite"):
-        site.merge(safe_merge=True)
-    assert torch.equal(site.base_layer.weight, before[next(k for k in before if "q_proj.base_layer.weight" in k)])
+    for merge in (site.merge, steered.merge_adapter, steered.merge_and_unload):
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            merge()
+    with torch.no_grad():
+        site.svd_steering_lambda["default"].zero_()
     with pytest.raises(ValueError, match="rows"), steer(steered, torch.ones(4)):
         steered.merge_adapter()
+    assert not any(m.merged for m in steered.modules() if isinstance(m, SvdSteeringLayer))
+    for key, tensor in steered.state_dict().items():
+        assert torch.equal(tensor, before[key]) or "lambda" in key, key
+
+
+def test_an_overflow_is_found_by_safe_merge(base):
+    half = base.half()
+    model = get_peft_model(half, SvdSteeringConfig(r=4, target_modules=["q_proj"], layers_to_transform=[0]))
+    site = next(m for m in model.modules() if isinstance(m, SvdSteeringLayer))
+    with torch.no_grad():
+        site.svd_steering_lambda["default"].fill_(20.0)
+    before = site.base_layer.weight.clone()
+    with pytest.raises(ValueError, match="float16"):
+        model.merge_adapter(safe_merge=True)
+    assert torch.equal(site.base_layer.weight, before)
+
+
+def test_an_inactive_or_deleted_residual_does_not_stop_a_merge(base, batch):
+    torch.manual_seed(0)
+    model = get_peft_model(base, SvdSteeringConfig(r=4, target_modules=["q_proj"], init_weights=False)).eval()
+    with steer(model, 0.5):
+        expected = logits(model, batch)
+    model.add_adapter("second", SvdSteeringConfig(r=4, target_modules=["q_proj", "residual"], init_weights=False))
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    for names in (["second"], ["default", "second"]):
+        with pytest.raises(ValueError, match="residual-writers"):
+            model.merge_adapter(names)
+        with pytest.raises(ValueError, match="residual-writers"):
+            model.merge_and_unload(adapter_names=names)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    with steer(model, 0.5):
+        model.merge_adapter(["default"])
+    assert torch.allclose(logits(model, batch), expected, atol=1e-4)
+    model.unmerge_adapter()
+    model.delete_adapter("second")
+    with steer(model, 0.5):
+        merged = model.merge_and_unload()
+    assert torch.allclose(logits(merged, batch), expected, atol=1e-4)
+    assert not any(m._forward_hooks for m in merged.modules())
 
 
 def test_bias_grouped_heads_and_conv1d_are_kept():

@@ -50,6 +50,10 @@ class SvdSteeringLayer(BaseTunerLayer):
         """Add an adapter: bases by SVD (or NaN until they are loaded), parameters at zero."""
         raise NotImplementedError
 
+    def check_merge(self, names: list[str]) -> None:
+        """Raise ValueError if these adapters cannot be merged into the weights of this site."""
+        raise NotImplementedError
+
     def enable_adapters(self, enabled: bool) -> None:
         # PEFT's own also sets requires_grad of every adapter, which disabling for one forward must not touch.
         self._disable_adapters = not enabled
@@ -145,21 +149,39 @@ class Linear(nn.Module, SvdSteeringLayer):
             result = result + self.delta(x, name, result.dtype)
         return result
 
+    def check_merge(self, names: list[str]) -> None:
+        weight = self.get_base_layer().weight
+        if is_quantised(self.get_base_layer()):
+            raise ValueError(
+                f"a quantised weight ({type(weight).__name__}, {weight.dtype}) cannot take up the change exactly; "
+                "load the base model without quantisation to merge"
+            )
+        for name in names:
+            coefficient = self.coefficients.get(name)
+            if coefficient.ndim:
+                raise ValueError(
+                    f"adapter {name!r} stands at one coefficient for each of {coefficient.numel()} rows, which no "
+                    "single weight can hold; merge inside steer(model, c) with a number c"
+                )
+            if not self.get_gain(name).isfinite().all():
+                raise ValueError(f"adapter {name!r} gives NaN or infinite weights; it seems to be broken")
+
+    @torch.no_grad()
+    def get_gain(self, adapter_name: str) -> Tensor:
+        """K(c), `(r r)` in float32, at a coefficient that is one number; exactly zero at 0."""
+        gain = self.gain(adapter_name)[0]
+        return torch.zeros_like(gain) if self.coefficients.is_zero(adapter_name) else gain
+
     @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """U K(c) Vᵀ at the current coefficient, float32, in the layout of the base weight.
 
         Raises:
-            ValueError: the coefficient is not one number.
+            ValueError: the base is quantised, the coefficient is not one number, or K(c) is not finite.
         """
-        coefficient = self.coefficients.get(adapter_name)
-        if coefficient.ndim:
-            raise ValueError(
-                f"adapter {adapter_name!r} stands at one coefficient for each of {coefficient.numel()} rows, which no "
-                "single weight can hold; merge inside steer(model, c) with a number c"
-            )
+        self.check_merge([adapter_name])
         u, v = self.svd_steering_u[adapter_name].float(), self.svd_steering_v[adapter_name].float()
-        change = u @ self.gain(adapter_name)[0] @ v.mT
+        change = u @ self.get_gain(adapter_name) @ v.mT
         return change.mT if isinstance(self.get_base_layer(), Conv1D) else change
 
     @torch.no_grad()
@@ -167,31 +189,19 @@ class Linear(nn.Module, SvdSteeringLayer):
         """Write the change at the current coefficient into the base weight; `unmerge` gets a copy of the old one.
 
         Args:
-            safe_merge: refuse a result with NaN or infinite entries.
+            safe_merge: also refuse a result that overflows the dtype of the base.
             adapter_names: which adapters; by default the active ones.
 
         Raises:
-            ValueError: the base is quantised, the coefficient is not one number, or `safe_merge` found such entries.
-                Then nothing is written.
+            ValueError: as `get_delta_weight`, or `safe_merge` found such entries. Then nothing is written.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.r]
         if not names:
             return
         weight = self.get_base_layer().weight
-        if is_quantised(self.get_base_layer()):
-            raise ValueError(
-                f"a quantised weight ({type(weight).__name__}, {weight.dtype}) cannot take up the change exactly; "
-                "load the base model without quantisation to merge"
-            )
-        changed = weight.float()
-        for name in names:
-            if not self.coefficients.is_zero(name):
-                changed = changed + self.get_delta_weight(name)
-        changed = changed.to(weight.dtype)
+        changed = (weight.float() + sum(self.get_delta_weight(name) for name in names)).to(weight.dtype)
         if safe_merge and not torch.isfinite(changed).all():
-            raise ValueError(
-                f"merging {', '.join(names)} gives NaN or infinite weights; the adapter seems to be broken"
-            )
+            raise ValueError(f"merging {', '.join(names)} gives NaN or infinite weights in {weight.dtype}")
         if self._unmerged is None:
             self._unmerged = weight.detach().clone()
         weight.data = changed

@@ -18,7 +18,7 @@ from repeng.tuner.coefficients import Coefficients
 from repeng.tuner.config import PEFT_TYPE, PREFIX, SvdSteeringConfig
 from repeng.tuner.fingerprint import check_same_base, take_fingerprint
 from repeng.tuner.layer import Linear, SvdSteeringLayer
-from repeng.tuner.residual import CHILD, NO_MERGE, Residual, attach, detach
+from repeng.tuner.residual import CHILD, Residual, attach, detach
 from repeng.tuner.targets import RESIDUAL, last, resolve
 
 
@@ -101,13 +101,25 @@ class SvdSteeringModel(BaseTuner):
                 )
         yield
 
-    def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
-        if any(isinstance(module, Residual) for module in self.model.modules()):
-            raise ValueError(NO_MERGE)
+    def check_merge(self, adapter_names: list[str] | None) -> None:
+        """Raise ValueError, before any weight is written, if one of these adapters cannot be merged."""
+        for site in (m for m in self.model.modules() if isinstance(m, SvdSteeringLayer)):
+            site.check_merge([name for name in adapter_names or site.active_adapters if name in site.r])
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
-        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self.check_merge(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self.check_merge(adapter_names)
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         for layer in [m for m in model.modules() if any(isinstance(child, Residual) for child in m.children())]:
             detach(layer)
         return model

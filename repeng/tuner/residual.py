@@ -76,8 +76,12 @@ class Residual(nn.Module, SvdSteeringLayer):
                 result = result + shift.to(h.dtype)
         return result
 
+    def check_merge(self, names: list[str]) -> None:
+        if names:
+            raise ValueError(NO_MERGE)
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise ValueError(NO_MERGE)
+        self.check_merge([name for name in adapter_names or self.active_adapters if name in self.r])
 
     def unmerge(self) -> None:
         pass
