@@ -1,15 +1,16 @@
-"""The context manager that sets how far a model is steered."""
+"""The context manager that sets how far a model is steered, by adapters or by vectors."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from repeng.extract import SteeringVector
-from repeng.sites import edit_outputs, site_module
+from repeng.cache_guard import Influence, State, current, guarded
+from repeng.operators import OPERATORS, Operator, Positions, TokenFilter, edit_with
+from repeng.sites import edit_outputs, site_module, trunk
 from repeng.tuner import Coefficients, SvdSteeringLayer
-from repeng.tuner.layer import rows_of
+from repeng.vector import SteeringVector
 
 
 @contextmanager
@@ -18,54 +19,112 @@ def steer(
     coefficient: float | Tensor,
     vector: SteeringVector | None = None,
     adapter_name: str | None = None,
+    *,
+    operator: Operator = "add",
+    positions: Positions = "all",
+    clamp: float | None = None,
+    reuse_cache: bool = False,
 ) -> Iterator[None]:
     """Steer `model` by `coefficient` inside the context: its adapters, or `vector`.
+
+    Contexts nest, so that several vectors and adapters act together; on exit, also by an exception, the state is what
+    it was before. Everything that runs the model's forward is steered: `generate`, a pipeline, training.
 
     Args:
         model: a model with steering adapters (a `PeftModel`, or a module that they were injected into); any causal
             language model if `vector` is given.
         coefficient: one number, or a `(b,)` tensor with one for each batch row; 0 is the base model exactly.
-        vector: what to add, times the coefficient, to the outputs of its sites, instead of using adapters.
+        vector: what acts on the outputs of its sites, instead of using adapters.
         adapter_name: the adapter to set; by default, every active steering adapter.
-
-    Contexts nest; on exit, also by an exception, the state is what it was before.
+        operator: for a vector: "add" it; "ablate" its direction, wholly at 1; "rotate" toward it at constant norm.
+        positions: for a vector: "all" tokens but padding, those of the "prompt", the "generated" ones, or a slice of
+            tokens, counted from the first real one; negative bounds count from the end of the prompt.
+        clamp: for a vector: no token's norm grows above this factor of what it was.
+        reuse_cache: go on with a key-value cache that was made under other steering. Without it, that raises.
 
     Raises:
-        ValueError: no such adapter, or a coefficient of another shape.
+        ValueError: no such adapter, a coefficient of another shape or not finite, a vector for another model, or an
+            option that does not fit.
     """
-    if vector is not None:
-        if adapter_name is not None:
-            raise ValueError(f"vector and adapter_name={adapter_name!r} exclude each other; nest two contexts instead")
-        value = torch.as_tensor(coefficient, dtype=torch.float32)
-        edits = [
-            (site_module(model, layer, site), addition(direction, value))
-            for (site, layer), direction in vector.directions.items()
-        ]
-        with edit_outputs(edits if value.any() else []):
+    if vector is None:
+        if (operator, positions, clamp) != ("add", "all", None):
+            raise ValueError("operator, positions and clamp go with a vector; an adapter acts on every token")
+        with steer_adapters(model, coefficient, adapter_name, reuse_cache):
             yield
         return
+    if adapter_name is not None:
+        raise ValueError(f"vector and adapter_name={adapter_name!r} exclude each other; nest two contexts instead")
+    if operator not in OPERATORS:
+        raise ValueError(f"unknown operator {operator!r}; choose one of {', '.join(OPERATORS)}")
+    if clamp is not None and clamp <= 0:
+        raise ValueError(f"clamp must be above 0; got {clamp}")
+    value = checked(coefficient)
+    vector.check(model)
+    where, runs = TokenFilter(positions), trunk(model)
+    if not value.any():
+        yield
+        return
+    edits = [
+        (site_module(model, layer, site), edit_with(operator, direction, value, clamp, where))
+        for (site, layer), direction in vector.directions.items()
+    ]
+    influence = Influence("a vector", (vector, operator, positions, clamp), plain(value))
+    handle = runs.register_forward_pre_hook(where.before, with_kwargs=True)
+    try:
+        with edit_outputs(edits), guarded(runs, (*current(runs), influence), reuse_cache):
+            yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def steer_adapters(
+    model: nn.Module, coefficient: float | Tensor, adapter_name: str | None, reuse_cache: bool
+) -> Iterator[None]:
+    """Set the coefficient of steering adapters inside the context."""
     stores = coefficient_stores(model, adapter_name)
+    value = checked(coefficient)
     before = [(store, store.snapshot()) for store, _ in stores]
     try:
         for store, names in stores:
             for name in names:
-                store.set(name, coefficient)
-        yield
+                store.set(name, value)
+        with guard_adapters(model, [name for _, names in stores for name in names], value, reuse_cache):
+            yield
     finally:
         for store, snapshot in before:
             store.restore(snapshot)
 
 
-def addition(direction: Tensor, coefficient: Tensor) -> Callable[[Tensor], Tensor]:
-    """An edit that adds `coefficient · direction` to an output `(b t d)`, row by row where asked."""
+def guard_adapters(model: nn.Module, names: list[str], value: Tensor, reuse_cache: bool):
+    """The guard of key-value caches for adapters; a model whose decoder layers cannot be found has none."""
+    try:
+        runs = trunk(model)
+    except ValueError:
+        return nullcontext()
+    labels = [f"adapter {name!r}" for name in names]
+    state: State = tuple(one for one in current(runs) if one.name not in labels)
+    if value.ndim or value != 1:  # at 1 an adapter acts as it does outside of any context
+        state += tuple(Influence(label, (), plain(value)) for label in labels)
+    return guarded(runs, state, reuse_cache)
 
-    def edit(output: Tensor) -> Tensor:
-        c = coefficient.to(output.device)
-        if c.ndim == 1:
-            c = c[rows_of(torch.arange(c.numel(), device=c.device), output)][:, None, None]
-        return output + (c * direction.to(output.device)).to(output.dtype)
 
-    return edit
+def checked(coefficient: float | Tensor) -> Tensor:
+    """The coefficient in float32, `()` or `(b,)`.
+
+    Raises:
+        ValueError: another shape, or a value that is not finite.
+    """
+    value = torch.as_tensor(coefficient, dtype=torch.float32).detach()
+    if value.ndim > 1 or value.numel() == 0:
+        raise ValueError(f"a coefficient is one number or one for each row; got shape {tuple(value.shape)}")
+    if not torch.isfinite(value).all():
+        raise ValueError(f"a coefficient must be finite; got {value.tolist()}")
+    return value
+
+
+def plain(value: Tensor) -> float | tuple[float, ...]:
+    return value.item() if value.ndim == 0 else tuple(value.tolist())
 
 
 def coefficient_stores(model: nn.Module, adapter_name: str | None) -> list[tuple[Coefficients, list[str]]]:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from repeng.tuner import targets
@@ -38,6 +39,35 @@ def site_module(model: nn.Module, layer: int, site: str) -> nn.Module:
             f"{', '.join(sorted(set(map(targets.last, targets.linear_modules(layers[layer])))))}"
         )
     return found[0]
+
+
+def site_width(model: nn.Module, layer: int, site: str) -> int:
+    """Width `d` of the output of `site` of decoder layer `layer`.
+
+    Raises:
+        ValueError: as `site_module`, or the site is no linear module.
+    """
+    module = site_module(model, layer, site)
+    if site == RESIDUAL:
+        return targets.residual_width(module)
+    if not targets.is_linear(module):
+        raise ValueError(f"site {site!r} is a {type(module).__name__}; choose {RESIDUAL!r} or a linear module")
+    return targets.linear_shape(targets.base_of(module))[1]
+
+
+def writing_basis(model: nn.Module, layer: int, site: str) -> Tensor:
+    """Left singular vectors `(d r)`, on the CPU, of the weight that writes `site`; of all writers for the residual."""
+    module = site_module(model, layer, site)
+    if site == RESIDUAL:
+        weight = torch.cat(targets.writers(module), dim=1)
+    else:
+        weight = targets.dense_weight(targets.base_of(module))
+    return torch.linalg.svd(weight, full_matrices=False).U.cpu()
+
+
+def trunk(model: nn.Module) -> nn.Module:
+    """The module that runs the decoder layers: it sees tokens, mask and cache of every forward, whoever calls it."""
+    return model.get_submodule(targets.find_decoder(model).name.rpartition(".")[0])
 
 
 @contextmanager

@@ -9,9 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from repeng import evaluate, steer, tiny
+from repeng.activations import hidden_states
 from repeng.data import encode
 from repeng.eval import choice_logp, prompt_dial
-from repeng.extract import hidden_states
 from repeng.tiny import lexicon
 from repeng.tiny.world import TRAITS, World, vocabulary
 from repeng.train.report import VECTOR_COEFFICIENTS, mean_differences

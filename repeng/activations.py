@@ -1,0 +1,184 @@
+"""Hidden states of many prompts at many sites, in one pass; and gradients of a loss with respect to them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from einops import reduce
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from repeng.data import last_tokens, pad_rows
+from repeng.sites import decoder_layers, edit_outputs, site_module
+
+Tokens = int | str
+Place = tuple[str, int]
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class _Deepest(Exception):
+    """Raised after the deepest layer that is read, since nothing behind it is needed."""
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """By place, `(2b d)`: `descent`, minus the gradient of the loss; `scores`, that of log p of drawn tokens."""
+
+    descent: dict[Place, Tensor]
+    scores: dict[Place, Tensor]
+
+
+def token_weights(attention_mask: Tensor, tokens: Tokens) -> Tensor:
+    """Weights `(b t)`, each row summing to 1, of the tokens that are read: "last", the last n, or "mean" of all.
+
+    Raises:
+        ValueError: `tokens` is something else.
+    """
+    if tokens == "mean":
+        return attention_mask / attention_mask.sum(dim=1, keepdim=True)
+    n = 1 if tokens == "last" else tokens
+    if not isinstance(n, int) or n < 1:
+        raise ValueError(f"tokens must be 'last', 'mean', or how many of the last tokens to read; got {tokens!r}")
+    index, exists = last_tokens(attention_mask, n)
+    weights = torch.zeros(attention_mask.shape, device=attention_mask.device)
+    return weights.scatter_add_(1, index, exists / exists.sum(dim=1, keepdim=True))
+
+
+def read(output: Tensor, weights: Tensor) -> Tensor:
+    """The weighted mean of `output (b t d)` over tokens, `(b d)` float32; a token of weight 0 may be NaN."""
+    weights = weights.to(output.device)[..., None]
+    return reduce(torch.where(weights > 0, output.float() * weights, 0.0), "b t d -> b d", "sum")
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Inside the context, dropout is off."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@torch.no_grad()
+def hidden_states(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Sequence[int]],
+    places: Sequence[Place],
+    *,
+    tokens: Tokens = "last",
+    batch_size: int = 32,
+) -> dict[Place, Tensor]:
+    """Hidden states `(rows d)`, float32 on the CPU, by (site, layer), read as `token_weights` says.
+
+    Rows of similar length share a batch, the forward ends behind the deepest layer, and no logits are computed.
+    """
+    modules = [site_module(model, layer, site) for site, layer in places]
+    deepest = decoder_layers(model)[max(layer for _, layer in places)]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
+    parts: list[list[Tensor]] = [[] for _ in places]
+    weights = torch.empty(0)
+
+    def keeper(part: list[Tensor]) -> Callable[[Tensor], Tensor]:
+        def keep(output: Tensor) -> Tensor:
+            part.append(read(output, weights).cpu())
+            return output
+
+        return keep
+
+    def stop(_output: Tensor) -> Tensor:
+        raise _Deepest
+
+    edits = [(module, keeper(part)) for module, part in zip(modules, parts, strict=True)]
+    with evaluation(model), edit_outputs([*edits, (deepest, stop)]):
+        for start in tqdm(range(0, len(rows), batch_size), desc="hidden states", leave=False, delay=1):
+            chunk = order[start : start + batch_size]
+            batch = pad_rows([rows[i] for i in chunk], tokenizer, model.device)
+            weights = token_weights(batch["attention_mask"], tokens)
+            try:
+                model(**batch, use_cache=False)
+            except _Deepest:
+                pass
+    back = torch.tensor(order).argsort()
+    return {place: torch.cat(part)[back] for place, part in zip(places, parts, strict=True)}
+
+
+def persona_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """`KL(p_chosen ‖ p_rejected) − KL(p_rejected ‖ p_chosen)` `(b)` of next-token logits `(b v)`, firsts held fixed.
+
+    Lowering it makes the rejected prompt continue like the chosen one, and the chosen one less like the rejected one.
+    """
+    logp, logq = chosen.log_softmax(dim=-1), rejected.log_softmax(dim=-1)
+
+    def kl(fixed: Tensor, moving: Tensor) -> Tensor:
+        return (fixed.detach().exp() * (fixed.detach() - moving)).sum(dim=-1)
+
+    return kl(logp, logq) - kl(logq, logp)
+
+
+def gradients(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    places: Sequence[Place],
+    *,
+    loss: Loss = persona_loss,
+    tokens: Tokens = "last",
+    batch_size: int = 16,
+    seed: int = 0,
+) -> Gradients:
+    """Gradients at the sites, `(2b d)` in rows `[chosen ; rejected]`, of `loss` and of log p of a drawn next token.
+
+    `loss` takes next-token logits `(b v)` of both sides and gives `(b)`. Parameters gather no gradients.
+    """
+    modules = [site_module(model, layer, site) for site, layer in places]
+    seen: list[Tensor] = [torch.empty(0)] * len(places)
+    generator = torch.Generator().manual_seed(seed)
+
+    def keeper(index: int) -> Callable[[Tensor], Tensor]:
+        def keep(output: Tensor) -> Tensor:
+            seen[index] = output if output.requires_grad else output.detach().requires_grad_()
+            return seen[index]
+
+        return keep
+
+    descent: list[list[list[Tensor]]] = [[[], []] for _ in places]
+    scores: list[list[list[Tensor]]] = [[[], []] for _ in places]
+    edits = [(module, keeper(index)) for index, module in enumerate(modules)]
+    frozen = [p for p in model.parameters() if p.requires_grad]
+    with evaluation(model), torch.enable_grad(), edit_outputs(edits):
+        for p in frozen:
+            p.requires_grad_(False)
+        try:
+            for start in tqdm(range(0, len(pairs), batch_size), desc="gradients", leave=False, delay=1):
+                chunk = pairs[start : start + batch_size]
+                ids = [pair[side] for side in (0, 1) for pair in chunk]
+                batch = pad_rows(ids, tokenizer, model.device, side="left")
+                weights = token_weights(batch["attention_mask"], tokens)
+                logits = model(**batch, use_cache=False, logits_to_keep=1).logits[:, -1].float()
+                chosen, rejected = logits.chunk(2)
+                drawn = torch.multinomial(logits.detach().softmax(dim=-1).cpu(), 1, generator=generator)
+                logp = logits.log_softmax(dim=-1).gather(1, drawn.to(logits.device)).sum()
+                down = torch.autograd.grad(-loss(chosen, rejected).sum(), seen, retain_graph=True)
+                up = torch.autograd.grad(logp, seen)
+                for into, found in ((descent, down), (scores, up)):
+                    for sides, gradient in zip(into, found, strict=True):
+                        # What a shift shared by the tokens that are read changes: the sum over them.
+                        counted = (weights > 0).to(gradient.device)[..., None]
+                        rows = torch.where(counted, gradient.float(), 0.0).sum(dim=1).cpu()
+                        for side, part in zip(sides, rows.chunk(2), strict=True):
+                            side.append(part)
+        finally:
+            for p in frozen:
+                p.requires_grad_(True)
+    return Gradients(
+        *(
+            {place: torch.cat([torch.cat(side) for side in sides]) for place, sides in zip(places, found, strict=True)}
+            for found in (descent, scores)
+        )
+    )
