@@ -24,7 +24,7 @@ class _Deepest(Exception):
 
 @dataclass(frozen=True)
 class Gradients:
-    """By place, `(2b d)`: `descent`, minus the gradient of the loss; `scores`, that of log p of drawn tokens."""
+    """By place, `(2b d)`: `descent`, minus the gradient of the loss; `scores`, with the Fisher matrix as covariance."""
 
     descent: dict[Place, Tensor]
     scores: dict[Place, Tensor]
@@ -121,6 +121,13 @@ def persona_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
     return kl(logp, logq) - kl(logq, logp)
 
 
+def fisher_noise(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Random `(b v)` with the covariance `diag p − p pᵀ` of the softmax of each row."""
+    root = logits.softmax(dim=-1).sqrt()
+    scaled = root * torch.randn(logits.shape, generator=generator).to(logits.device)
+    return scaled - root.square() * scaled.sum(dim=-1, keepdim=True)
+
+
 def gradients(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -132,9 +139,12 @@ def gradients(
     batch_size: int = 16,
     seed: int = 0,
 ) -> Gradients:
-    """Gradients at the sites, `(2b d)` in rows `[chosen ; rejected]`, of `loss` and of log p of a drawn next token.
+    """Gradients at the sites, `(2b d)` in rows `[chosen ; rejected]`, of `loss` and of random scores.
 
-    `loss` takes next-token logits `(b v)` of both sides and gives `(b)`. Parameters gather no gradients.
+    `loss` takes next-token logits `(b v)` of both sides and gives `(b)`. A score is `Jᵀ a` with J the derivative of
+    the logits and `a = √p ∘ z − p (√p·z)`, z standard normal: its covariance `Jᵀ (diag p − p pᵀ) J` is the Fisher
+    information of the activation, with less variance than gradients of log p of drawn tokens. Parameters gather no
+    gradients.
     """
     modules = [site_module(model, layer, site) for site, layer in places]
     seen: list[Tensor] = [torch.empty(0)] * len(places)
@@ -162,10 +172,9 @@ def gradients(
                 weights = token_weights(batch["attention_mask"], tokens)
                 logits = model(**batch, use_cache=False, logits_to_keep=1).logits[:, -1].float()
                 chosen, rejected = logits.chunk(2)
-                drawn = torch.multinomial(logits.detach().softmax(dim=-1).cpu(), 1, generator=generator)
-                logp = logits.log_softmax(dim=-1).gather(1, drawn.to(logits.device)).sum()
+                noise = fisher_noise(logits.detach(), generator)
                 down = torch.autograd.grad(-loss(chosen, rejected).sum(), seen, retain_graph=True)
-                up = torch.autograd.grad(logp, seen)
+                up = torch.autograd.grad((logits * noise).sum(), seen)
                 for into, found in ((descent, down), (scores, up)):
                     for sides, gradient in zip(into, found, strict=True):
                         # What a shift shared by the tokens that are read changes: the sum over them.

@@ -128,10 +128,15 @@ def plain(value: Tensor) -> float | tuple[float, ...]:
 
 
 def coefficient_stores(model: nn.Module, adapter_name: str | None) -> list[tuple[Coefficients, list[str]]]:
-    """Every coefficient store of `model`, with the adapters to set in it."""
+    """Every coefficient store of `model`, with the adapters to set in it.
+
+    Raises:
+        ValueError: there is no such active adapter, or one is merged into the weights.
+    """
     names: dict[int, set[str]] = {}
     stores: dict[int, Coefficients] = {}
     available: set[str] = set()
+    active: set[str] = set()
     for layer in model.modules():
         if isinstance(layer, SvdSteeringLayer):
             if layer.merged:
@@ -141,10 +146,15 @@ def coefficient_stores(model: nn.Module, adapter_name: str | None) -> list[tuple
                 )
             here = set(layer.r)
             available |= here
-            wanted = set(layer.active_adapters) if adapter_name is None else {adapter_name}
+            active |= here & set(layer.active_adapters)
             stores[id(layer.coefficients)] = layer.coefficients
-            names.setdefault(id(layer.coefficients), set()).update(here & wanted)
-    if not any(names.values()):
+            names.setdefault(id(layer.coefficients), set()).update(here & set(layer.active_adapters))
+    if adapter_name in available - active:
+        raise ValueError(
+            f"adapter {adapter_name!r} is not active, so that no coefficient would do anything; call set_adapter first"
+        )
+    wanted = active if adapter_name is None else active & {adapter_name}
+    if not wanted:
         wanted_text = (
             "an active steering adapter" if adapter_name is None else f"the steering adapter {adapter_name!r}"
         )
@@ -153,4 +163,4 @@ def coefficient_stores(model: nn.Module, adapter_name: str | None) -> list[tuple
             f"{type(model).__name__} lacks {wanted_text}; it has: {listed}. "
             "Load one with PeftModel.from_pretrained, or pass vector="
         )
-    return [(store, sorted(names[key])) for key, store in stores.items()]
+    return [(store, sorted(names[key] & wanted)) for key, store in stores.items()]

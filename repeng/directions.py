@@ -74,11 +74,11 @@ def gradient(chosen: Tensor, rejected: Tensor, descent: Tensor) -> Tensor:
     return descent.mean(dim=0)
 
 
-def fisher(chosen: Tensor, rejected: Tensor, descent: Tensor, scores: Tensor, *, damping: float = 0.1) -> Tensor:
+def fisher(chosen: Tensor, rejected: Tensor, descent: Tensor, scores: Tensor, *, damping: float = 10.0) -> Tensor:
     """`(F + λI)⁻¹ · mean(descent)`: the natural gradient (Amari 1998).
 
-    `F = scoresᵀ scores / n` is the Fisher information of the activation, from `scores (n d)`, gradients of the
-    log-probability of next tokens that are drawn from the model itself; λ is `damping` times its mean eigenvalue.
+    `F = scoresᵀ scores / n` estimates the Fisher information of the activation about the next token, from random
+    `scores (n d)` with that covariance; λ is `damping` times its mean eigenvalue.
 
     Raises:
         ValueError: `damping` is not above 0.

@@ -133,8 +133,9 @@ def test_modules_to_save_come_along(base, batch, tmp_path):
         assert torch.equal(logits(again, batch), logits(tiny.load()[0], batch))
 
 
-def test_a_second_adapter_is_loaded_beside_the_first(tmp_path):
-    config = SvdSteeringConfig(r=2, target_modules=["up_proj", "residual"], init_weights=False)
+@pytest.mark.parametrize("saved", [None, ["gate_proj"]])
+def test_a_second_adapter_is_loaded_beside_the_first(tmp_path, saved):
+    config = SvdSteeringConfig(r=2, target_modules=["up_proj", "residual"], init_weights=False, modules_to_save=saved)
     torch.manual_seed(3)
     other = get_peft_model(golden_base(), config).eval()
     other.save_pretrained(tmp_path)

@@ -9,7 +9,7 @@ import tiny_models
 import torch
 
 from repeng import ContrastPair, extract, steer, tiny
-from repeng.activations import gradients, hidden_states, persona_loss, token_weights
+from repeng.activations import fisher_noise, gradients, hidden_states, persona_loss, token_weights
 from repeng.data import encode, pad_rows
 from repeng.directions import METHODS, fisher, pca_center, pca_diff, svd, weight_svd
 from repeng.sites import capture, decoder_layers, site_module
@@ -237,23 +237,28 @@ def test_the_natural_gradient_solves_the_damped_system():
     assert torch.allclose(found.double(), expected, rtol=1e-3)
 
 
-def test_scores_are_gradients_of_tokens_that_the_model_draws(embedded, rows):
+def test_scores_are_what_the_logits_turn_their_noise_into(embedded, rows):
     model, tokenizer = embedded
     place, pair = ("residual", 4), (rows[0][0], rows[0][1])
     scores = gradients(model, tokenizer, [pair], [place], seed=5).scores[place]
     module = site_module(model, 4, "residual")
-    batch = pad_rows(pair, tokenizer, side="left")
     with torch.no_grad():
-        p = model(**batch).logits[:, -1].softmax(dim=-1)
-    drawn = torch.multinomial(p, 1, generator=torch.Generator().manual_seed(5))[:, 0]
+        logits = model(**pad_rows(pair, tokenizer, side="left")).logits[:, -1]
+    noise = fisher_noise(logits, torch.Generator().manual_seed(5)).double()
     for side, ids in enumerate(pair):
 
-        def logp(shift, ids=ids, token=drawn[side]):
+        def read(shift, ids=ids, noise=noise[side]):
             with torch.no_grad(), moved(module, shift):
-                return model(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)[token].item()
+                return (model(torch.tensor([ids])).logits[0, -1].double() @ noise).item()
 
         step = 0.03 * scores[side] / scores[side].norm()
-        assert (logp(step) - logp(-step)) / 0.06 == pytest.approx(scores[side].norm().item(), rel=0.05, abs=1e-4)
+        assert (read(step) - read(-step)) / 0.06 == pytest.approx(scores[side].norm().item(), rel=0.05, abs=1e-4)
+
+
+def test_the_noise_has_the_covariance_of_the_fisher_matrix():
+    logits = torch.tensor([1.0, 0.0, -1.0, 2.0]).repeat(40_000, 1)
+    noise, p = fisher_noise(logits, torch.Generator().manual_seed(0)), logits[0].softmax(dim=-1)
+    assert torch.allclose(noise.T @ noise / len(noise), p.diag() - torch.outer(p, p), atol=5e-3)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -283,7 +288,7 @@ def test_swapped_sides_turn_every_direction_around(embedded, pairs):
     swapped = [ContrastPair(p.rejected, p.chosen, p.suffix) for p in pairs]
     for method in METHODS:
         one, other = (extract(model, tokenizer, p, layers=[3], method=method, held_out=0) for p in (pairs, swapped))
-        # The tokens that fisher draws follow their rows.
+        # What fisher draws follows the rows.
         assert cosine(one["residual", 3], -other["residual", 3]) > (0.9 if method == "fisher" else 0.9999), method
 
 

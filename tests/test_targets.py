@@ -12,6 +12,11 @@ from repeng import SvdSteeringConfig, steer
 from repeng.tuner.targets import find_decoder, resolve, select_layers
 
 
+def logits(model, ids):
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
 def names(model, targets, **settings):
     found = resolve(model, SvdSteeringConfig(r=4, target_modules=targets, **settings))
     prefix = f"{find_decoder(model).name}."
@@ -78,8 +83,18 @@ def test_exclude_modules_takes_names_and_expressions():
     model = tiny_models.build("llama")
     assert names(model, ["kv"], exclude_modules=["v_proj"], layers_to_transform=0) == ["0.self_attn.k_proj"]
     assert names(model, ["kv"], exclude_modules=r".*(v_proj|layers\.[12].*)") == ["0.self_attn.k_proj"]
+    assert names(model, ["kv", "residual"], exclude_modules="v_proj", layers_to_transform=0) == [
+        "0",
+        "0.self_attn.k_proj",
+    ]
+    assert names(
+        model, ["q_proj", "kv", "residual"], exclude_modules=["kv", "residual"], layers_to_transform=range(1)
+    ) == ["0.self_attn.q_proj"]
     with pytest.raises(ValueError, match="nothing is left"):
         names(model, ["v_proj"], exclude_modules=["v_proj"])
+    for nonsense in (["v_proj", "v_prj"], ".*v_prj"):
+        with pytest.raises(ValueError, match=r"v_prj.*covers none"):
+            names(model, ["kv"], exclude_modules=nonsense)
 
 
 def test_the_default_targets_are_those_of_lora():
@@ -104,6 +119,7 @@ def uneven():
         (lambda: tiny_models.build("llama-bias-tied"), ["lm_head"], {}, ["lm_head", "input embeddings"]),
         (lambda: tiny_models.build("llama"), ["residual"], {"r": 33}, ["r=33", "32"]),
         (lambda: tiny_models.build("llama"), ["q_proj"], {"modules_to_save": ["q_proj"]}, ["modules_to_save"]),
+        (lambda: tiny_models.build("llama"), ["up_proj"], {"modules_to_save": ["mlp"]}, ["modules_to_save, as 'mlp'"]),
         (
             lambda: tiny_models.build("llama"),
             ["residual"],
@@ -180,11 +196,13 @@ def test_it_works_on_top_of_lora():
     lora = get_peft_model(
         tiny_models.build("llama"), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     )
-    with torch.no_grad():
-        expected = lora(input_ids=ids).logits
+    expected = logits(lora, ids)
     config = SvdSteeringConfig(r=4, target_modules=["q_proj"], init_weights=False)
     both = get_peft_model(lora.base_model.model, config).eval()
-    with torch.no_grad(), steer(both, 0.0):
-        assert torch.equal(both(input_ids=ids).logits, expected)
-    with torch.no_grad(), steer(both, 1.0):
-        assert not torch.equal(both(input_ids=ids).logits, expected)
+    with steer(both, 0.0):
+        assert torch.equal(logits(both, ids), expected)
+    with steer(both, 1.0):
+        assert not torch.allclose(logits(both, ids), expected, atol=1e-3)
+    with pytest.raises(ValueError, match="below another method"):
+        both.merge_adapter()
+    assert torch.equal(logits(both.unload(), ids), expected)

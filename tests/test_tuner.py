@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from peft import LoraConfig, OFTConfig, PeftModel, PsoftConfig, get_peft_model
+from peft import LoraConfig, OFTConfig, PeftConfig, PeftModel, PsoftConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
@@ -55,11 +55,13 @@ def test_each_row_follows_its_own_coefficient(embedded, steered, batch):
 
 def test_rows_of_beams_take_the_coefficient_of_their_prompt(steered, batch):
     arguments = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False}
-    with steer(steered, torch.tensor([2.0, -2.0])):
-        together = steered.generate(input_ids=batch[:2], **arguments)
-    for row, c in enumerate((2.0, -2.0)):
+    same, coefficients = batch[:1].repeat(2, 1), (20.0, -20.0)
+    with steer(steered, torch.tensor(coefficients)):
+        together = steered.generate(input_ids=same, **arguments)
+    assert not torch.equal(together[0], together[1])
+    for row, c in enumerate(coefficients):
         with steer(steered, c):
-            alone = steered.generate(input_ids=batch[row : row + 1], **arguments)
+            alone = steered.generate(input_ids=same[:1], **arguments)
         assert torch.equal(together[row], alone[0])
 
 
@@ -435,3 +437,87 @@ def test_other_methods_of_peft_still_work(base, batch, tmp_path, config):
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(tiny.load()[0], tmp_path).eval()
     assert torch.allclose(logits(again, batch), expected, atol=1e-5)
+
+
+def test_a_saved_configuration_alone_makes_no_adapter(steered, base, batch, tmp_path):
+    steered.save_pretrained(tmp_path)
+    config = PeftConfig.from_pretrained(tmp_path)
+    for target in (["q_proj"], ["residual"]):
+        fresh = copy.deepcopy(config)
+        fresh.target_modules, fresh.resolved_modules, fresh.fingerprint = target, None, None
+        model = get_peft_model(tiny.load()[0], fresh)
+        with pytest.raises(ValueError, match="init_bases=True"):
+            logits(model, batch)
+        if target == ["q_proj"]:
+            with pytest.raises(ValueError, match="NaN"):
+                model.merge_adapter()
+    config.init_bases = True
+    assert logits(get_peft_model(tiny.load()[0], config), batch).isfinite().all()
+
+
+def test_disabling_a_merged_adapter_is_the_base_and_keeps_the_merge(embedded, steered, batch):
+    with steer(steered, 0.5):
+        steered.merge_adapter()
+    expected = logits(steered, batch)
+    with steered.disable_adapter():
+        assert torch.equal(logits(steered, batch), logits(embedded[0], batch))
+    assert torch.equal(logits(steered, batch), expected)
+    steered.to(torch.float64).unmerge_adapter()
+    with steer(steered, 0.0):
+        assert torch.allclose(logits(steered, batch).float(), logits(embedded[0], batch), atol=1e-4)
+
+
+def test_disabling_leaves_requires_grad_alone(steered):
+    before = {name: p.requires_grad for name, p in steered.named_parameters()}
+    chosen = next(name for name in before if "svd_steering_in" in name)
+    steered.get_parameter(chosen).requires_grad_(False)
+    with steered.disable_adapter():
+        pass
+    assert {name for name, p in steered.named_parameters() if p.requires_grad != before[name]} == {chosen}
+
+
+def test_a_forward_in_inference_mode_does_not_spoil_training(steered, batch):
+    with steer(steered, torch.tensor([1.0, -1.0, 0.5, 0.0])):
+        with torch.inference_mode(), steer(steered, 0.0):
+            steered(batch)
+        steered(batch, labels=batch).loss.backward()
+    assert any(p.grad.any() for p in steered.parameters() if p.grad is not None)
+
+
+def test_nothing_is_kept_outside_of_steer(steered, batch):
+    """Writing through .data, as some optimizers and averages do, is seen at once."""
+    before = logits(steered, batch)
+    with steer(steered, -1.0):
+        logits(steered, batch)
+    assert torch.equal(logits(steered, batch), before)
+    for parameter in steered.parameters():
+        if parameter.requires_grad:
+            parameter.data.mul_(3.0)
+    assert not torch.allclose(logits(steered, batch), before, atol=1e-3)
+
+
+def test_an_inactive_adapter_cannot_be_steered(steered):
+    steered.add_adapter("second", SvdSteeringConfig(r=4, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"not active.*set_adapter"), steer(steered, 1.0, adapter_name="second"):
+        pass
+
+
+def test_autocast_turns_in_float32(steered, batch):
+    with steer(steered, 1.0):
+        expected = logits(steered, batch)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            shapes = [m.gain("default").dtype for m in steered.modules() if isinstance(m, SvdSteeringLayer)]
+            found = logits(steered, batch)
+    assert set(shapes) == {torch.float32}
+    assert (found.float() - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_returned_sequences_take_the_coefficient_of_their_prompt(steered, batch):
+    settings = {"max_new_tokens": 8, "do_sample": True, "num_return_sequences": 3, "top_k": 1}
+    with steer(steered, torch.tensor([4.0, -4.0])):
+        together = steered.generate(input_ids=batch[:1].repeat(2, 1), **settings)
+    for row, c in enumerate((4.0, -4.0)):
+        with steer(steered, c):
+            alone = steered.generate(input_ids=batch[:1], **settings)
+        assert torch.equal(together[3 * row : 3 * row + 3], alone)
+    assert not torch.equal(together[0], together[3])

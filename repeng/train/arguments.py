@@ -83,6 +83,8 @@ class SteeringArguments(TrainingArguments):
             value = getattr(self, name)
             if value < least or (open_end and value == least):
                 raise ValueError(f"{name} must be {'above' if open_end else 'at least'} {least}; got {value}")
+        if isinstance(self.target_modules, str):
+            self.target_modules = [self.target_modules]  # YAML without brackets
         if self.layers is not None:
             self.layers = layer_request(self.layers)
         if (self.positive is None) != (self.negative is None):

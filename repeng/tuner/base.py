@@ -14,8 +14,10 @@ CHUNK = 1024  # input directions that are read at once from a quantised layer
 
 
 def base_of(module: nn.Module) -> nn.Module:
-    """The layer below adapters."""
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    """The layer below all adapters."""
+    while isinstance(module, BaseTunerLayer):
+        module = module.get_base_layer()
+    return module
 
 
 def is_linear(module: nn.Module) -> bool:

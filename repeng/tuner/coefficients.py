@@ -26,6 +26,7 @@ class Setting:
 
     @classmethod
     def of(cls, given: Tensor) -> "Setting":
+        given = given.clone()  # the caller may write to theirs
         values, index = (given[None], None) if given.ndim == 0 else torch.unique(given, return_inverse=True)
         return cls(given, values, index, *torch.unique(values.abs(), return_inverse=True))
 
@@ -42,12 +43,13 @@ class Coefficients:
 
     def __init__(self) -> None:
         self._settings: dict[str, dict[torch.device, Setting]] = {}
+        self._default: dict[torch.device, Setting] = {ONE.given.device: ONE}
         self._zero: dict[str, bool] = {}
         self._triangles: list[nn.ParameterDict] = []
         # By adapter, rank and site: the triangle, its version, whether gradients were on, its rotations.
         self._ready: dict[tuple[str, int, int], tuple[Tensor, int, bool, Tensor]] = {}
         # By adapter and site: identities and versions of the parameters, and what was computed from them.
-        self._kept: dict[tuple[str, int], tuple[list[tuple[int, int, int]], Tensor]] = {}
+        self._kept: dict[tuple[str, int], tuple[list[tuple[int, int, int]], Tensor, list[Tensor]]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # Rotations with a graph can be neither copied nor pickled, and keys hold the addresses of this process.
@@ -57,16 +59,18 @@ class Coefficients:
         """Compute the rotations of these triangles, by adapter name, together with those registered before."""
         self._triangles.append(triangles)
 
-    def snapshot(self) -> dict[str, Tensor]:
+    def snapshot(self) -> dict[str, tuple[dict[torch.device, Setting], bool]]:
         """What `restore` takes."""
-        return {name: setting.given for name, by_device in self._settings.items() for setting in by_device.values()}
+        return {name: (by_device, self._zero[name]) for name, by_device in self._settings.items()}
 
-    def restore(self, snapshot: dict[str, Tensor]) -> None:
+    def restore(self, snapshot: dict[str, tuple[dict[torch.device, Setting], bool]]) -> None:
         """Make the coefficients what they were when `snapshot` was taken."""
-        self._settings, self._zero, self._ready, self._kept = {}, {}, {}, {}
-        for name, value in snapshot.items():
-            self.set(name, value)
+        self._settings = {name: by_device for name, (by_device, _) in snapshot.items()}
+        self._zero = {name: zero for name, (_, zero) in snapshot.items()}
+        self._ready, self._kept = {}, {}
 
+    # Tensors of inference mode could not take part in a later training step.
+    @torch.inference_mode(False)
     def set(self, name: str, value: Tensor | float) -> None:
         """Set adapter `name` to `value`, a number, a 0-dim tensor or a `(b,)` tensor.
 
@@ -85,7 +89,7 @@ class Coefficients:
 
     def get(self, name: str) -> Tensor:
         """The coefficient of adapter `name` as it was set."""
-        return next(iter(self._settings.get(name, {None: ONE}).values())).given
+        return next(iter(self._settings.get(name, self._default).values())).given
 
     def is_zero(self, name: str) -> bool:
         """Whether the adapter stands at 0 for every row."""
@@ -93,9 +97,10 @@ class Coefficients:
 
     def setting(self, name: str, device: torch.device) -> Setting:
         """The prepared coefficient of adapter `name` on `device`."""
-        by_device = self._settings.setdefault(name, {torch.device("cpu"): ONE})
+        by_device = self._settings.get(name, self._default)
         if device not in by_device:
-            by_device[device] = next(iter(by_device.values())).to(device)
+            with torch.inference_mode(False):
+                by_device[device] = next(iter(by_device.values())).to(device)
         return by_device[device]
 
     def once(self, name: str, site: int, parameters: list[Tensor], compute: Callable[[], Tensor]) -> Tensor:
@@ -113,14 +118,14 @@ class Coefficients:
         stamp = [(id(p), p.data_ptr(), p._version) for p in parameters]
         kept = self._kept.get((name, site))
         if kept is None or kept[0] != stamp:
-            kept = self._kept[name, site] = (stamp, compute())
+            kept = self._kept[name, site] = (stamp, compute(), parameters)  # which keeps their identities taken
         return kept[1]
 
     def rotation(self, triangles: nn.ParameterDict, name: str, r: int) -> Tensor:
         """Rotations `(n r r)` of adapter `name` for one site, at the distinct values of its coefficient.
 
         The first site that asks has those of all registered sites of this rank computed. Each is handed out once, so
-        that parameters which change between two passes never meet rotations of an earlier pass.
+        that the next pass, after an optimizer step, computes them anew.
         """
         mine = triangles[name]
         setting = self.setting(name, mine.device)

@@ -18,8 +18,8 @@ class SvdSteeringConfig(PeftConfig):
     Linear layer: `y = base(x) + [(x V) K(c)ᵀ] Uᵀ` with `K(c) = R_out(c) diag(S exp(c λ)) R_in(c)ᵀ − diag(S)`, where
     `U, S, V` are the top `r` singular triples of the frozen weight and λ is learned. Residual stream:
     `h + c b + Q (R(c) − I) Qᵀ h` after the decoder layer, Q the top `r` output directions of the weights that write to
-    it. Each R(c) is the Cayley rotation of a learned skew matrix, so R(−c) = R(c)ᵀ and K(0) = 0. Angles are not
-    bounded, but for |c| = 1 no plane turns by 180° or more.
+    it. Each R(c) is the Cayley rotation of a learned skew matrix, so R(−c) = R(c)ᵀ and K(0) = 0. A plane turns by
+    2 arctan(cω/2), which is under 180° at every c; no tighter bound is claimed.
 
     Raises:
         ValueError: a field is out of its range, two fields contradict each other, or the file is of a newer format.
@@ -36,7 +36,7 @@ class SvdSteeringConfig(PeftConfig):
         },
     )
     exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names to leave out, or one regular expression of full names."}
+        default=None, metadata={"help": "What to leave out of target_modules, in the same forms."}
     )
     layers_to_transform: list[int] | int | str | None = field(
         default=None,
@@ -89,8 +89,12 @@ class SvdSteeringConfig(PeftConfig):
             self.target_modules = {self.target_modules}  # one name, such as "residual" or "all-linear"
         if isinstance(self.target_modules, list | tuple):
             self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, str) and re.fullmatch(r"[\w-]+", self.exclude_modules):
+            self.exclude_modules = {self.exclude_modules}
         if isinstance(self.exclude_modules, list | tuple):
             self.exclude_modules = set(self.exclude_modules)
+        if self.layers_to_transform is not None and not isinstance(self.layers_to_transform, int | str):
+            self.layers_to_transform = list(self.layers_to_transform)  # a range cannot be saved
         if not isinstance(self.r, int) or self.r < 2:
             raise ValueError(f"r must be an integer of at least 2 (one direction cannot turn); got {self.r!r}")
         if self.svd_niter < 0:

@@ -20,7 +20,10 @@ def take_fingerprint(model: nn.Module, names: list[str]) -> dict[str, Any]:
     for name in names:
         module = model.get_submodule(name)
         below = {name: module} if is_linear(module) else {f"{name}.{n}": m for n, m in linear_modules(module).items()}
-        linear.update({key: base_of(m) for key, m in below.items() if last(key) != "lm_head"})
+        for key, m in below.items():
+            # PEFT puts a copy beside each module of another adapter's modules_to_save.
+            if last(key) != "lm_head" and ".modules_to_save." not in key:
+                linear[key.replace(".original_module", "")] = base_of(m)
     keys = sorted(linear)
     chosen = [keys[i] for i in torch.linspace(0, len(keys) - 1, min(MODULES, len(keys))).long().tolist()]
     dtypes = {"quantised" if is_quantised(linear[key]) else str(linear[key].weight.dtype) for key in chosen}
@@ -54,5 +57,6 @@ def check_same_base(model: nn.Module, config: SvdSteeringConfig, names: list[str
         raise ValueError(
             f"this adapter was made for another base model ({config.base_model_name_or_path or 'unnamed'}"
             f"{f', revision {config.revision}' if config.revision else ''}): {problem}. Load that model, or pass "
-            "allow_other_base=True to PeftModel.from_pretrained to use the adapter here all the same"
+            "allow_other_base=True to PeftModel.from_pretrained to use the adapter here all the same (before "
+            "load_adapter, set it in the saved configuration and add_adapter that)"
         )

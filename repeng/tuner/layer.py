@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from repeng.tuner.base import dense_weight, device_of, is_quantised, linear_shape
+from repeng.tuner.base import base_of, dense_weight, device_of, is_quantised, linear_shape
 from repeng.tuner.coefficients import Coefficients
 from repeng.tuner.config import SvdSteeringConfig
 from repeng.tuner.svd import subspace_error, top_singular_triples
@@ -34,6 +34,7 @@ class SvdSteeringLayer(BaseTunerLayer):
         self.coefficients = coefficients
         self.r: dict[str, int] = {}
         self.svd_error: dict[str, float] = {}
+        self.awaited: set[str] = set()  # adapters whose bases are still to come from a file
         self.svd_steering_in = nn.ParameterDict()
         self.svd_steering_out = nn.ParameterDict()
         self.svd_steering_lambda = nn.ParameterDict()
@@ -60,7 +61,7 @@ class SvdSteeringLayer(BaseTunerLayer):
 
     def device(self) -> torch.device:
         """Where this site computes."""
-        return device_of(self.get_base_layer())
+        return device_of(base_of(self))
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own also casts to the dtype of the base, which would round the bases.
@@ -76,9 +77,22 @@ class SvdSteeringLayer(BaseTunerLayer):
         return [store[adapter_name] for store in stores if adapter_name in store]
 
     def working(self) -> list[str]:
-        """Active adapters that this site has and that do not stand at 0."""
-        here = [name for name in self.active_adapters if name in self.r]
-        return [name for name in here if not self.coefficients.is_zero(name)]
+        """Active adapters that this site has and that do not stand at 0.
+
+        Raises:
+            ValueError: the bases of one were never loaded.
+        """
+        here = [name for name in self.active_adapters if name in self.r and not self.coefficients.is_zero(name)]
+        for name in self.awaited.intersection(here):
+            basis = self.svd_steering_u[name]
+            if basis.is_meta or basis.isnan().any():
+                raise ValueError(
+                    f"adapter {name!r} was made from a saved configuration, whose bases come from a weights file, and "
+                    "none was loaded: use PeftModel.from_pretrained or load_adapter, or set init_bases=True in the "
+                    "configuration to start anew"
+                )
+            self.awaited.discard(name)
+        return here
 
 
 class Linear(nn.Module, SvdSteeringLayer):
@@ -90,18 +104,23 @@ class Linear(nn.Module, SvdSteeringLayer):
         nn.Module.__init__(self)
         SvdSteeringLayer.__init__(self, coefficients)
         self.base_layer = base_layer
-        self.in_features, self.out_features = linear_shape(self.get_base_layer())
+        self.in_features, self.out_features = linear_shape(base_of(base_layer))
         self._unmerged: Tensor | None = None
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
+    def get_base_layer(self) -> nn.Module:
+        # One level only, unlike PEFT's own: unloading puts back what this layer has replaced, which may be an adapter.
+        return self.base_layer
+
     def update_layer(self, adapter_name: str, config: SvdSteeringConfig) -> None:
-        r, base = config.r, self.get_base_layer()
+        r, base = config.r, base_of(self)
         if config.init_bases:
             weight = dense_weight(base)
             u, s, v = top_singular_triples(weight, r, config.svd_niter, config.svd_seed)
             self.svd_error[adapter_name] = subspace_error(weight, u)
         else:
+            self.awaited.add(adapter_name)
             u, s, v = (torch.full(shape, torch.nan) for shape in ((self.out_features, r), (r,), (self.in_features, r)))
         device = self.device()
         for store, tensor in (("u", u), ("s", s), ("v", v)):
@@ -141,7 +160,10 @@ class Linear(nn.Module, SvdSteeringLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
-            self.unmerge()
+            # PEFT's other methods unmerge here; the coefficient at which this one was merged would be lost.
+            depth = next(name for name, m in self.base_layer.named_modules() if m is base_of(self))
+            weight = {f"{depth}.weight".lstrip("."): self._unmerged.to(base_of(self).weight)}
+            return torch.func.functional_call(self.base_layer, weight, (x, *args), kwargs)
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return result
@@ -150,11 +172,16 @@ class Linear(nn.Module, SvdSteeringLayer):
         return result
 
     def check_merge(self, names: list[str]) -> None:
-        weight = self.get_base_layer().weight
-        if is_quantised(self.get_base_layer()):
+        weight = base_of(self).weight
+        if is_quantised(base_of(self)):
             raise ValueError(
                 f"a quantised weight ({type(weight).__name__}, {weight.dtype}) cannot take up the change exactly; "
                 "load the base model without quantisation to merge"
+            )
+        if isinstance(self.base_layer, BaseTunerLayer):
+            raise ValueError(
+                f"the weight lies below another method's ({type(self.base_layer).__name__}), whose own merging would "
+                "get in the way; merge and unload that adapter first, then make this one"
             )
         for name in names:
             coefficient = self.coefficients.get(name)
@@ -182,7 +209,7 @@ class Linear(nn.Module, SvdSteeringLayer):
         self.check_merge([adapter_name])
         u, v = self.svd_steering_u[adapter_name].float(), self.svd_steering_v[adapter_name].float()
         change = u @ self.get_gain(adapter_name) @ v.mT
-        return change.mT if isinstance(self.get_base_layer(), Conv1D) else change
+        return change.mT if isinstance(base_of(self), Conv1D) else change
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -198,7 +225,7 @@ class Linear(nn.Module, SvdSteeringLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.r]
         if not names:
             return
-        weight = self.get_base_layer().weight
+        weight = base_of(self).weight
         changed = (weight.float() + sum(self.get_delta_weight(name) for name in names)).to(weight.dtype)
         if safe_merge and not torch.isfinite(changed).all():
             raise ValueError(f"merging {', '.join(names)} gives NaN or infinite weights in {weight.dtype}")
@@ -208,9 +235,10 @@ class Linear(nn.Module, SvdSteeringLayer):
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
-        """Put the base weight back as it was before `merge`, bit for bit."""
+        """Put the base weight back as it was before `merge`, bit for bit, in the dtype that the model has by now."""
         if self._unmerged is not None:
-            self.get_base_layer().weight.data = self._unmerged
+            weight = base_of(self).weight
+            weight.data = self._unmerged.to(weight)
         self._unmerged = None
         self.merged_adapters.clear()
 

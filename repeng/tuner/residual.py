@@ -44,6 +44,7 @@ class Residual(nn.Module, SvdSteeringLayer):
                 basis = top_singular_triples(weight, r, config.svd_niter, config.svd_seed)[0]
                 self.svd_error[adapter_name] = subspace_error(weight, basis)
             else:
+                self.awaited.add(adapter_name)
                 basis = torch.full((width, r), torch.nan)
             self.svd_steering_u[adapter_name] = basis.to(device)
             self.svd_steering_in[adapter_name] = start(config, r * (r - 1) // 2, device)

@@ -13,12 +13,13 @@ from repeng.tuner.config import SvdSteeringConfig
 
 RESIDUAL = "residual"
 ALL_LINEAR = "all-linear"
-# What each sugar name stands for, over the architectures: Llama and its heirs, Phi-3 (fused), GPT-2, GPT-NeoX, OPT.
+# What each group stands for: Llama and its heirs, Phi-3, GPT-2, GPT-NeoX, OPT, GPT-J, MPT, Qwen3-Next, DeepSeek.
 SUGAR = {
-    "residual-writers": ("o_proj", "down_proj", "c_proj", "dense", "dense_4h_to_h", "out_proj", "fc2"),
+    "residual-writers": ("o_proj", "down_proj", "c_proj", "dense", "dense_4h_to_h", "out_proj", "fc2", "fc_out"),
     "residual-readers": (
         *("q_proj", "k_proj", "v_proj", "qkv_proj", "up_proj", "gate_proj", "gate_up_proj"),
-        *("c_attn", "c_fc", "query_key_value", "dense_h_to_4h", "fc1"),
+        *("c_attn", "c_fc", "query_key_value", "dense_h_to_4h", "fc1", "fc_in", "Wqkv", "in_proj_qkvz", "in_proj_ba"),
+        *("q_a_proj", "kv_a_proj_with_mqa"),
     ),
     "kv": ("k_proj", "v_proj"),
 }
@@ -166,10 +167,12 @@ def resolve(model: nn.Module, config: SvdSteeringConfig) -> list[str]:
         wanted = {name for target in config.target_modules for name in by_name(model, decoder, target, config)}
     else:
         raise ValueError(f"target_modules is empty; {decoder.available()}")
-    wanted = {name for name in wanted if not matches(name, config.exclude_modules)}
-    saved = [name for name in wanted if last(name) in (config.modules_to_save or ())]
-    if saved:
-        raise ValueError(f"{saved[0]!r} is in modules_to_save and in target_modules; choose one")
+    wanted -= excluded(model, wanted, config.exclude_modules)
+    for name in sorted(wanted):
+        parents = [name.rsplit(".", n)[0] for n in range(name.count(".") + 1)]
+        for saved in config.modules_to_save or ():
+            if any(matches(parent, [saved]) for parent in parents):
+                raise ValueError(f"{name!r} is a target and in modules_to_save, as {saved!r}; choose one")
     if not wanted:
         raise ValueError(
             f"nothing is left of target_modules={texts(config.target_modules)} after "
@@ -177,6 +180,26 @@ def resolve(model: nn.Module, config: SvdSteeringConfig) -> list[str]:
         )
     check(model, config, wanted)
     return [name for name, _ in model.named_modules() if name in wanted]
+
+
+def excluded(model: nn.Module, wanted: set[str], patterns: Iterable[str] | str | None) -> set[str]:
+    """Those of `wanted` that exclude_modules covers; raises ValueError for an entry that covers none."""
+    if isinstance(patterns, str):
+        patterns = [patterns]
+        found = {patterns[0]: {name for name in wanted if re.fullmatch(patterns[0], name)}}
+    else:
+        found = {
+            pattern: {
+                name
+                for name in wanted
+                if (is_called(name, pattern) if is_linear(model.get_submodule(name)) else pattern in (RESIDUAL, name))
+            }
+            for pattern in patterns or ()
+        }
+    for pattern, covered in found.items():
+        if not covered:
+            raise ValueError(f"exclude_modules {pattern!r} covers none of the targets: {texts(wanted)}")
+    return set().union(*found.values())
 
 
 def by_expression(model: nn.Module, decoder: Decoder, expression: str) -> set[str]:
@@ -237,11 +260,9 @@ def is_called(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-def matches(name: str, patterns: Iterable[str] | str | None) -> bool:
-    """Whether `name` is, or ends in, one of the patterns, or matches the regular expression."""
-    if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
-    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns or ())
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether `name` is, or ends in, one of the patterns."""
+    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
 
 
 def check(model: nn.Module, config: SvdSteeringConfig, wanted: set[str]) -> None:
