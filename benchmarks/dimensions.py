@@ -16,14 +16,12 @@ from peft import PeftModel
 from torch import Tensor
 
 from repeng import EvalReport, evaluate, steer, tiny
-from repeng.data import PairCollator, last_tokens
 from repeng.train.arguments import SteeringArguments, parse_arguments
+from repeng.train.bases import pair_differences
 from repeng.train.build import Run, build
-from repeng.train.reference import gather_tokens
 from repeng.train.report import ADAPTER_COEFFICIENTS
 from repeng.train.trainer import SteeringTrainer
 from repeng.tuner.base import dense_weight
-from repeng.tuner.layer import Linear
 
 CONFIG = Path(__file__).parent.parent / "configs" / "tiny.yaml"
 Bases = tuple[Tensor, Tensor, Tensor]
@@ -50,38 +48,10 @@ CHOICES: dict[str, Callable[[Tensor, Tensor, int], Bases]] = {"top": top, "selec
 
 
 @torch.no_grad()
-def input_differences(prepared: Run, args: SteeringArguments, sites: Sequence[Linear]) -> list[Tensor]:
-    """dX `(pairs d_in)` of every site: chosen minus rejected inputs, each the mean over the last tokens."""
-    seen: list[Tensor] = [torch.empty(0)] * len(sites)
-
-    def keep(index: int) -> Callable:
-        def hook(_module, inputs) -> None:
-            seen[index] = inputs[0]
-
-        return hook
-
-    handles = [site.register_forward_pre_hook(keep(i)) for i, site in enumerate(sites)]
-    collate, parts = PairCollator(prepared.tokenizer), [[] for _ in sites]
-    with steer(prepared.model, 0.0):
-        for start in range(0, len(prepared.examples), 32):
-            batch = collate(prepared.examples[start : start + 32])
-            prepared.model(**batch, use_cache=False)
-            index, exists = last_tokens(batch["attention_mask"], args.last_n_tokens)
-            weight = exists / exists.sum(dim=1, keepdim=True)
-            for part, inputs in zip(parts, seen, strict=True):
-                rows = (gather_tokens(inputs, index) * weight[..., None]).sum(dim=1)
-                chosen, rejected, _ = rows.chunk(3)
-                part.append(chosen - rejected)
-    for handle in handles:
-        handle.remove()
-    return [torch.cat(part) for part in parts]
-
-
-@torch.no_grad()
 def put_bases(model: PeftModel, prepared: Run, args: SteeringArguments, choice: str) -> None:
     """Replace the bases of a fresh adapter."""
-    sites = [module for module in model.modules() if isinstance(module, Linear)]
-    for site, dx in zip(sites, input_differences(prepared, args, sites), strict=True):
+    for key, dx in pair_differences(model, prepared.tokenizer, prepared.examples, args.last_n_tokens).items():
+        site = model.get_base_model().get_submodule(key)
         bases = CHOICES[choice](dense_weight(site.base_layer), dx, args.r)
         for name, tensor in zip("usv", bases, strict=True):
             getattr(site, f"svd_steering_{name}")["default"].copy_(tensor)

@@ -1,8 +1,10 @@
 """Hidden states of many prompts at many sites, in one pass; and gradients of a loss with respect to them."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal, NamedTuple
 
 import torch
 from einops import reduce
@@ -22,9 +24,16 @@ class _Deepest(Exception):
     """Raised after the deepest layer that is read, since nothing behind it is needed."""
 
 
+class Tap(NamedTuple):
+    """A module, and whether its first input or its output is read."""
+
+    module: nn.Module
+    end: Literal["input", "output"]
+
+
 @dataclass(frozen=True)
 class Gradients:
-    """By place, `(2b d)`: `descent`, minus the gradient of the loss; `scores`, with the Fisher matrix as covariance."""
+    """By place, `(2b d)`: `descent`, minus the gradient of the loss; `scores`, whose covariance is Fisher's matrix."""
 
     descent: dict[Place, Tensor]
     scores: dict[Place, Tensor]
@@ -65,6 +74,53 @@ def evaluation(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
+def collect(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Sequence[int]],
+    taps: Sequence[Tap],
+    deepest: nn.Module,
+    *,
+    tokens: Tokens,
+    batch_size: int = 32,
+) -> list[Tensor]:
+    """What goes into or comes out of each tapped module, `(rows d)`, float32 on the CPU, read as `token_weights` says.
+
+    Rows of similar length share a batch, and the forward ends behind `deepest`, so that no logits are computed.
+    """
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
+    parts: list[list[Tensor]] = [[] for _ in taps]
+    weights = torch.empty(0)
+
+    def keep(part: list[Tensor], states: Tensor) -> Tensor:
+        part.append(read(states, weights).cpu())
+        return states
+
+    def before(part: list[Tensor], _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        keep(part, args[0])
+
+    def stop(_output: Tensor) -> Tensor:
+        raise _Deepest
+
+    with ExitStack() as stack:
+        stack.enter_context(evaluation(model))
+        for (module, end), part in zip(taps, parts, strict=True):
+            if end == "input":
+                stack.callback(module.register_forward_pre_hook(partial(before, part)).remove)
+            else:
+                stack.enter_context(edit_outputs([(module, partial(keep, part))]))
+        stack.enter_context(edit_outputs([(deepest, stop)]))
+        for start in tqdm(range(0, len(rows), batch_size), desc="hidden states", leave=False, delay=1):
+            batch = pad_rows([rows[i] for i in order[start : start + batch_size]], tokenizer, model.device)
+            weights = token_weights(batch["attention_mask"], tokens)
+            try:
+                model(**batch, use_cache=False)
+            except _Deepest:
+                pass
+    back = torch.tensor(order).argsort()
+    return [torch.cat(part)[back] for part in parts]
+
+
 def hidden_states(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -74,38 +130,11 @@ def hidden_states(
     tokens: Tokens = "last",
     batch_size: int = 32,
 ) -> dict[Place, Tensor]:
-    """Hidden states `(rows d)`, float32 on the CPU, by (site, layer), read as `token_weights` says.
-
-    Rows of similar length share a batch, the forward ends behind the deepest layer, and no logits are computed.
-    """
-    modules = [site_module(model, layer, site) for site, layer in places]
+    """Hidden states `(rows d)` by (site, layer), as `collect` reads them."""
+    taps = [Tap(site_module(model, layer, site), "output") for site, layer in places]
     deepest = decoder_layers(model)[max(layer for _, layer in places)]
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
-    parts: list[list[Tensor]] = [[] for _ in places]
-    weights = torch.empty(0)
-
-    def keeper(part: list[Tensor]) -> Callable[[Tensor], Tensor]:
-        def keep(output: Tensor) -> Tensor:
-            part.append(read(output, weights).cpu())
-            return output
-
-        return keep
-
-    def stop(_output: Tensor) -> Tensor:
-        raise _Deepest
-
-    edits = [(module, keeper(part)) for module, part in zip(modules, parts, strict=True)]
-    with evaluation(model), edit_outputs([*edits, (deepest, stop)]):
-        for start in tqdm(range(0, len(rows), batch_size), desc="hidden states", leave=False, delay=1):
-            chunk = order[start : start + batch_size]
-            batch = pad_rows([rows[i] for i in chunk], tokenizer, model.device)
-            weights = token_weights(batch["attention_mask"], tokens)
-            try:
-                model(**batch, use_cache=False)
-            except _Deepest:
-                pass
-    back = torch.tensor(order).argsort()
-    return {place: torch.cat(part)[back] for place, part in zip(places, parts, strict=True)}
+    found = collect(model, tokenizer, rows, taps, deepest, tokens=tokens, batch_size=batch_size)
+    return dict(zip(places, found, strict=True))
 
 
 def persona_loss(chosen: Tensor, rejected: Tensor) -> Tensor:

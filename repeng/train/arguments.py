@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Literal
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
@@ -52,6 +53,9 @@ class SteeringArguments(TrainingArguments):
     loss_site: str = option("residual", "Where separation is measured: 'residual' or the name of a linear site.")
     loss_layer: int | None = option(None, "Layer of the loss site, from 0; None = the last adapted one.")
     r: int | None = option(None, "Rank; None = 32, or the narrowest target if that is less.")
+    directions: Literal["pairs", "top"] = option(
+        "pairs", "Singular directions that turn: those along which the pairs differ most, or the top ones."
+    )
     separation_target: float = option(
         SEPARATION_TARGET, "Separation to reach, in mean distances between the two sides; above 0."
     )

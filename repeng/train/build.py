@@ -14,6 +14,7 @@ from repeng.data import PLACEHOLDER, ContrastPair, encode, load_pairs, load_text
 from repeng.eval import Question, choice_id, choice_ids, load_questions
 from repeng.sites import decoder_layers, site_module
 from repeng.train.arguments import SteeringArguments
+from repeng.train.bases import pair_differences
 from repeng.tuner import SvdSteeringConfig
 from repeng.tuner.targets import max_rank, resolve, select_layers
 
@@ -92,6 +93,8 @@ def build(args: SteeringArguments, task: Data | None = None) -> Run:
     with steer(adapted, 0.0):
         neutral, unseen = neutral_texts(args, adapted, tokenizer, task)
     examples = tokenize_examples(tokenizer, pairs, neutral, args.seed)
+    if args.directions == "pairs":
+        adapted.base_model.select_directions(pair_differences(adapted, tokenizer, examples, args.last_n_tokens))
     return Run(adapted, tokenizer, pairs, examples, unseen, questions, personas(args, task))
 
 

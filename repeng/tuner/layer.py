@@ -14,6 +14,7 @@ from repeng.tuner.coefficients import Coefficients
 from repeng.tuner.config import SvdSteeringConfig
 from repeng.tuner.svd import subspace_error, top_singular_triples
 
+CANDIDATES = 8  # singular triples to choose from, for each that is kept
 INIT_STD = 0.02  # of the skew matrices, of λ and of b when init_weights is False
 
 
@@ -49,6 +50,10 @@ class SvdSteeringLayer(BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: SvdSteeringConfig) -> None:
         """Add an adapter: bases by SVD (or NaN until they are loaded), parameters at zero."""
+        raise NotImplementedError
+
+    def select_directions(self, difference: Tensor, adapter_name: str, config: SvdSteeringConfig) -> None:
+        """Choose bases again, by `difference (b d)`; see `SvdSteeringModel.select_directions`."""
         raise NotImplementedError
 
     def check_merge(self, names: list[str]) -> None:
@@ -133,6 +138,14 @@ class Linear(nn.Module, SvdSteeringLayer):
         if config.scale:
             self.svd_steering_lambda[adapter_name] = start(config, r, device)
         self.set_adapter(self.active_adapters)
+
+    def select_directions(self, difference: Tensor, adapter_name: str, config: SvdSteeringConfig) -> None:
+        weight = dense_weight(base_of(self))
+        u, s, v = top_singular_triples(weight, CANDIDATES * config.r, config.svd_niter, config.svd_seed)
+        kept = largest(s * (difference.to(v) @ v).norm(dim=0), config.r)
+        self.svd_error[adapter_name] = subspace_error(weight, u[:, kept])
+        for store, tensor in (("u", u[:, kept]), ("s", s[kept]), ("v", v[:, kept])):
+            getattr(self, f"svd_steering_{store}")[adapter_name].copy_(tensor)
 
     def gain(self, adapter_name: str) -> Tensor:
         """K(c), `(n r r)` in float32 even under autocast, at the distinct coefficients `(n,)`; zero at c = 0."""
@@ -247,6 +260,11 @@ def start(config: SvdSteeringConfig, n: int, device: torch.device) -> nn.Paramet
     """A fresh parameter `(n,)`, zero or small and random."""
     values = torch.zeros(n) if config.init_weights else torch.randn(n) * INIT_STD
     return nn.Parameter(values.to(device))
+
+
+def largest(score: Tensor, r: int) -> Tensor:
+    """Indices of the `r` largest entries, in their order."""
+    return score.topk(r).indices.sort().values
 
 
 def rank_change(x: Tensor, v: Tensor, gain: Tensor, u: Tensor, index: Tensor | None) -> Tensor:

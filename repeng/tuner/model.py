@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.constants import (
@@ -124,15 +125,41 @@ class SvdSteeringModel(BaseTuner):
             detach(layer)
         return model
 
+    @torch.no_grad()
+    def select_directions(self, differences: dict[str, Tensor], adapter_name: str = "default") -> None:
+        """Let those singular directions turn along which `differences` are largest, instead of the top ones.
+
+        Of the leading singular triples (eight times as many as are kept), the adapter keeps those with the largest
+        `s ‖dX v‖`; for the residual stream those output directions with the largest `‖dHS u‖`. For a new adapter.
+
+        Args:
+            differences: by name of `resolved_modules`, rows `(b d_in)` by which the inputs of a linear module differ
+                between the two sides of pairs, or rows `(b d)` for the output of a decoder layer.
+            adapter_name: which adapter.
+
+        Raises:
+            ValueError: a module without differences.
+        """
+        config = self.peft_config[adapter_name]
+        for name in tqdm(config.resolved_modules, desc="SVD of the adapted weights", leave=False, delay=1):
+            if name not in differences:
+                raise ValueError(
+                    f"no differences were given for {name!r}; every module of resolved_modules needs them"
+                )
+            self._site(name).select_directions(differences[name], adapter_name, config)
+
+    def _site(self, name: str) -> SvdSteeringLayer:
+        module = self.model.get_submodule(name)
+        return module if isinstance(module, Linear) else getattr(module, CHILD)
+
     def describe(self, adapter_name: str = "default") -> str:
         """What one adapter adapts: modules by name and layer, and how much of each weight lies outside its bases."""
         config = self.peft_config[adapter_name]
         kinds: dict[str, list[tuple[int, float | None]]] = {}
         for name in config.resolved_modules:
             layer = next((int(part) for part in name.split(".") if part.isdigit()), -1)
-            site = self.model.get_submodule(name)
+            site = self._site(name)
             kind = last(name) if isinstance(site, Linear) else RESIDUAL
-            site = site if isinstance(site, Linear) else getattr(site, CHILD)
             kinds.setdefault(kind, []).append((layer, site.svd_error.get(adapter_name)))
         lines = [f"{len(config.resolved_modules)} modules adapted at rank {config.r}"]
         for kind, found in kinds.items():

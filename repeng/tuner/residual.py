@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from repeng.tuner.base import base_of, device_of
 from repeng.tuner.coefficients import Coefficients
 from repeng.tuner.config import SvdSteeringConfig
-from repeng.tuner.layer import SvdSteeringLayer, rank_change, rows_of, start
+from repeng.tuner.layer import CANDIDATES, SvdSteeringLayer, largest, rank_change, rows_of, start
 from repeng.tuner.svd import subspace_error, top_singular_triples
 from repeng.tuner.targets import linear_modules, residual_width, writers
 
@@ -51,6 +51,15 @@ class Residual(nn.Module, SvdSteeringLayer):
         if config.shift:
             self.svd_steering_shift[adapter_name] = start(config, width, device)
         self.set_adapter(self.active_adapters)
+
+    def select_directions(self, difference: Tensor, adapter_name: str, config: SvdSteeringConfig) -> None:
+        if adapter_name not in self.svd_steering_u:
+            return
+        weight = torch.cat(writers(self.get_base_layer()), dim=1)
+        basis = top_singular_triples(weight, CANDIDATES * config.r, config.svd_niter, config.svd_seed)[0]
+        kept = largest((difference.to(basis) @ basis).norm(dim=0), config.r)
+        self.svd_error[adapter_name] = subspace_error(weight, basis[:, kept])
+        self.svd_steering_u[adapter_name].copy_(basis[:, kept])
 
     def turn(self, adapter_name: str) -> Tensor:
         """R(c) − I, `(n r r)` in float32 at the distinct coefficients `(n,)`."""
