@@ -7,6 +7,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
+from transformers import Cache
 
 MARK = "_steering"  # attribute of a cache; a cache without it was made without steering
 
@@ -35,19 +36,21 @@ def current(trunk: nn.Module) -> State:
 def guarded(trunk: nn.Module, state: State, reuse_cache: bool) -> Iterator[None]:
     """Inside the context, the model is in `state`, and a cache made in another one raises unless `reuse_cache`."""
     contexts = _open.setdefault(trunk, [])
-    handle = None if contexts else trunk.register_forward_pre_hook(check, with_kwargs=True)
+    handles = [] if contexts else [
+        trunk.register_forward_pre_hook(check, with_kwargs=True), trunk.register_forward_hook(mark)
+    ]  # fmt: skip
     contexts.append((state, reuse_cache))
     try:
         yield
     finally:
         contexts.pop()
-        if handle is not None:
+        for handle in handles:
             handle.remove()
 
 
 def check(trunk: nn.Module, _args: tuple, kwargs: dict[str, Any]) -> None:
     """Forward pre-hook: raise ValueError if the cache was made in another state than the current one."""
-    cache = kwargs.get("past_key_values")
+    cache = cache_of(kwargs)
     if cache is None:
         return
     state, reuse_cache = _open[trunk][-1]
@@ -58,6 +61,18 @@ def check(trunk: nn.Module, _args: tuple, kwargs: dict[str, Any]) -> None:
             "would go on acting as before. Start a new one, or say steer(…, reuse_cache=True) to mean it"
         )
     setattr(cache, MARK, state)
+
+
+def mark(trunk: nn.Module, _args: tuple, output: Any) -> None:
+    """Forward hook: remember the state in a cache that the forward itself has made."""
+    cache = cache_of(output) if isinstance(output, dict) else None
+    if cache is not None:
+        setattr(cache, MARK, _open[trunk][-1][0])
+
+
+def cache_of(named: dict[str, Any]) -> Cache | None:
+    """The key-value cache among arguments or outputs of a forward, whatever this version of transformers calls it."""
+    return next((value for value in named.values() if isinstance(value, Cache)), None)
 
 
 def told(state: State) -> str:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from repeng.cache_guard import Influence, State, current, guarded
-from repeng.operators import OPERATORS, Operator, Positions, TokenFilter, edit_with
+from repeng.operators import OPERATORS, Operator, edit_with
+from repeng.positions import Positions, TokenFilter
 from repeng.sites import edit_outputs, site_module, trunk
 from repeng.tuner import Coefficients, SvdSteeringLayer
 from repeng.vector import SteeringVector
@@ -69,12 +70,9 @@ def steer(
         for (site, layer), direction in vector.directions.items()
     ]
     influence = Influence("a vector", (vector, operator, positions, clamp), plain(value))
-    handle = runs.register_forward_pre_hook(where.before, with_kwargs=True)
-    try:
-        with edit_outputs(edits), guarded(runs, (*current(runs), influence), reuse_cache):
-            yield
-    finally:
-        handle.remove()
+    state = (*current(runs), influence)
+    with where.watching(model, runs), edit_outputs(edits), guarded(runs, state, reuse_cache):
+        yield
 
 
 @contextmanager

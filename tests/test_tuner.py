@@ -15,9 +15,10 @@ from repeng import SvdSteeringConfig, steer, tiny
 from repeng.tuner import SvdSteeringLayer
 from repeng.tuner import layer as layer_module
 from repeng.tuner.base import dense_weight
-from repeng.tuner.layer import rows_of
+from repeng.tuner.layer import Linear, rows_of
 from repeng.tuner.rotation import Rotations, rotation
 from repeng.tuner.svd import top_singular_triples
+from repeng.tuner.targets import writers
 
 
 def logits(model, batch):
@@ -521,3 +522,36 @@ def test_returned_sequences_take_the_coefficient_of_their_prompt(steered, batch)
             alone = steered.generate(input_ids=batch[:1], **settings)
         assert torch.equal(together[3 * row : 3 * row + 3], alone)
     assert not torch.equal(together[0], together[3])
+
+
+def planted_differences(model, generator):
+    """By module, differences along two singular directions that are not among the top ones, and their indices."""
+    differences, planted = {}, {}
+    for name in model.peft_config["default"].resolved_modules:
+        module = model.get_base_model().get_submodule(name)
+        if isinstance(module, SvdSteeringLayer):
+            directions = torch.linalg.svd(dense_weight(module.base_layer), full_matrices=False).Vh
+        else:
+            directions = torch.linalg.svd(torch.cat(writers(module), dim=1), full_matrices=False).U.T
+        planted[name] = directions[[20, 25]]
+        differences[name] = torch.randn(9, 2, generator=generator) @ planted[name]
+    return differences, planted
+
+
+def test_the_pairs_choose_which_singular_directions_turn(embedded, base, batch):
+    targets = ["q_proj", "down_proj", "residual"]
+    config = SvdSteeringConfig(r=6, target_modules=targets, layers_to_transform=[2], svd_niter=0)
+    model = get_peft_model(base, config).eval()
+    differences, planted = planted_differences(model, torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=r"layers\.2\.mlp\.down_proj"):
+        model.base_model.select_directions({k: d for k, d in differences.items() if "down_proj" not in k})
+    model.base_model.select_directions(differences)
+    for name, directions in planted.items():
+        site = model.base_model._site(name)
+        kept = site.svd_steering_v if isinstance(site, Linear) else site.svd_steering_u
+        inside = directions @ kept["default"]
+        assert torch.allclose(inside.norm(dim=1), torch.ones(2), atol=1e-3), name
+        if isinstance(site, Linear):
+            u, s, v = (getattr(site, f"svd_steering_{part}")["default"] for part in "usv")
+            assert torch.allclose(u.T @ dense_weight(site.base_layer) @ v, torch.diag(s), atol=1e-3)
+    assert torch.allclose(logits(model, batch), logits(embedded[0], batch), atol=1e-5)
