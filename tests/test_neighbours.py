@@ -90,8 +90,8 @@ def test_directions_are_those_of_the_neighbours(embedded, exchanged, method, the
         other = found[f"{theirs}.{layer}"]
         ours = vector[layer]
         if layer == 5 and theirs != "mean":
-            # repeng reads hidden_states[-1], which is behind the final norm, and yet steers before it. Half of the pairs
-            # are on either side there, so that its vote on the sign and our mean may differ.
+            # repeng reads hidden_states[-1], which is behind the final norm, and yet steers before it. Half of the
+            # pairs are on either side there, so that its vote on the sign and our mean may differ.
             ours = METHODS[method](*normed(*embedded, pairs))
             ours = ours * (ours @ other).sign()
         cosine = torch.nn.functional.cosine_similarity(ours, other, dim=0)

@@ -52,7 +52,7 @@ class SteeringArguments(TrainingArguments):
     )
     loss_site: str = option("residual", "Where separation is measured: 'residual' or the name of a linear site.")
     loss_layer: int | None = option(None, "Layer of the loss site, from 0; None = the last adapted one.")
-    r: int | None = option(None, "Rank; None = 32, or the narrowest target if that is less.")
+    r: int | None = option(None, "Rank; None = 64, or the narrowest target if that is less.")
     directions: Literal["pairs", "top"] = option(
         "pairs", "Singular directions that turn: those along which the pairs differ most, or the top ones."
     )

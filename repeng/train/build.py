@@ -19,7 +19,7 @@ from repeng.tuner import SvdSteeringConfig
 from repeng.tuner.targets import max_rank, resolve, select_layers
 
 MAX_PAIRS = 1024
-DEFAULT_RANK = 32
+DEFAULT_RANK = 64
 NEUTRAL_TRAIN, NEUTRAL_TEST = 256, 64
 HELD_OUT_SHARE = 0.1
 NEUTRAL_LENGTH = 32
