@@ -5,13 +5,12 @@ python benchmarks/adapter_start.py [--width 1024] [--r 64] [--svd_niter 0 1 2 4]
 
 import argparse
 import json
-import time
-from collections.abc import Callable
 
 import torch
 from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
+from timing import seconds
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -37,16 +36,6 @@ def model(width: int) -> nn.Module:
             left, right = (nn.init.orthogonal_(torch.empty(d, n)) for d in module.weight.shape)
             module.weight.data = (left * spectrum) @ right.T
     return result
-
-
-def seconds(action: Callable[[], object], repeats: int = 3) -> float:
-    """The best of several runs."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 def measure(width: int, r: int, niter: int) -> dict[str, float]:

@@ -10,14 +10,13 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from timing import seconds
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from repeng import ContrastPair, extract, tiny
@@ -54,15 +53,6 @@ def save_model(folder: Path, width: int, depth: int, pairs: list[ContrastPair]) 
     tiny.load()[1].save_pretrained(folder)
     texts = [[f"{side} {pair.suffix}" for side in (pair.chosen, pair.rejected)] for pair in pairs]
     (folder / "texts.json").write_text(json.dumps(texts))
-
-
-def seconds(action: Callable[[], object], repeats: int) -> float:
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 def main() -> None:

@@ -13,10 +13,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from repeng.data import last_tokens, pad_rows
-from repeng.sites import decoder_layers, edit_outputs, site_module
+from repeng.sites import Place, decoder_layers, edit_outputs, site_modules
 
 Tokens = int | str
-Place = tuple[str, int]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -131,7 +130,7 @@ def hidden_states(
     batch_size: int = 32,
 ) -> dict[Place, Tensor]:
     """Hidden states `(rows d)` by (site, layer), as `collect` reads them."""
-    taps = [Tap(site_module(model, layer, site), "output") for site, layer in places]
+    taps = [Tap(module, "output") for module in site_modules(model, places)]
     deepest = decoder_layers(model)[max(layer for _, layer in places)]
     found = collect(model, tokenizer, rows, taps, deepest, tokens=tokens, batch_size=batch_size)
     return dict(zip(places, found, strict=True))
@@ -175,7 +174,7 @@ def gradients(
     information of the activation, with less variance than gradients of log p of drawn tokens. Parameters gather no
     gradients.
     """
-    modules = [site_module(model, layer, site) for site, layer in places]
+    modules = site_modules(model, places)
     seen: list[Tensor] = [torch.empty(0)] * len(places)
     generator = torch.Generator().manual_seed(seed)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 from transformers import Cache
 
@@ -50,6 +51,8 @@ def guarded(trunk: nn.Module, state: State, reuse_cache: bool) -> Iterator[None]
 
 def check(trunk: nn.Module, _args: tuple, kwargs: dict[str, Any]) -> None:
     """Forward pre-hook: raise ValueError if the cache was made in another state than the current one."""
+    if torch.compiler.is_compiling():  # the state would be compiled in, once for each coefficient
+        return
     cache = cache_of(kwargs)
     if cache is None:
         return
@@ -65,6 +68,8 @@ def check(trunk: nn.Module, _args: tuple, kwargs: dict[str, Any]) -> None:
 
 def mark(trunk: nn.Module, _args: tuple, output: Any) -> None:
     """Forward hook: remember the state in a cache that the forward itself has made."""
+    if torch.compiler.is_compiling():
+        return
     cache = cache_of(output) if isinstance(output, dict) else None
     if cache is not None:
         setattr(cache, MARK, _open[trunk][-1][0])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from repeng.cache_guard import Influence, State, current, guarded
 from repeng.operators import OPERATORS, Operator, edit_with
 from repeng.positions import Positions, TokenFilter
-from repeng.sites import edit_outputs, site_module, trunk
+from repeng.sites import edit_outputs, site_modules, trunk
 from repeng.tuner import Coefficients, SvdSteeringLayer
 from repeng.vector import SteeringVector
 
@@ -65,9 +65,10 @@ def steer(
     if not value.any():
         yield
         return
+    modules = site_modules(model, list(vector.directions))
     edits = [
-        (site_module(model, layer, site), edit_with(operator, direction, value, clamp, where))
-        for (site, layer), direction in vector.directions.items()
+        (module, edit_with(operator, direction, value, clamp, where))
+        for module, direction in zip(modules, vector.directions.values(), strict=True)
     ]
     influence = Influence("a vector", (vector, operator, positions, clamp), plain(value))
     state = (*current(runs), influence)

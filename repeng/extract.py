@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from repeng.activations import Loss, Place, Tokens, gradients, hidden_states, persona_loss, token_weights
+from repeng.activations import Loss, Tokens, gradients, hidden_states, persona_loss, token_weights
 from repeng.data import ContrastPair, encode, nearest, pad_rows
 from repeng.directions import METHODS
-from repeng.sites import RESIDUAL, decoder_layers, site_width, writing_basis
+from repeng.sites import RESIDUAL, Place, decoder_layers, site_widths, writing_basis
 from repeng.tuner.targets import select_layers
 from repeng.vector import SteeringVector, model_type
 
@@ -68,8 +68,7 @@ def extract(
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out must be from 0 to below 1; got {held_out}")
     places = [(site, layer) for layer in select_layers(len(decoder_layers(model)), layers) for site in sites]
-    for site, layer in places:
-        site_width(model, layer, site)
+    site_widths(model, places)  # raises for what is not there
     rows = [[encode(tokenizer, side, pair.suffix).ids for side in (pair.chosen, pair.rejected)] for pair in pairs]
     token_weights(torch.ones(1, 1, dtype=torch.long), tokens)  # raises now what it would raise later
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from repeng.tuner import targets
 
 RESIDUAL = targets.RESIDUAL
+Place = tuple[str, int]  # (site, layer)
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -21,38 +22,50 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return targets.find_decoder(model).layers
 
 
-def site_module(model: nn.Module, layer: int, site: str) -> nn.Module:
-    """The module whose output is `site` of decoder layer `layer`: the layer itself for "residual".
+def site_modules(model: nn.Module, places: Sequence[Place]) -> list[nn.Module]:
+    """The modules whose outputs are these (site, layer): the decoder layer itself for "residual".
 
     Raises:
         ValueError: no such layer, or the layer has no single module of that name.
     """
-    layers = decoder_layers(model)
-    if not 0 <= layer < len(layers):
-        raise ValueError(f"layer {layer} does not exist; this model has layers 0 to {len(layers) - 1}")
-    if site == RESIDUAL:
-        return layers[layer]
-    found = [module for name, module in layers[layer].named_modules() if name.rsplit(".", 1)[-1] == site]
-    if len(found) != 1:
-        raise ValueError(
-            f"site {site!r} names {len(found)} modules of layer {layer}; choose {RESIDUAL!r} or one of: "
-            f"{', '.join(sorted(set(map(targets.last, targets.linear_modules(layers[layer])))))}"
-        )
-    return found[0]
+    layers, found = decoder_layers(model), []
+    for site, layer in places:
+        if not 0 <= layer < len(layers):
+            raise ValueError(f"layer {layer} does not exist; this model has layers 0 to {len(layers) - 1}")
+        if site == RESIDUAL:
+            found.append(layers[layer])
+            continue
+        here = [module for name, module in layers[layer].named_modules() if targets.last(name) == site]
+        if len(here) != 1:
+            others = sorted(set(map(targets.last, targets.linear_modules(layers[layer]))))
+            raise ValueError(
+                f"site {site!r} names {len(here)} modules of layer {layer}; choose {RESIDUAL!r} or one of: "
+                f"{', '.join(others)}"
+            )
+        found += here
+    return found
 
 
-def site_width(model: nn.Module, layer: int, site: str) -> int:
-    """Width `d` of the output of `site` of decoder layer `layer`.
+def site_module(model: nn.Module, layer: int, site: str) -> nn.Module:
+    """The module whose output is `site` of decoder layer `layer`; see `site_modules`."""
+    return site_modules(model, [(site, layer)])[0]
+
+
+def site_widths(model: nn.Module, places: Sequence[Place]) -> list[int]:
+    """Widths `d` of the outputs at these (site, layer).
 
     Raises:
-        ValueError: as `site_module`, or the site is no linear module.
+        ValueError: as `site_modules`, or a site is no linear module.
     """
-    module = site_module(model, layer, site)
-    if site == RESIDUAL:
-        return targets.residual_width(module)
-    if not targets.is_linear(module):
-        raise ValueError(f"site {site!r} is a {type(module).__name__}; choose {RESIDUAL!r} or a linear module")
-    return targets.linear_shape(targets.base_of(module))[1]
+    widths = []
+    for (site, _), module in zip(places, site_modules(model, places), strict=True):
+        if site == RESIDUAL:
+            widths.append(targets.residual_width(module))
+        elif targets.is_linear(module):
+            widths.append(targets.linear_shape(targets.base_of(module))[1])
+        else:
+            raise ValueError(f"site {site!r} is a {type(module).__name__}; choose {RESIDUAL!r} or a linear module")
+    return widths
 
 
 def writing_basis(model: nn.Module, layer: int, site: str) -> Tensor:

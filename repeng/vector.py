@@ -5,6 +5,7 @@ import os
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from repeng.sites import RESIDUAL, site_width
+from repeng.sites import RESIDUAL, Place, site_widths
 
 FORMAT_VERSION = 1
 KEY = "repeng"  # of the JSON text in a file's safetensors metadata
-Place = tuple[str, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,14 +112,14 @@ class SteeringVector:
         return SteeringVector(total, shared)
 
     def __mul__(self, factor: float) -> "SteeringVector":
-        if not isinstance(factor, int | float):
+        if not isinstance(factor, Real):
             return NotImplemented
-        return SteeringVector({place: factor * d for place, d in self.directions.items()}, self.metadata)
+        return SteeringVector({place: float(factor) * d for place, d in self.directions.items()}, self.metadata)
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float) -> "SteeringVector":
-        return self * (1 / divisor) if isinstance(divisor, int | float) else NotImplemented
+        return self * (1 / divisor) if isinstance(divisor, Real) else NotImplemented
 
     def __neg__(self) -> "SteeringVector":
         return self * -1.0
@@ -150,8 +150,8 @@ class SteeringVector:
                 f"this vector was made for a {made_for} model ({self.metadata.get('model', 'unnamed')}); "
                 f"{type(model).__name__} is a {here} model"
             )
-        for (site, layer), direction in self.directions.items():
-            width = site_width(model, layer, site)
+        widths = site_widths(model, list(self.directions))
+        for ((site, layer), direction), width in zip(self.directions.items(), widths, strict=True):
             if direction.shape != (width,):
                 raise ValueError(
                     f"this vector has shape {tuple(direction.shape)} at {site!r} of layer {layer}, where "
@@ -191,7 +191,7 @@ class SteeringVector:
         if text is None:
             raise ValueError(f"{path} holds no steering vector: its metadata lack the key {KEY!r}")
         metadata = json.loads(text)
-        version = metadata.pop("format_version")
+        version = metadata.pop("format_version", FORMAT_VERSION)
         if version > FORMAT_VERSION:
             raise ValueError(
                 f"{path} has format {version} and this version of repeng reads formats up to {FORMAT_VERSION}: "

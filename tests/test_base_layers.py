@@ -11,7 +11,8 @@ from torch import nn
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from repeng import SvdSteeringConfig, steer
+from repeng import SteeringVector, SvdSteeringConfig, steer
+from repeng.sites import capture
 from repeng.tuner.base import dense_weight, entries, is_quantised
 from repeng.tuner.layer import Linear
 
@@ -81,6 +82,22 @@ def test_a_quantised_base_runs_untouched(scheme, tmp_path):
         assert (dense_weight(site.base_layer).cpu() - weight).norm() < 0.15 * weight.norm()
         held = sum(b.numel() for key, b in site.named_buffers() if "svd_steering" in key)
         assert held <= 8 * (site.in_features + site.out_features + 1)
+
+
+@schemes
+def test_a_vector_acts_on_a_quantised_base(scheme, tmp_path):
+    base = SCHEMES[scheme](tmp_path)
+    expected = logits(base)
+    for site, width in (("residual", 64), ("k_proj", 32)):
+        direction = torch.ones(width)
+        module = base.model.layers[1] if site == "residual" else base.model.layers[1].self_attn.k_proj
+        with capture([module]) as clean:
+            logits(base)
+        with steer(base, 2.0, vector=SteeringVector({(site, 1): direction})), capture([module]) as moved:
+            assert not torch.equal(logits(base), expected)
+        wanted = (clean[0].float() + 2.0).to(clean[0].dtype)
+        assert torch.equal(moved[0], wanted)
+    assert torch.equal(logits(base), expected)
 
 
 @schemes

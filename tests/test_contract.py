@@ -206,6 +206,9 @@ def compile_once(name: str, kind: str) -> None:
             assert torch.allclose(logits(compiled), logits(model), atol=1e-5)
         frames.append(counter.frame_count)
     assert frames[0] > 0 and frames[-1] == frames[0], frames
+    with steer(model, 0.0):
+        assert torch.equal(logits(compiled), logits(model))
+    assert counter.frame_count <= frames[0] + 1  # the base path is one of its own
     torch._dynamo.reset()
 
 

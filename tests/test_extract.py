@@ -289,7 +289,7 @@ def test_swapped_sides_turn_every_direction_around(embedded, pairs):
     for method in METHODS:
         one, other = (extract(model, tokenizer, p, layers=[3], method=method, held_out=0) for p in (pairs, swapped))
         # What fisher draws follows the rows.
-        assert cosine(one["residual", 3], -other["residual", 3]) > (0.9 if method == "fisher" else 0.9999), method
+        assert cosine(one["residual", 3], -other["residual", 3]) > (0.8 if method == "fisher" else 0.9999), method
 
 
 def test_a_coin_toss_is_warned_of(embedded, pairs):

@@ -440,6 +440,41 @@ def test_other_methods_of_peft_still_work(base, batch, tmp_path, config):
     assert torch.allclose(logits(again, batch), expected, atol=1e-5)
 
 
+def test_a_decoder_layer_that_returns_a_tuple_is_steered(base):
+    """As transformers 4 did; what else the layer returns stays."""
+    layer = base.model.layers[0]
+    forward = layer.forward
+    layer.forward = lambda *args, **kwargs: (forward(*args, **kwargs), "kept")
+    config = SvdSteeringConfig(r=4, target_modules="residual", layers_to_transform=0, init_weights=False)
+    model = get_peft_model(base, config)
+    h = torch.randn(2, 3, 128)
+    position = base.model.rotary_emb(h, torch.arange(3)[None])
+    with torch.no_grad(), steer(model, 3.0):
+        moved = layer(h, position_embeddings=position)
+    with torch.no_grad(), steer(model, 0.0):
+        clean = layer(h, position_embeddings=position)
+    assert moved[1] == clean[1] == "kept" and not torch.allclose(moved[0], clean[0], atol=1e-3)
+
+
+def test_the_callers_tensor_is_not_the_coefficient(steered, batch):
+    given = torch.ones(4)
+    with steer(steered, given):
+        expected = logits(steered, batch)
+        given.zero_()
+        assert torch.equal(logits(steered, batch), expected)
+
+
+def test_adapters_merged_one_after_the_other_come_off_together(base, batch):
+    config = SvdSteeringConfig(r=4, target_modules=["q_proj"], init_weights=False)
+    model = get_peft_model(base, config)
+    model.add_adapter("second", copy.deepcopy(config))
+    weights = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    model.merge_adapter(["default"])
+    model.merge_adapter(["second"])
+    model.unmerge_adapter()
+    assert all(torch.equal(tensor, weights[key]) for key, tensor in model.state_dict().items())
+
+
 def test_a_saved_configuration_alone_makes_no_adapter(steered, base, batch, tmp_path):
     steered.save_pretrained(tmp_path)
     config = PeftConfig.from_pretrained(tmp_path)

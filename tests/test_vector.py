@@ -92,7 +92,8 @@ def test_another_model_is_refused(base):
     other = tiny_models.build("llama")
     with pytest.raises(ValueError, match=r"mistral.*llama"), steer(other, 1.0, vector=vector(model_type="mistral")):
         pass
-    with pytest.raises(ValueError, match=r"\(128,\).*32 wide"), steer(other, 1.0, vector=vector()):
+    wide = vector(places=(("residual", 1),))
+    with pytest.raises(ValueError, match=r"\(128,\).*32 wide"), steer(other, 1.0, vector=wide):
         pass
     with (
         pytest.raises(ValueError, match="layers 0 to 5"),
