@@ -3,8 +3,9 @@
 from repeng.control import steer
 from repeng.data import ContrastPair, PairCollator, check_pairs, load_pairs, make_pairs
 from repeng.eval import Budget, EvalReport, Question, evaluate
-from repeng.extract import SteeringVector, extract
+from repeng.extract import extract
 from repeng.tuner import SvdSteeringConfig, SvdSteeringModel
+from repeng.vector import SteeringVector
 
 __version__ = "0.1.0"
 

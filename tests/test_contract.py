@@ -147,6 +147,7 @@ def test_half_precision(name, kind, dtype):
     expected = logits(base)
     torch.manual_seed(1)
     model = get_peft_model(base, config(name, kind)).eval()
+    assert all(t.dtype == torch.float32 for key, t in model.state_dict().items() if ".svd_steering_" in key)
     with steer(model, 0.0):
         assert torch.equal(logits(model), expected)
     with steer(model, torch.tensor([1.0, 0.0, -1.0])):

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import sys
 
 import numpy as np
 import pytest
@@ -313,6 +314,20 @@ def test_the_accuracy_is_of_pairs_that_the_direction_has_not_seen():
     fit = fitter(METHODS["mean_diff"], chosen, rejected, {}, {})
     along = (chosen - rejected) @ fit(kept)
     assert (along[kept] > 0).float().mean() == 1 and (along[out] > 0).float().mean() < 0.8
+
+
+def test_extract_measures_the_accuracy_on_held_out_pairs(embedded, monkeypatch):
+    """States drawn at random: what is measured on the pairs themselves would be near 1."""
+    model, tokenizer = embedded
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(_model, _tokenizer, rows, places, **_):
+        return {place: torch.randn(len(rows), 2000, generator=generator) for place in places}
+
+    monkeypatch.setattr(sys.modules["repeng.extract"], "hidden_states", drawn)
+    with pytest.warns(UserWarning, match="below 60%"):
+        vector = extract(model, tokenizer, tiny.pairs("honesty", 80, 0), layers=[2, 3, 4], held_out=0.5)
+    assert all(share < 0.8 for share in vector.metadata["accuracy"].values())
 
 
 def test_places_that_do_not_see_the_persona_are_left_out_or_refused(embedded, pairs):

@@ -22,10 +22,11 @@ from transformers import Trainer, TrainingArguments
 from repeng.control import steer
 from repeng.data import ContrastPair
 from repeng.eval import ARMS, EvalReport, evaluate, prompt_dial
-from repeng.extract import SteeringVector, extract
+from repeng.extract import extract
 from repeng.sites import RESIDUAL, decoder_layers
 from repeng.train.arguments import SteeringArguments
 from repeng.train.build import Run
+from repeng.vector import SteeringVector
 
 ADAPTER_COEFFICIENTS = tuple(sign * step / 4 for sign in (-1, 1) for step in range(1, 9))
 VECTOR_COEFFICIENTS = tuple(sign * size for sign in (-1, 1) for size in (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8))
@@ -91,7 +92,7 @@ def mean_differences(
 ) -> dict[int, SteeringVector]:
     """One mean-difference vector on the residual stream for each layer."""
     together = extract(model, tokenizer, pairs, sites=[RESIDUAL], layers=list(layers))
-    return {layer: SteeringVector({(RESIDUAL, layer): together.directions[RESIDUAL, layer]}) for layer in layers}
+    return {layer: together.select(layers=[layer]) for layer in together.layers}
 
 
 def find(reports: dict[str, EvalReport], name: str) -> EvalReport | None:
