@@ -57,7 +57,7 @@ def measure(trait: str, n_pairs: int, every: int) -> dict[str, tuple[EvalReport,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=256)
+    parser.add_argument("--pairs", type=int, default=72)
     parser.add_argument("--every", type=int, default=3, help="use every so-many-th question")
     parser.add_argument("--notes", action="store_true", help="put the table into research_notes.md")
     options = parser.parse_args()

@@ -53,6 +53,16 @@ def test_the_readmes_snippets_are_of_public_names():
                 assert name.strip() in {*repeng.__all__, "tiny"}
 
 
+def test_the_readmes_snippets_run(tmp_path, monkeypatch):
+    """All but the one that loads what training wrote, which the model card's test stands for."""
+    monkeypatch.chdir(tmp_path)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    ran = [snippet for snippet in re.findall(r"```python\n(.*?)```", readme, flags=re.S) if "outputs/" not in snippet]
+    assert len(ran) >= 2
+    for snippet in ran:
+        exec(compile(snippet, "README.md", "exec"), {})
+
+
 def test_imports_go_down_only():
     """tuner/ knows nothing of ours; the embedded world is known to nobody below train.py."""
     for path, text in SOURCES.items():
