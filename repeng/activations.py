@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from typing import Literal, NamedTuple
 
 import torch
@@ -47,9 +48,9 @@ def token_weights(attention_mask: Tensor, tokens: Tokens) -> Tensor:
     if tokens == "mean":
         return attention_mask / attention_mask.sum(dim=1, keepdim=True)
     n = 1 if tokens == "last" else tokens
-    if not isinstance(n, int) or n < 1:
+    if not isinstance(n, Integral) or n < 1:
         raise ValueError(f"tokens must be 'last', 'mean', or how many of the last tokens to read; got {tokens!r}")
-    index, exists = last_tokens(attention_mask, n)
+    index, exists = last_tokens(attention_mask, int(n))
     weights = torch.zeros(attention_mask.shape, device=attention_mask.device)
     return weights.scatter_add_(1, index, exists / exists.sum(dim=1, keepdim=True))
 
@@ -149,6 +150,14 @@ def persona_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
     return kl(logp, logq) - kl(logq, logp)
 
 
+def checked(loss: Tensor, b: int) -> Tensor:
+    """The loss, or a ValueError: a mean over pairs would weigh them by the size of their batch."""
+    if not isinstance(loss, Tensor) or loss.shape != (b,) or not loss.requires_grad:
+        what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"loss must give one value with gradient for each pair, shape ({b},); got {what}")
+    return loss
+
+
 def fisher_noise(logits: Tensor, generator: torch.Generator) -> Tensor:
     """Random `(b v)` with the covariance `diag p − p pᵀ` of the softmax of each row."""
     root = logits.softmax(dim=-1).sqrt()
@@ -189,7 +198,7 @@ def gradients(
     scores: list[list[list[Tensor]]] = [[[], []] for _ in places]
     edits = [(module, keeper(index)) for index, module in enumerate(modules)]
     frozen = [p for p in model.parameters() if p.requires_grad]
-    with evaluation(model), torch.enable_grad(), edit_outputs(edits):
+    with evaluation(model), torch.inference_mode(False), torch.enable_grad(), edit_outputs(edits):
         for p in frozen:
             p.requires_grad_(False)
         try:
@@ -201,7 +210,7 @@ def gradients(
                 logits = model(**batch, use_cache=False, logits_to_keep=1).logits[:, -1].float()
                 chosen, rejected = logits.chunk(2)
                 noise = fisher_noise(logits.detach(), generator)
-                down = torch.autograd.grad(-loss(chosen, rejected).sum(), seen, retain_graph=True)
+                down = torch.autograd.grad(-checked(loss(chosen, rejected), len(chunk)).sum(), seen, retain_graph=True)
                 up = torch.autograd.grad((logits * noise).sum(), seen)
                 for into, found in ((descent, down), (scores, up)):
                     for sides, gradient in zip(into, found, strict=True):

@@ -63,7 +63,8 @@ def steer(
     vector.check(model)
     where, runs = TokenFilter(positions), trunk(model)
     if not value.any():
-        yield
+        with guarded(runs, current(runs), reuse_cache):
+            yield
         return
     modules = site_modules(model, list(vector.directions))
     edits = [
@@ -71,7 +72,7 @@ def steer(
         for module, direction in zip(modules, vector.directions.values(), strict=True)
     ]
     influence = Influence("a vector", (vector, operator, positions, clamp), plain(value))
-    state = (*current(runs), influence)
+    state = (*current(runs), influence)  # vectors in the order in which they act, behind adapters
     with where.watching(model, runs), edit_outputs(edits), guarded(runs, state, reuse_cache):
         yield
 
@@ -104,7 +105,7 @@ def guard_adapters(model: nn.Module, names: list[str], value: Tensor, reuse_cach
     labels = [f"adapter {name!r}" for name in names]
     state: State = tuple(one for one in current(runs) if one.name not in labels)
     if value.ndim or value != 1:  # at 1 an adapter acts as it does outside of any context
-        state += tuple(Influence(label, (), plain(value)) for label in labels)
+        state = (*(Influence(label, (), plain(value)) for label in sorted(labels)), *state)
     return guarded(runs, state, reuse_cache)
 
 

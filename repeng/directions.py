@@ -117,4 +117,6 @@ def whitened(directions: Tensor, dhs: Tensor) -> Tensor:
 def require_k(k: int, most: int) -> None:
     """Raise ValueError unless `k` directions can be chosen."""
     if not 1 <= k <= most:
-        raise ValueError(f"k must be from 1 to {most} here; got {k}")
+        raise ValueError(
+            f"k must be from 1 to {most}, the rank that the site and the pairs (held-out ones apart) leave; got {k}"
+        )

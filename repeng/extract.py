@@ -63,6 +63,7 @@ def extract(
         ValueError: too few pairs, an unknown method, site, layer or option, or sides that differ nowhere.
     """
     function = find_method(method, options)
+    sites = [sites] if isinstance(sites, str) else sites
     if len(pairs) < 2:
         raise ValueError(f"{len(pairs)} pairs were given; at least 2 are needed")
     if not 0 <= held_out < 1:
@@ -74,7 +75,8 @@ def extract(
 
     flat = [row[side] for side in (0, 1) for row in rows]
     states = hidden_states(model, tokenizer, flat, places, tokens=tokens, batch_size=batch_size)
-    inputs = method_inputs(function, model, tokenizer, rows, places, loss=loss, tokens=tokens, seed=seed)
+    more = {"loss": loss, "tokens": tokens, "seed": seed, "batch_size": max(1, batch_size // 2)}  # two prompts a pair
+    inputs = method_inputs(function, model, tokenizer, rows, places, **more)
     kept, left_out = split(len(pairs), held_out, seed)
 
     directions: dict[Place, Tensor] = {}
@@ -86,6 +88,8 @@ def extract(
             continue
         fit = fitter(function, chosen, rejected, inputs(place), options)
         direction = fit(torch.arange(len(pairs)))
+        if not direction.norm() > 0:  # also where it is NaN
+            continue
         directions[place] = direction * (length / direction.norm())
         if left_out.numel():
             along = (chosen - rejected)[left_out] @ fit(kept)
@@ -118,17 +122,14 @@ def method_inputs(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Sequence[Sequence[int]]],
     places: Sequence[Place],
-    *,
-    loss: Loss,
-    tokens: Tokens,
-    seed: int,
+    **settings: Any,
 ) -> Callable[[Place], dict[str, Tensor]]:
-    """What a method needs beside hidden states, by the names of its parameters."""
+    """What a method needs beside hidden states, by the names of its parameters; `settings` go to `gradients`."""
     needed = inspect.signature(function).parameters
     found = None
     if "descent" in needed:
         pairs = [(row[0], row[1]) for row in rows]
-        found = gradients(model, tokenizer, pairs, places, loss=loss, tokens=tokens, seed=seed)
+        found = gradients(model, tokenizer, pairs, places, **settings)
 
     def inputs(place: Place) -> dict[str, Tensor]:
         site, layer = place
@@ -173,11 +174,12 @@ def warn_of_doubts(places: Sequence[Place], directions: dict[Place, Tensor], acc
     equal = [f"{site} of layer {layer}" for site, layer in places if (site, layer) not in directions]
     if not directions:
         raise ValueError(
-            f"chosen and rejected have the same hidden states at {', '.join(equal)}: the tokens that are read do not "
-            "see the word that differs; read a later site or layer, or other tokens"
+            f"chosen and rejected have the same hidden states, or the loss no gradient, at {', '.join(equal)}: the "
+            "tokens that are read do not see the word that differs; read a later site or layer, or other tokens"
         )
     if equal:
-        warnings.warn(f"left out, since both sides are the same there: {', '.join(equal)}", stacklevel=3)
+        reason = "both sides are the same there, or the loss has no gradient"
+        warnings.warn(f"left out, since {reason}: {', '.join(equal)}", stacklevel=3)
     weak = {name: share for name, share in accuracy.items() if share < DOUBTFUL}
     if weak:
         listed = ", ".join(f"{name} {share:.0%}" for name, share in weak.items())

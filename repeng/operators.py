@@ -9,6 +9,7 @@ from torch import Tensor
 from repeng.positions import TokenFilter
 from repeng.tuner.layer import rows_of
 
+TINY = 1e-30  # against a division by zero
 Operator = Literal["add", "ablate", "rotate"]
 
 
@@ -19,14 +20,14 @@ def add(h: Tensor, v: Tensor, c: Tensor) -> Tensor:
 
 def ablate(h: Tensor, v: Tensor, c: Tensor) -> Tensor:
     """`h − c (h·û) û` with û = v/‖v‖: at c = 1 nothing is left along v (Arditi et al., arXiv 2406.11717)."""
-    unit = v / v.norm()
+    unit = v / v.norm().clamp_min(TINY)
     return h - c * (h @ unit)[..., None] * unit
 
 
 def rotate(h: Tensor, v: Tensor, c: Tensor) -> Tensor:
     """`‖h‖ (h + c v) / ‖h + c v‖`: toward v in the plane of h and v, at the norm of h."""
     moved = h + c * v
-    return moved * (h.norm(dim=-1, keepdim=True) / moved.norm(dim=-1, keepdim=True).clamp_min(1e-30))
+    return moved * (h.norm(dim=-1, keepdim=True) / moved.norm(dim=-1, keepdim=True).clamp_min(TINY))
 
 
 OPERATORS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"add": add, "ablate": ablate, "rotate": rotate}
@@ -42,13 +43,14 @@ def edit_with(
     apply = OPERATORS[operator]
 
     def edit(output: Tensor) -> Tensor:
-        c, v, h = coefficient.to(output.device), direction.to(output.device), output.float()
+        h = output if output.dtype == torch.float64 else output.float()
+        c, v = coefficient.to(h), direction.to(h)
         if c.ndim == 1:
             c = c[rows_of(torch.arange(c.numel(), device=c.device), output)][:, None, None]
         moved = apply(h, v, c)
         if clamp is not None:
             norm, before = moved.norm(dim=-1, keepdim=True), h.norm(dim=-1, keepdim=True)
-            moved = torch.where(norm > clamp * before, moved * (clamp * before / norm.clamp_min(1e-30)), moved)
+            moved = torch.where(norm > clamp * before, moved * (clamp * before / norm.clamp_min(TINY)), moved)
         chosen = c != 0 if where.tokens is None else (c != 0) & where.tokens.to(output.device)[..., None]
         return torch.where(chosen, moved.to(output.dtype), output)
 

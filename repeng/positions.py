@@ -35,6 +35,8 @@ class TokenFilter:
         self.positions = positions
         self.tokens: Tensor | None = None
         self._given: int | None = None  # columns of the prompt that `generate` was given, while it runs
+        self._given_mask: Tensor | None = None  # and its mask (b t)
+        self._outside: tuple[Any, ...] = ()  # the mask that the forward around the trunk's was given, if there is one
         self._prompt = 0  # columns of the prompt
         self._lengths: Tensor | None = None  # real tokens of each prompt, (b,)
 
@@ -46,18 +48,25 @@ class TokenFilter:
             for module in model.modules():
                 if isinstance(module, GenerationMixin):
                     stack.enter_context(replaced(module, "generate", self._watched(module.generate)))
+                    if module is not trunk:
+                        stack.callback(module.register_forward_pre_hook(self._around, with_kwargs=True).remove)
             yield
+
+    def _around(self, _model: nn.Module, _args: tuple, kwargs: dict[str, Any]) -> None:
+        self._outside = (kwargs.get("attention_mask"),)
 
     def _watched(self, generate: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(generate)
         def watched(*args: Any, **kwargs: Any) -> Any:
-            outer = self._given
+            outer = self._given, self._given_mask
             prompts = (*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds")))
             self._given = next((prompt.shape[1] for prompt in prompts if prompt is not None), None)
+            self._given_mask, self._lengths = kwargs.get("attention_mask"), None
             try:
                 return generate(*args, **kwargs)
             finally:
-                self._given = outer
+                self._given, self._given_mask = outer
+                self._lengths = None
 
         return watched
 
@@ -66,13 +75,46 @@ class TokenFilter:
         given = kwargs["inputs_embeds"] if given is None else given
         cache, t = cache_of(kwargs), given.shape[1]
         past = 0 if cache is None else int(cache.get_seq_length())
-        mask = kwargs.get("attention_mask")
-        known = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= past + t
-        mask = mask[:, : past + t].bool() if known else given.new_ones((given.shape[0], past + t), dtype=torch.bool)
+        mask = self._mask(kwargs.get("attention_mask"), given.shape[0], past + t)
+        self._outside = ()
+        known = mask is not None
+        if mask is None:
+            mask = given.new_ones((given.shape[0], past + t), dtype=torch.bool)
         if past == 0 or self._lengths is None or len(self._lengths) != len(mask):
             self._prompt = past + t if self._given is None else self._given
-            self._lengths = mask[:, : self._prompt].sum(dim=1)
+            # A prompt that comes in chunks shows its padding in the mask of `generate` only.
+            whole = mask if mask.shape[1] >= self._prompt else self._extended(len(mask), self._prompt)
+            self._lengths = mask.new_full((len(mask),), self._prompt, dtype=torch.long)
+            if whole is not None:
+                self._lengths = whole[:, : self._prompt].sum(dim=1)
         self.tokens = self._select(mask, past) if known or self.positions != "all" else None
+
+    def _mask(self, own: Any, rows: int, columns: int) -> Tensor | None:
+        """Which columns of the text so far are real, `(b columns)`; None if nothing tells of padding.
+
+        Raises:
+            ValueError: a slice counts real tokens, and there is a mask that does not tell them.
+        """
+        for mask in (own, *self._outside):
+            if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= columns:
+                return mask[:, :columns].bool()
+        extended = self._extended(rows, columns)
+        if extended is not None:
+            return extended
+        if own is not None and self._outside != (None,) and isinstance(self.positions, slice):
+            raise ValueError(
+                f"positions={self.positions} counts real tokens, and this model was given a {type(own).__name__} as "
+                "attention mask, which does not tell padding; pass a mask (batch, tokens)"
+            )
+        return None
+
+    def _extended(self, rows: int, columns: int) -> Tensor | None:
+        """The mask that `generate` was given, for its beams and returned sequences, and real behind the prompt."""
+        mask = self._given_mask
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            return None
+        mask = mask.bool().repeat_interleave(rows // len(mask), dim=0)
+        return nn.functional.pad(mask, (0, max(0, columns - mask.shape[1])), value=True)[:, :columns]
 
     def _select(self, mask: Tensor, past: int) -> Tensor:
         """The steered ones of the columns from `past` on."""

@@ -35,9 +35,11 @@ def site_modules(model: nn.Module, places: Sequence[Place]) -> list[nn.Module]:
         if site == RESIDUAL:
             found.append(layers[layer])
             continue
-        here = [module for name, module in layers[layer].named_modules() if targets.last(name) == site]
+        here = [module for name, module in layers[layer].named_modules() if targets.matches(name, [site])]
         if len(here) != 1:
-            others = sorted(set(map(targets.last, targets.linear_modules(layers[layer]))))
+            names = list(targets.linear_modules(layers[layer]))
+            short = [targets.last(name) for name in names]
+            others = sorted(last if short.count(last) == 1 else name for name, last in zip(names, short, strict=True))
             raise ValueError(
                 f"site {site!r} names {len(here)} modules of layer {layer}; choose {RESIDUAL!r} or one of: "
                 f"{', '.join(others)}"

@@ -5,7 +5,7 @@ import os
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,8 @@ class SteeringVector:
         Raises:
             KeyError: there is none; says which there are.
         """
-        if isinstance(place, int) and len(self.sites) == 1:
-            place = (self.sites[0], place)
+        if isinstance(place, Integral) and len(self.sites) == 1:
+            place = (self.sites[0], int(place))
         if place not in self.directions:
             raise KeyError(f"no direction at {place!r}; this vector has sites {self.sites} and layers {self.layers}")
         return self.directions[place]
@@ -66,7 +66,13 @@ class SteeringVector:
                 f"nothing is left at sites {sorted(keep_sites)} and layers {sorted(keep_layers)}; this vector has "
                 f"sites {self.sites} and layers {self.layers}"
             )
-        return SteeringVector(kept, self.metadata)
+        accuracy = self.metadata.get("accuracy", {})
+        here = {f"{layer}.{site}" for site, layer in kept}
+        return SteeringVector(kept, self._told(accuracy={key: a for key, a in accuracy.items() if key in here}))
+
+    def _told(self, **changes: Any) -> dict[str, Any]:
+        """A copy of the metadata with changes; None and empty values are left out."""
+        return {key: value for key, value in {**self.metadata, **changes}.items() if value not in (None, {})}
 
     def norm(self) -> dict[Place, float]:
         """The length of each direction."""
@@ -74,7 +80,8 @@ class SteeringVector:
 
     def normalize(self) -> "SteeringVector":
         """Every direction at length 1."""
-        return SteeringVector({place: d / d.norm() for place, d in self.directions.items()}, self.metadata)
+        units = {place: d / d.norm().clamp_min(1e-30) for place, d in self.directions.items()}
+        return SteeringVector(units, self._told())
 
     def random_like(self, seed: int) -> "SteeringVector":
         """Random directions of the same norms: the control that every claim about a vector needs."""
@@ -83,7 +90,7 @@ class SteeringVector:
         for key, direction in self.directions.items():
             noise = torch.randn(direction.shape, generator=generator).to(direction)
             drawn[key] = noise * direction.norm() / noise.norm()
-        return SteeringVector(drawn, {**self.metadata, "method": "random"})
+        return SteeringVector(drawn, self._told(method="random", options=None, accuracy=None, read=None))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SteeringVector):
@@ -114,7 +121,8 @@ class SteeringVector:
     def __mul__(self, factor: float) -> "SteeringVector":
         if not isinstance(factor, Real):
             return NotImplemented
-        return SteeringVector({place: float(factor) * d for place, d in self.directions.items()}, self.metadata)
+        scaled = {place: float(factor) * d for place, d in self.directions.items()}
+        return SteeringVector(scaled, self._told() if factor > 0 else self._told(accuracy=None))
 
     __rmul__ = __mul__
 
@@ -143,7 +151,9 @@ class SteeringVector:
         return "\n".join(lines)
 
     def check(self, model: nn.Module) -> None:
-        """Raise ValueError if the vector is for another model: its type, depth or widths differ."""
+        """Raise ValueError if the vector is for another model (its type, depth or widths differ), or holds nothing."""
+        if not self.directions:
+            raise ValueError("this vector holds no direction")
         here, made_for = model_type(model), self.metadata.get("model_type")
         if made_for is not None and here is not None and made_for != here:
             raise ValueError(
@@ -163,9 +173,13 @@ class SteeringVector:
 
         Raises:
             OSError: the file cannot be written.
+            ValueError: the metadata hold something that JSON does not know.
         """
-        tensors = {f"{layer}.{site}": d.contiguous() for (site, layer), d in self.directions.items()}
-        text = json.dumps({"format_version": FORMAT_VERSION, **self.metadata})
+        tensors = {f"{layer}.{site}": d.contiguous().clone() for (site, layer), d in self.directions.items()}
+        try:
+            text = json.dumps({"format_version": FORMAT_VERSION, "metadata": self.metadata}, default=plain)
+        except TypeError as error:
+            raise ValueError(f"the metadata cannot be written as JSON: {error}") from error
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as folder:
@@ -190,8 +204,8 @@ class SteeringVector:
             raise ValueError(f"{path} is not a safetensors file ({error}); for GGUF use load_gguf") from error
         if text is None:
             raise ValueError(f"{path} holds no steering vector: its metadata lack the key {KEY!r}")
-        metadata = json.loads(text)
-        version = metadata.pop("format_version", FORMAT_VERSION)
+        written = json.loads(text)
+        version = written["format_version"]
         if version > FORMAT_VERSION:
             raise ValueError(
                 f"{path} has format {version} and this version of repeng reads formats up to {FORMAT_VERSION}: "
@@ -201,7 +215,7 @@ class SteeringVector:
         for key, tensor in tensors.items():
             layer, site = key.split(".", 1)
             directions[site, int(layer)] = tensor
-        return cls(directions, metadata)
+        return cls(directions, written["metadata"])
 
     def save_gguf(self, path: str | Path) -> None:
         """Write a llama.cpp control vector: tensors `direction.LAYER` of the residual stream.
@@ -220,10 +234,10 @@ class SteeringVector:
             )
         if 0 in self.layers:
             raise ValueError("llama.cpp applies no control vector at layer 0; write vector.select(layers=[1, 2, …])")
-        if not self.metadata.get("model_type"):
+        hint = self.metadata.get("model_type") or self.metadata.get("model_hint")
+        if not hint:
             raise ValueError("the model type is unknown; set vector.metadata['model_type'], for example to 'llama'")
-        directions = {layer: self[RESIDUAL, layer] for layer in self.layers}
-        write_control_vector(path, directions, self.metadata["model_type"])
+        write_control_vector(path, {layer: self[RESIDUAL, layer] for layer in self.layers}, hint)
 
     @classmethod
     def load_gguf(cls, path: str | Path) -> "SteeringVector":
@@ -237,10 +251,20 @@ class SteeringVector:
         from repeng.gguf_file import read_control_vector
 
         directions, hint = read_control_vector(path)
-        return cls({(RESIDUAL, layer): d for layer, d in directions.items()}, {"model_type": hint})
+        # Writers differ in what they call a model, so that the hint tells and does not decide.
+        return cls({(RESIDUAL, layer): d for layer, d in directions.items()}, {"model_hint": hint})
 
 
 def model_type(model: nn.Module) -> str | None:
-    """The architecture's name in the configuration of the (text) model, if it has one."""
+    """The architecture's name in the configuration of the text model, if it has one."""
     config = getattr(model, "config", None)
-    return getattr(config, "model_type", None)
+    return None if config is None else config.get_text_config(decoder=True).model_type
+
+
+def plain(value: Any) -> int | float:
+    """Numbers of numpy and others for JSON; raises TypeError for anything else."""
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
+    raise TypeError(f"{type(value).__name__} {value!r}")

@@ -110,11 +110,12 @@ def test_the_model_is_left_as_it_was(base, tokenizer, pairs):
     base.train()
     base.model.layers[1].eval()
     base.requires_grad_(True)
+    base.lm_head.requires_grad_(False)
     before = [module.training for module in base.modules()]
     for method in ("mean_diff", "fisher"):
         extract(base, tokenizer, pairs, layers=[3], method=method)
     assert [module.training for module in base.modules()] == before
-    assert all(p.requires_grad and p.grad is None for p in base.parameters())
+    assert all(p.requires_grad == ("lm_head" not in n) and p.grad is None for n, p in base.named_parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in base.modules())
 
 
@@ -218,6 +219,44 @@ def moved(module, shift):
         return torch.cat([output[:, :-1], output[:, -1:] + shift], dim=1)
 
     return edit_outputs([(module, edit)])
+
+
+BAD_LOSSES = {
+    "a mean": lambda c, r: (c - r).mean(),
+    "a row for each word": lambda c, r: c - r,
+    "no gradient": lambda c, r: (c - r).sum(-1).detach(),
+    "nothing": lambda c, r: None,
+}
+
+
+@pytest.mark.parametrize("loss", BAD_LOSSES.values(), ids=BAD_LOSSES)
+def test_a_loss_must_be_one_value_for_each_pair(embedded, pairs, loss):
+    with pytest.raises(ValueError, match="one value with gradient for each pair"):
+        extract(*embedded, pairs, layers=[3], method="gradient", loss=loss)
+
+
+def test_a_loss_without_slope_gives_no_direction(embedded, pairs):
+    with pytest.raises(ValueError, match="no gradient"):
+        extract(*embedded, pairs, layers=[3], method="gradient", loss=lambda c, r: (c - r - 1e4).relu().sum(-1))
+
+
+def test_the_batch_size_is_that_of_every_pass_and_no_grad_is_no_matter(base, tokenizer, pairs):
+    sizes = []
+    base.model.register_forward_pre_hook(lambda _m, _a, k: sizes.append(len(k["input_ids"])), with_kwargs=True)
+    settings = {"layers": [3], "method": "gradient", "batch_size": 4}
+    with torch.inference_mode():
+        frozen = extract(base, tokenizer, pairs, **settings)
+    assert set(sizes) == {4}
+    assert extract(base, tokenizer, pairs, **settings) == frozen
+
+
+def test_gpt2_sites_of_one_name_are_told_apart(tokenizer):
+    model = tiny_models.build("gpt2")
+    model.resize_token_embeddings(len(tokenizer))
+    with pytest.raises(ValueError, match=r"names 2 modules.*attn\.c_proj.*mlp\.c_proj"):
+        site_module(model, 1, "c_proj")
+    vector = extract(model, tokenizer, tiny.pairs("mood", 8, 0), sites="attn.c_proj", layers=np.int64(1), held_out=0)
+    assert list(vector.directions) == [("attn.c_proj", 1)]
 
 
 def test_the_default_loss_pulls_the_sides_the_right_way():

@@ -149,6 +149,64 @@ def test_the_next_prompt_in_a_context_is_a_prompt_again(base, tokenizer, prompts
                 assert torch.equal(base.generate(input_ids=i, **settings), found)
 
 
+def test_a_second_turn_on_the_same_cache_is_a_prompt_of_its_own(base, prompts, vector):
+    settings = {"do_sample": False, "eos_token_id": None, "return_dict_in_generate": True, "output_logits": True}
+    for positions in ("prompt", "generated", slice(-2, None)):
+        found = []
+        for together in (True, False):
+            with steer(base, 2.0, vector=vector, positions=positions):
+                first = base.generate(input_ids=torch.tensor([prompts[0]]), max_new_tokens=3, **settings)
+                text = torch.cat([first.sequences, torch.tensor([prompts[1]])], dim=1)
+                cache = {cache_name(): next(v for v in first.values() if isinstance(v, Cache))}
+                if together:
+                    found.append(base.generate(input_ids=text, max_new_tokens=3, **cache, **settings).logits)
+            if not together:
+                with steer(base, 2.0, vector=vector, positions=positions):
+                    found.append(base.generate(input_ids=text, max_new_tokens=3, **cache, **settings).logits)
+        for a, b in zip(*found, strict=True):
+            assert torch.allclose(a, b, atol=1e-4), positions
+
+
+@pytest.mark.parametrize("positions", ["all", slice(0, 2), slice(-2, None)], ids=str)
+@pytest.mark.parametrize("how", [{"cache_implementation": "static"}, {"prefill_chunk_size": 2}], ids=str)
+def test_static_caches_and_prompts_in_chunks(base, tokenizer, prompts, vector, positions, how):
+    batch = pad_rows(prompts, tokenizer, side="left")
+    batch.pop("position_ids")
+    settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    settings |= {"output_logits": True, "return_dict_in_generate": True}
+    with steer(base, 1.5, vector=vector, positions=positions):
+        plain, other = (base.generate(**batch, **settings, **more).logits for more in ({}, how))
+    for a, b in zip(plain, other, strict=True):
+        assert torch.allclose(a, b, atol=1e-3)
+
+
+@pytest.mark.parametrize("positions", ["all", slice(0, 2), slice(-2, None)], ids=str)
+def test_padding_is_seen_through_a_multimodal_wrapper(positions):
+    model = tiny_models.build("gemma3-multimodal")
+    ids = torch.randint(3, 59, (2, 6), generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1], [1] * 6])
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0)}
+    clean = states(model, 1, **inputs)
+    wide = SteeringVector({("residual", 1): torch.ones(tiny_models.WIDTH)})
+    with steer(model, 5.0, vector=wide, positions=positions):
+        moved = states(model, 1, **inputs)
+    steered = (moved - clean).abs().amax(dim=-1) > 1
+    wanted = [expected_tokens(positions, mask, 6, row) for row in (0, 1)]
+    assert steered.tolist() == wanted
+    with steer(model, 5.0, vector=wide, positions=positions):
+        assert (states(model, 1, input_ids=ids)[1] - clean[1]).abs().amax(dim=-1).gt(1).tolist() == wanted[1]
+        if isinstance(positions, slice):
+            with pytest.raises(ValueError, match="does not tell padding"):
+                model(input_ids=ids, attention_mask=torch.zeros(2, 1, 6, 6))
+
+
+def test_a_zero_vector_does_nothing_with_any_operator(base, batch):
+    clean, nothing = logits(base, input_ids=batch), SteeringVector({("residual", LAYER): torch.zeros(128)})
+    for operator in ("add", "ablate", "rotate"):
+        with steer(base, 1.0, vector=nothing, operator=operator):
+            assert torch.allclose(logits(base, input_ids=batch), clean, atol=1e-4)
+
+
 def test_beams_sampling_and_assistance(base, prompts, vector):
     ids = torch.tensor([prompts[1]] * 2)
     c = torch.tensor([4.0, -4.0])
@@ -207,8 +265,10 @@ def test_whatever_happens_nothing_stays(base, batch, vector):
         raise RuntimeError("inside")
     with pytest.raises(ValueError, match="3 per-row"), steer(base, torch.ones(3), vector=vector):
         logits(base, input_ids=batch)
+    with pytest.raises(ValueError, match="max_new_tokens"), steer(base, 1.0, vector=vector):
+        base.generate(input_ids=batch, max_new_tokens=-1)
     assert torch.equal(logits(base, input_ids=batch), clean)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in base.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks or "generate" in vars(m) for m in base.modules())
 
 
 @pytest.mark.parametrize(
@@ -238,11 +298,14 @@ def prefill(model, ids):
     return next(value for value in out.values() if isinstance(value, Cache))
 
 
+def cache_name():
+    """Transformers has renamed the argument."""
+    return "cache" if "cache" in inspect.signature(tiny.load()[0].forward).parameters else "past_key_values"
+
+
 def go_on(model, cache, ids=((5,),)):
-    parameters = inspect.signature(tiny.load()[0].forward).parameters
-    name = "cache" if "cache" in parameters else "past_key_values"  # transformers has renamed it
     with torch.no_grad():
-        return model(input_ids=torch.as_tensor(ids), **{name: copy.deepcopy(cache)}).logits
+        return model(input_ids=torch.as_tensor(ids), **{cache_name(): copy.deepcopy(cache)}).logits
 
 
 def test_a_cache_made_at_another_coefficient_raises(base, prompts, vector):
@@ -262,8 +325,14 @@ def test_a_cache_made_at_another_coefficient_raises(base, prompts, vector):
         for difference in changed:
             with pytest.raises(ValueError, match="key-value cache"), steer(model, 0.5, **difference):
                 go_on(model, cache)
+        with pytest.raises(ValueError, match="now steered"), steer(model, 0.0, **here):
+            go_on(model, cache)
         with steer(model, -1.0, **here, reuse_cache=True):
             assert not torch.allclose(go_on(model, cache), within, atol=1e-4)
+    with steer(adapted, 0.5), steer(adapted, 1.0, vector=vector):
+        both = prefill(adapted, ids)
+    with steer(adapted, 1.0, vector=vector), steer(adapted, 0.5):
+        go_on(adapted, both)
     plain = prefill(base, ids)
     with pytest.raises(ValueError, match="without steering"), steer(base, 1.0, vector=vector):
         go_on(base, plain)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -28,8 +29,10 @@ def launch(*argv, timeout=200):
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    done = launch(*QUICK, "--output_dir", folder)
+    folder, questions = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("data") / "questions.jsonl"
+    some = tiny.questions("honesty", "held_out")[::8]
+    questions.write_text("\n".join(json.dumps(asdict(question)) for question in some))
+    done = launch(*QUICK, "--questions_file", questions, "--output_dir", folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, done
 

@@ -1,5 +1,6 @@
 """Arithmetic and files of steering vectors."""
 
+import numpy as np
 import pytest
 import tiny_models
 import torch
@@ -60,6 +61,39 @@ def test_files_hold_everything(embedded, tmp_path):
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["mood.safetensors"]
 
 
+def test_metadata_tell_no_more_than_is_true():
+    known = {"accuracy": {"1.residual": 0.9, "3.residual": 0.8, "3.up_proj": 0.7}, "read": ["x"], "method": "svd"}
+    made = vector(**known)
+    assert made.select(layers=[1]).metadata["accuracy"] == {"1.residual": 0.9}
+    assert "accuracy" not in (-made).metadata and (2 * made).metadata == known
+    drawn = made.random_like(0)
+    assert drawn.metadata == {"method": "random"} and drawn.norm() == pytest.approx(made.norm())
+    (2 * made).metadata["note"] = made.normalize().metadata["note"] = "n"
+    assert "note" not in made.metadata
+
+
+def test_ordinary_input_can_be_saved(tmp_path):
+    shared, path = torch.ones(4), tmp_path / "v.safetensors"
+    made = SteeringVector({("residual", layer): shared for layer in (1, 2)}, {"k": np.int64(2), "format_version": 7})
+    made.save(path)
+    assert SteeringVector.load(path) == made and SteeringVector.load(path).metadata == {"k": 2, "format_version": 7}
+    with pytest.raises(ValueError, match=r"JSON.*Tensor"):
+        SteeringVector({("residual", 1): shared}, {"x": torch.ones(1)}).save(path)
+    assert SteeringVector.load(path) == made
+    zero = (made - made).normalize()
+    assert not zero["residual", 1].any() and made[np.int64(2)] is made["residual", 2]
+    assert np.float32(2.0) * made == made * 2
+
+
+def test_a_multimodal_model_goes_by_its_text_model():
+    model = tiny_models.build("gemma3-multimodal")
+    made = SteeringVector({("residual", 1): torch.ones(tiny_models.WIDTH)}, {"model_type": "gemma3_text"})
+    made.check(model)
+    made.check(tiny_models.build("gemma3-text"))
+    with pytest.raises(ValueError, match="no direction"), steer(model, 1.0, vector=SteeringVector()):
+        pass
+
+
 def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
     path = tmp_path / "v.safetensors"
     vector(0).save(path)
@@ -83,7 +117,7 @@ def test_other_files_are_refused(tmp_path):
     save_file({"a": torch.ones(2)}, tmp_path / "plain")
     with pytest.raises(ValueError, match="no steering vector"):
         SteeringVector.load(tmp_path / "plain")
-    save_file({"1.residual": torch.ones(2)}, tmp_path / "new", metadata={"repeng": '{"format_version": 2}'})
+    save_file({"1.residual": torch.ones(2)}, tmp_path / "new", metadata={"repeng": '{"format_version": 2, "more": 1}'})
     with pytest.raises(ValueError, match=r"format 2.*newer"):
         SteeringVector.load(tmp_path / "new")
 
@@ -108,7 +142,7 @@ def test_gguf_control_vectors(tmp_path):
     made = vector(places=(("residual", 1), ("residual", 3)), model_type="mistral")
     made.save_gguf(tmp_path / "v.gguf")
     again = SteeringVector.load_gguf(tmp_path / "v.gguf")
-    assert again == made and again.metadata == {"model_type": "mistral"}
+    assert again == made and again.metadata == {"model_hint": "mistral"}
     with pytest.raises(ValueError, match="up_proj"):
         vector(model_type="mistral").save_gguf(tmp_path / "w.gguf")
     with pytest.raises(ValueError, match="layer 0"):

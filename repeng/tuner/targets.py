@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 from fnmatch import fnmatch
+from numbers import Integral
 from typing import NamedTuple
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -93,7 +94,7 @@ def select_layers(depth: int, layers: Iterable[int] | int | str | None) -> list[
         if not 0 <= low < high <= 1:
             raise ValueError(f"layers {layers!r} is no share of the depth; write for example 0.3-0.7, within 0-1")
         return [i for i in range(depth) if (i + 1) / depth > low + 1e-9 and i / depth < high - 1e-9]
-    chosen = [layers] if isinstance(layers, int) else sorted(set(layers))
+    chosen = [int(layers)] if isinstance(layers, Integral) else sorted({int(layer) for layer in layers})
     for index in chosen:
         if not 0 <= index < depth:
             raise ValueError(f"layer {index} does not exist; this model has layers 0 to {depth - 1}")
