@@ -117,7 +117,7 @@ def test_gguf_files_are_exchanged_both_ways(exchanged):
     folder, _, ours, found = exchanged
     for method in ("pca_diff", "pca_center"):
         read = SteeringVector.load_gguf(folder / f"{method}.gguf")
-        assert read.layers == [1, 2, 3, 4, 5] and read.metadata["model_type"] == "mistral"
+        assert read.layers == [1, 2, 3, 4, 5] and read.metadata["model_hint"] == "mistral"
         for layer in read.layers:
             assert torch.equal(read[layer], found[f"{method}.{layer}"])
     for layer in ours.layers:
