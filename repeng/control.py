@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
-import torch
 from torch import Tensor, nn
 
 from repeng.cache_guard import Influence, State, current, guarded
@@ -11,6 +10,7 @@ from repeng.operators import OPERATORS, Operator, edit_with
 from repeng.positions import Positions, TokenFilter
 from repeng.sites import edit_outputs, site_modules, trunk
 from repeng.tuner import Coefficients, SvdSteeringLayer
+from repeng.tuner.coefficients import as_coefficient
 from repeng.vector import SteeringVector
 
 
@@ -59,7 +59,7 @@ def steer(
         raise ValueError(f"unknown operator {operator!r}; choose one of {', '.join(OPERATORS)}")
     if clamp is not None and clamp <= 0:
         raise ValueError(f"clamp must be above 0; got {clamp}")
-    value = checked(coefficient)
+    value = as_coefficient(coefficient)
     vector.check(model)
     where, runs = TokenFilter(positions), trunk(model)
     if not value.any():
@@ -83,7 +83,7 @@ def steer_adapters(
 ) -> Iterator[None]:
     """Set the coefficient of steering adapters inside the context."""
     stores = coefficient_stores(model, adapter_name)
-    value = checked(coefficient)
+    value = as_coefficient(coefficient)
     before = [(store, store.snapshot()) for store, _ in stores]
     try:
         for store, names in stores:
@@ -107,20 +107,6 @@ def guard_adapters(model: nn.Module, names: list[str], value: Tensor, reuse_cach
     if value.ndim or value != 1:  # at 1 an adapter acts as it does outside of any context
         state = (*(Influence(label, (), plain(value)) for label in sorted(labels)), *state)
     return guarded(runs, state, reuse_cache)
-
-
-def checked(coefficient: float | Tensor) -> Tensor:
-    """The coefficient in float32, `()` or `(b,)`.
-
-    Raises:
-        ValueError: another shape, or a value that is not finite.
-    """
-    value = torch.as_tensor(coefficient, dtype=torch.float32).detach()
-    if value.ndim > 1 or value.numel() == 0:
-        raise ValueError(f"a coefficient is one number or one for each row; got shape {tuple(value.shape)}")
-    if not torch.isfinite(value).all():
-        raise ValueError(f"a coefficient must be finite; got {value.tolist()}")
-    return value
 
 
 def plain(value: Tensor) -> float | tuple[float, ...]:

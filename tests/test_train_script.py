@@ -120,6 +120,23 @@ def test_a_model_and_a_pairs_file_are_enough(tmp_path):
     PeftModel.from_pretrained(Olmo2ForCausalLM.from_pretrained(tmp_path / "model"), tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    "text, argv, layers",
+    [
+        ("layers: 0.3-0.7\n", [], "0.3-0.7"),
+        ("layers: [2, 3]\n", [], [2, 3]),
+        ("layers: 2\n", [], [2]),
+        ("", ["--layers", "0.3-0.7"], "0.3-0.7"),
+        ("", ["--layers", "4", "1"], [4, 1]),
+        ("", [], None),
+    ],
+)
+def test_layers_are_indices_or_a_share_of_the_depth(tmp_path, text, argv, layers):
+    config = write(tmp_path / "c.yaml", f"positive: a\nnegative: b\ntarget_modules: residual\n{text}")
+    args = parse_arguments([*argv, "--directions", "top"], config)
+    assert (args.layers, args.target_modules, args.directions) == (layers, ["residual"], "top")
+
+
 def write(path, text):
     path.write_text(text)
     return path
@@ -129,6 +146,8 @@ BAD_INPUT = {
     "unknown key in the file": ("separation_traget: 2\n", [], "did you mean 'separation_target'"),
     "unknown key on the line": ("", ["--coherence_wieght", "3"], "did you mean 'coherence_weight'"),
     "unknown module": ("target_modules: [q_prj]\n", [], "down_proj, gate_proj, k_proj"),
+    "no share": ("layers: deep\n", [], "0.3-0.7"),
+    "share outside": ("", ["--layers", "30-70"], "within 0-1"),
     "unknown layer": ("", ["--layers", "2", "9"], "layers 0 to 5"),
     "rank": ("r: 65\n", [], "give r ≤ 64"),
     "unknown loss site": ("loss_site: up_prj\n", [], "up_proj"),

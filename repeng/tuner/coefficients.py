@@ -77,11 +77,7 @@ class Coefficients:
         Raises:
             ValueError: `value` has another shape or is not finite.
         """
-        value = torch.as_tensor(value, dtype=torch.float32).detach()
-        if value.ndim > 1 or value.numel() == 0:
-            raise ValueError(f"a coefficient is one number or one for each row; got shape {tuple(value.shape)}")
-        if not torch.isfinite(value).all():
-            raise ValueError(f"a coefficient must be finite; got {value.tolist()}")
+        value = as_coefficient(value)
         setting = Setting.of(value)
         self._settings[name] = {value.device: setting}
         self._zero[name] = not value.any().item()
@@ -145,6 +141,20 @@ class Coefficients:
                 self._ready[name, r, id(site)] = (site[name], version(site[name]), torch.is_grad_enabled(), turn)
             ready = self._ready.pop(key)
         return ready[3]
+
+
+def as_coefficient(value: Tensor | float) -> Tensor:
+    """The value in float32, `()` or `(b,)`.
+
+    Raises:
+        ValueError: it has another shape or is not finite.
+    """
+    value = torch.as_tensor(value, dtype=torch.float32).detach()
+    if value.ndim > 1 or value.numel() == 0:
+        raise ValueError(f"a coefficient is one number or one for each row; got shape {tuple(value.shape)}")
+    if not torch.isfinite(value).all():
+        raise ValueError(f"a coefficient must be finite; got {value.tolist()}")
+    return value
 
 
 def version(tensor: Tensor) -> int:
