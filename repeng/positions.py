@@ -66,7 +66,6 @@ class TokenFilter:
                 return generate(*args, **kwargs)
             finally:
                 self._given, self._given_mask = outer
-                self._lengths = None
 
         return watched
 
