@@ -112,6 +112,15 @@ def test_the_base_and_what_is_adapted_are_recorded(tmp_path):
     assert config.init_bases is False and config.format_version == 1
 
 
+def test_a_configuration_used_again_records_the_second_base():
+    config = SvdSteeringConfig(r=2, target_modules=["kv"])
+    for commit in ("aaa", "bbb"):
+        base = golden_base()
+        base.config._commit_hash = commit
+        get_peft_model(base, config)
+        assert config.revision == commit
+
+
 def test_a_whole_model_loads_by_the_adapters_name_alone(tmp_path, monkeypatch):
     model = get_peft_model(
         golden_base(), SvdSteeringConfig(r=2, target_modules=["kv"], init_weights=False, task_type="CAUSAL_LM")

@@ -49,9 +49,9 @@ class SvdSteeringModel(BaseTuner):
             require_modules(model, peft_config.resolved_modules)
         if peft_config.init_bases:
             peft_config.fingerprint = take_fingerprint(model, peft_config.resolved_modules)
-            peft_config.revision = peft_config.revision or getattr(
-                getattr(model, "config", None), "_commit_hash", None
-            )
+            # A configuration that was used on another base before still names that one's commit.
+            commit = getattr(getattr(model, "config", None), "_commit_hash", None)
+            peft_config.revision = commit or peft_config.revision
         else:
             check_same_base(model, peft_config, peft_config.resolved_modules)
         total = len(peft_config.resolved_modules)

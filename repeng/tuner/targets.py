@@ -258,7 +258,7 @@ def is_called(name: str, target: str) -> bool:
         return last(name) != "lm_head"
     if target in SUGAR:
         return last(name) in SUGAR[target]
-    return name == target or name.endswith(f".{target}")
+    return matches(name, [target])
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
