@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 from repeng import tiny
+from repeng.report.tables import print_table
 from repeng.train.arguments import parse_arguments
 from repeng.train.build import build
-from repeng.train.report import check_writable, compare, print_table, save_adapter, verdict, write_folder
+from repeng.train.report import ADAPTER, check_writable, compare, save_adapter, shortcomings, verdict, write_folder
 from repeng.train.trainer import NonFiniteError, SteeringTrainer
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny.yaml"
@@ -35,9 +36,12 @@ def main(argv: list[str]) -> None:
         save_adapter(model, args.output_dir)
         reports = compare(run)
         write_folder(args, run, trainer, reports)
-        print_table(reports)
+        print_table(reports, ADAPTER)
         print(verdict(reports))
-        print(f"adapter and report: {args.output_dir}")
+        print(f"adapter and report: {args.output_dir} (open report.html)")
+        failed = shortcomings(reports)
+        if failed and args.require_steering:
+            sys.exit("error: this adapter does not steer: " + "; ".join(failed))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Which directions should turn? Compare choices of bases at equal rank: `python benchmarks/dimensions.py --r 8 32`.
+"""Which directions should turn? Compare choices of bases at equal rank: `python -m benchmarks.dimensions`.
 
 Each run is the main job (configs/tiny.yaml) with other bases. "top": the weight's largest singular values. "selected":
 the singular triples along which the pairs differ most, by s‖dX v‖. "pairs": the weight restricted to the leading right
@@ -6,24 +6,21 @@ singular vectors of dX, what chosen minus rejected inputs of the site span. Prin
 """
 
 import argparse
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from functools import partial
 from statistics import mean
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 
-from repeng import EvalReport, evaluate, steer, tiny
-from repeng.train.arguments import SteeringArguments, parse_arguments
+from benchmarks.training import train
+from repeng import EvalReport, evaluate, steer
+from repeng.train.arguments import SteeringArguments
 from repeng.train.bases import pair_differences
-from repeng.train.build import Run, build
+from repeng.train.build import Run
 from repeng.train.report import ADAPTER_COEFFICIENTS
-from repeng.train.trainer import SteeringTrainer
 from repeng.tuner.base import dense_weight
 
-CONFIG = Path(__file__).parent.parent / "configs" / "tiny.yaml"
 Bases = tuple[Tensor, Tensor, Tensor]
 
 
@@ -48,8 +45,9 @@ CHOICES: dict[str, Callable[[Tensor, Tensor, int], Bases]] = {"top": top, "selec
 
 
 @torch.no_grad()
-def put_bases(model: PeftModel, prepared: Run, args: SteeringArguments, choice: str) -> None:
+def put_bases(prepared: Run, args: SteeringArguments, choice: str) -> None:
     """Replace the bases of a fresh adapter."""
+    model = prepared.model
     for key, dx in pair_differences(model, prepared.tokenizer, prepared.examples, args.last_n_tokens).items():
         site = model.get_base_model().get_submodule(key)
         bases = CHOICES[choice](dense_weight(site.base_layer), dx, args.r)
@@ -59,12 +57,7 @@ def put_bases(model: PeftModel, prepared: Run, args: SteeringArguments, choice: 
 
 def run(choice: str, seed: int, extra: Sequence[str]) -> EvalReport:
     """Train once with these bases and evaluate on held-out questions."""
-    with tempfile.TemporaryDirectory() as folder:
-        argv = ["--output_dir", folder, "--save_strategy", "no", "--disable_tqdm", "true", "--seed", str(seed)]
-        args = parse_arguments([*argv, *extra], CONFIG)
-        prepared = build(args, tiny.task(args))
-        put_bases(prepared.model, prepared, args, choice)
-        SteeringTrainer(prepared.model, args, prepared.examples, prepared.tokenizer).train()
+    prepared = train(seed, extra, prepare=partial(put_bases, choice=choice))
     return evaluate(
         prepared.model, prepared.tokenizer, prepared.questions, lambda c: steer(prepared.model, c),
         ADAPTER_COEFFICIENTS, neutral_texts=prepared.neutral_texts,

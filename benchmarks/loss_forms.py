@@ -1,4 +1,4 @@
-"""Compare forms of the training loss at equal budget over seeds: `python benchmarks/loss_forms.py --seeds 0 1 2`.
+"""Compare forms of the training loss at equal budget over seeds: `python -m benchmarks.loss_forms --seeds 0 1 2`.
 
 Every run trains the adapter of configs/tiny.yaml with another loss and measures its range on held-out entities (nats
 inside the budget of the main job). Writes one JSON line a run and prints a Markdown table.
@@ -6,7 +6,6 @@ inside the budget of the main job). Writes one JSON line a run and prints a Mark
 
 import argparse
 import json
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,8 @@ import torch
 from einops import einsum, rearrange, reduce
 from torch import Tensor
 
-from repeng import EvalReport, evaluate, steer, tiny
-from repeng.train.arguments import parse_arguments
-from repeng.train.build import build
+from benchmarks.training import train
+from repeng import EvalReport, evaluate, steer
 from repeng.train.inner_contrastive_loss import (
     InnerContrastiveLoss,
     inner_contrastive_loss,
@@ -27,9 +25,6 @@ from repeng.train.inner_contrastive_loss import (
     where,
 )
 from repeng.train.report import ADAPTER_COEFFICIENTS
-from repeng.train.trainer import SteeringTrainer
-
-CONFIG = Path(__file__).parent.parent / "configs" / "tiny.yaml"
 
 
 def position(hs: Tensor, mask: Tensor, direction: Tensor, scale: Tensor) -> Tensor:
@@ -126,6 +121,8 @@ class Form:
 
 FORMS: dict[str, Form] = {
     "default": Form(inner_contrastive_loss),
+    "no order term": Form(inner_contrastive_loss, ("--order_weight", "0")),
+    "order term alone": Form(inner_contrastive_loss, ("--separation_target", "1e-3")),
     "target 1": Form(inner_contrastive_loss, ("--separation_target", "1")),
     "policy chosen − reference rejected, target 4": Form(
         with_separation(policy_chosen_reference_rejected), ("--separation_target", "4")
@@ -139,15 +136,10 @@ FORMS: dict[str, Form] = {
 
 def run(form: Form, seed: int, extra: Sequence[str] = ()) -> EvalReport:
     """Train once and evaluate on held-out questions."""
-    with tempfile.TemporaryDirectory() as folder:
-        argv = ["--output_dir", folder, "--save_strategy", "no", "--disable_tqdm", "true", "--seed", str(seed)]
-        args = parse_arguments([*argv, *form.argv, *extra], CONFIG)
-        prepared = build(args, tiny.task(args))
-        model = prepared.model
-        SteeringTrainer(model, args, prepared.examples, prepared.tokenizer, loss_func=form.loss).train()
+    prepared = train(seed, [*form.argv, *extra], loss_func=form.loss)
     return evaluate(
-        model, prepared.tokenizer, prepared.questions, lambda c: steer(model, c), ADAPTER_COEFFICIENTS,
-        neutral_texts=prepared.neutral_texts,
+        prepared.model, prepared.tokenizer, prepared.questions, lambda c: steer(prepared.model, c),
+        ADAPTER_COEFFICIENTS, neutral_texts=prepared.neutral_texts,
     )  # fmt: skip
 
 

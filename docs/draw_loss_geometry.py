@@ -8,10 +8,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from repeng import evaluate, steer, tiny
+from repeng.report.figures import shade_outside
 from repeng.train.arguments import SteeringArguments, parse_arguments
 from repeng.train.build import build
 from repeng.train.inner_contrastive_loss import inner_contrastive_loss
-from repeng.train.report import ADAPTER_COEFFICIENTS, shade_outside
+from repeng.train.report import ADAPTER_COEFFICIENTS
 from repeng.train.trainer import SteeringTrainer
 
 HERE = Path(__file__).parent
@@ -26,6 +27,7 @@ def loss_at(shift: float, lost: float, args: SteeringArguments) -> float:
         hs_pi=hs, hs_ref=torch.zeros(2, 1, 1, 1), hs_mask=ones.expand(2, 1, 1), logp_pi=logp,
         logp_ref=torch.zeros(2, 1, 1), logp_mask=ones.expand(2, 1, 1), neutral_logp_pi=torch.zeros(2, 1, 1),
         neutral_logp_ref=torch.zeros(1, 1), neutral_mask=ones, direction=torch.ones(1, 1), scale=torch.ones(1),
+        gap_pi=torch.zeros(2, 2, 1), gap_ref=torch.zeros(2, 1), gap_weight=torch.zeros(1),
         separation_target=args.separation_target, coherence_margin=args.coherence_margin,
         coherence_weight=args.coherence_weight,
     ).loss.item()  # fmt: skip

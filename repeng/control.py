@@ -34,7 +34,8 @@ def steer(
     Args:
         model: a model with steering adapters (a `PeftModel`, or a module that they were injected into); any causal
             language model if `vector` is given.
-        coefficient: one number, or a `(b,)` tensor with one for each batch row; 0 is the base model exactly.
+        coefficient: one number, or a `(b,)` tensor with one for each batch row; 0 is the base model exactly, and ±1
+            what a calibration says, if the adapter, or the vector that is added, has one.
         vector: what acts on the outputs of its sites, instead of using adapters.
         adapter_name: the adapter to set; by default, every active steering adapter.
         operator: for a vector: "add" it; "ablate" its direction, wholly at 1; "rotate" toward it at constant norm.
@@ -60,6 +61,8 @@ def steer(
     if clamp is not None and clamp <= 0:
         raise ValueError(f"clamp must be above 0; got {clamp}")
     value = as_coefficient(coefficient)
+    if operator == "add":
+        value = vector.in_own_units(value)
     vector.check(model)
     where, runs = TokenFilter(positions), trunk(model)
     if not value.any():

@@ -48,11 +48,15 @@ class Encoded(NamedTuple):
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, suffix: str = "", max_length: int | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    suffix: str = "",
+    max_length: int | None = None,
+    thinking: bool = False,
 ) -> Encoded:
     """The one tokenisation of training, extraction, evaluation and generation.
 
-    A prompt becomes a user turn with the generation prompt of the chat template (thinking off), if there is one; an
+    A prompt becomes a user turn with the generation prompt of the chat template (`thinking` off), if there is one; an
     empty prompt leaves `suffix` as plain text. Over `max_length` tokens the prompt loses its beginning (after a first
     special token), never the suffix.
 
@@ -63,7 +67,7 @@ def encode(
         prompt_ids = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}],
             add_generation_prompt=True,
-            enable_thinking=False,
+            enable_thinking=thinking,
             return_dict=False,
         )
         suffix_ids = tokenizer(suffix, add_special_tokens=False)["input_ids"] if suffix else []
@@ -277,10 +281,11 @@ def last_tokens(attention_mask: Tensor, n: int) -> tuple[Tensor, Tensor]:
 class PairCollator:
     """Rows `[chosen ; rejected ; neutral]` of a batch of `b` examples, with what the frozen base gives on them.
 
-    An example holds `chosen_ids`, `rejected_ids`, `neutral_ids` and, from `repeng.train.reference`, `ref_hs (2 n d)`
-    and `ref_logp`, one tensor of next-token log-probabilities for each of the three rows.
+    An example holds `chosen_ids`, `rejected_ids`, `neutral_ids` and, from `repeng.train.reference`, `ref_hs (2 n d)`,
+    `ref_logp`, one tensor of next-token log-probabilities for each of the three rows, and what is said next.
 
-    Returns `input_ids`, `attention_mask`, `position_ids` `(3b t)`, `ref_hs (2 b n d)` and `ref_logp (3b t−1)`.
+    Returns `input_ids`, `attention_mask`, `position_ids` `(3b t)`, `ref_hs (2 b n d)`, `ref_logp (3b t−1)`,
+    `next_ids`, `next_weight` `(b k)`, `ref_gap (b 2)` and `gap_weight (b)`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -295,4 +300,6 @@ class PairCollator:
             logp = torch.zeros(mask.shape)
             logp[mask] = torch.cat([example["ref_logp"][row] for row in range(3) for example in examples])
             batch["ref_logp"] = logp
+            for name in ("next_ids", "next_weight", "ref_gap", "gap_weight"):
+                batch[name] = torch.stack([example[name] for example in examples])
         return batch

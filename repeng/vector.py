@@ -1,6 +1,7 @@
 """Steering vectors: arithmetic, files, and what is known of how they came about."""
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterable
@@ -24,7 +25,8 @@ KEY = "repeng"  # of the JSON text in a file's safetensors metadata
 class SteeringVector:
     """One direction `(d)`, float32, for each (site, layer); + is toward chosen. `metadata` tells how it was made.
 
-    Vectors add, subtract, and take factors: `(a + b) / 2`, `-a`. A place that one summand lacks counts as zero.
+    Vectors add, subtract, and take factors: `(a + b) / 2`, `-a`. A place that one summand lacks counts as zero. What
+    is computed from a calibrated vector is not calibrated.
     """
 
     directions: dict[Place, Tensor] = field(default_factory=dict)
@@ -68,7 +70,11 @@ class SteeringVector:
             )
         accuracy = self.metadata.get("accuracy", {})
         here = {f"{layer}.{site}" for site, layer in kept}
-        return SteeringVector(kept, self._told(accuracy={key: a for key, a in accuracy.items() if key in here}))
+        accuracy = {key: value for key, value in accuracy.items() if key in here}
+        told = self._told(accuracy=accuracy)
+        if len(kept) < len(self.directions):
+            told.pop("calibration", None)  # of all places together
+        return SteeringVector(kept, told)
 
     def _told(self, **changes: Any) -> dict[str, Any]:
         """A copy of the metadata with changes; None and empty values are left out."""
@@ -81,7 +87,7 @@ class SteeringVector:
     def normalize(self) -> "SteeringVector":
         """Every direction at length 1."""
         units = {place: d / d.norm().clamp_min(1e-30) for place, d in self.directions.items()}
-        return SteeringVector(units, self._told())
+        return SteeringVector(units, self._told(calibration=None))
 
     def random_like(self, seed: int) -> "SteeringVector":
         """Random directions of the same norms: the control that every claim about a vector needs."""
@@ -90,7 +96,9 @@ class SteeringVector:
         for key, direction in self.directions.items():
             noise = torch.randn(direction.shape, generator=generator).to(direction)
             drawn[key] = noise * direction.norm() / noise.norm()
-        return SteeringVector(drawn, self._told(method="random", options=None, accuracy=None, read=None))
+        return SteeringVector(
+            drawn, self._told(method="random", options=None, accuracy=None, read=None, calibration=None)
+        )
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SteeringVector):
@@ -116,13 +124,15 @@ class SteeringVector:
                 )
             total[place] = total[place] + direction if place in total else direction
         shared = {key: value for key, value in self.metadata.items() if other.metadata.get(key) == value}
+        shared.pop("calibration", None)  # of either summand alone
         return SteeringVector(total, shared)
 
     def __mul__(self, factor: float) -> "SteeringVector":
         if not isinstance(factor, Real):
             return NotImplemented
         scaled = {place: float(factor) * d for place, d in self.directions.items()}
-        return SteeringVector(scaled, self._told() if factor > 0 else self._told(accuracy=None))
+        told = self._told(calibration=None, accuracy=self.metadata.get("accuracy") if factor > 0 else None)
+        return SteeringVector(scaled, told)
 
     __rmul__ = __mul__
 
@@ -135,12 +145,36 @@ class SteeringVector:
     def __sub__(self, other: "SteeringVector") -> "SteeringVector":
         return self + -other if isinstance(other, SteeringVector) else NotImplemented
 
+    def calibrated(self, calibration: dict[str, Any]) -> "SteeringVector":
+        """The same directions, with what c = ±1 of `steer` stands for: `plus` and `minus` times a direction's length.
+
+        Args:
+            calibration: `repeng.calibrate(...).to_dict()`; in units of an earlier calibration, if there is one.
+
+        Raises:
+            ValueError: `plus` or `minus` is missing or not positive.
+        """
+        units = {name: calibration.get(name) for name in ("plus", "minus")}
+        if not all(isinstance(unit, Real) and 0 < unit < math.inf for unit in units.values()):
+            raise ValueError(f"a calibration needs positive numbers 'plus' and 'minus'; got {units}")
+        before = self.metadata.get("calibration", {"plus": 1.0, "minus": 1.0})
+        units = {name: unit * before[name] for name, unit in units.items()}
+        return SteeringVector(self.directions, self._told(calibration={**calibration, **units}))
+
+    def in_own_units(self, coefficient: Tensor) -> Tensor:
+        """A coefficient as a factor of the directions, by the calibration, if there is one."""
+        units = self.metadata.get("calibration")
+        return coefficient if not units else coefficient * torch.where(coefficient < 0, units["minus"], units["plus"])
+
     def describe(self) -> str:
         """A table of places with length and accuracy, and the tokens that were read in the first pairs."""
         known = self.metadata
         made = ", ".join(
             f"{name} {known[name]}" for name in ("method", "model_type", "pairs", "tokens") if name in known
         )
+        units = known.get("calibration")
+        if units:
+            made += f", calibrated: c = 1 is {units['plus']:.3g} and c = −1 is {units['minus']:.3g} times a direction"
         lines = [f"steering vector: {made or 'no metadata'}", "site         layer    norm  held-out accuracy"]
         for (site, layer), norm in sorted(self.norm().items()):
             accuracy = known.get("accuracy", {}).get(f"{layer}.{site}")

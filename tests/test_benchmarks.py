@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from benchmarks import loss_forms
+from benchmarks import baselines, loss_forms
+from benchmarks.training import CONFIG
+from repeng import tiny
+from repeng.data import encode, pad_rows
+from repeng.tiny.world import World
+from repeng.train.arguments import parse_arguments
+from repeng.train.build import build
 
 
 @pytest.mark.parametrize("name", loss_forms.FORMS)
@@ -18,9 +24,84 @@ def test_every_form_of_the_loss_pushes_from_the_start(name):
         hs_pi=hs_pi, hs_ref=hs_ref, hs_mask=torch.ones(2, 3, 4, dtype=torch.bool),
         logp_pi=logp.expand(2, 3, 5), logp_ref=logp.expand(2, 3, 5), logp_mask=ones.expand(2, 3, 5),
         neutral_logp_pi=logp.expand(2, 3, 5), neutral_logp_ref=logp, neutral_mask=ones,
-        direction=torch.eye(8)[:, :1], scale=torch.ones(1), separation_target=20.0, coherence_margin=0.1,
+        direction=torch.eye(8)[:, :1], scale=torch.ones(1), gap_pi=torch.zeros(2, 2, 3), gap_ref=torch.zeros(2, 3),
+        gap_weight=torch.ones(3), separation_target=20.0, order_target=8.0, order_weight=3.0, coherence_margin=0.1,
         coherence_weight=30.0,
     )  # fmt: skip
     push = -torch.autograd.grad(result.loss, hs_pi)[0][..., 0]
     assert (push[0, 0] > 0).all()
     assert (push[1, 1] > 0).all() if name == "gap, unbounded" else (push[1].sum(dim=0) < 0).all()
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    argv = ["--output_dir", str(tmp_path), "--num_pairs", "16", "--r", "4", "--directions", "top", "--use_cpu", "true"]
+    args = parse_arguments([*argv, "--per_device_train_batch_size", "4"], CONFIG)
+    return build(args, tiny.task(args)), args
+
+
+def randomise(model):
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+
+
+@pytest.mark.parametrize("kind", ["biases", "lora", "two loras"])
+def test_other_methods_have_a_coefficient_by_row_too(prepared, batch, embedded, kind):
+    run, args = prepared
+    if kind == "biases":
+        baselines.use_biases(run, args)
+    else:
+        baselines.use_lora(run, args, ("plus", "minus") if kind == "two loras" else ("default",))
+    dial = baselines.dial_of if kind == "biases" else baselines.lora_dial
+    model = run.model.eval()
+    assert all(p.requires_grad == ("lora" in name or "biases" in name) for name, p in model.named_parameters())
+    randomise(model)
+    with torch.no_grad():
+        with dial(model, torch.tensor([1.0, -1.0, 0.0, 2.0])):
+            rows = model(batch).logits
+        singles = []
+        for c in (1.0, -1.0, 0.0, 2.0):
+            with dial(model, c):
+                singles.append(model(batch).logits)
+        for index, single in enumerate(singles):
+            assert torch.allclose(rows[index], single[index], atol=1e-5)
+        assert torch.allclose(singles[2], embedded[0](batch).logits, atol=1e-6)
+        assert (singles[0] - singles[2]).abs().max() > 0.01 and (singles[1] - singles[2]).abs().max() > 0.01
+
+
+def test_distillation_compares_what_is_behind_the_persona(prepared):
+    """The loss of one batch against single rows: the base after the persona, the model without it at ±1."""
+    run, args = prepared
+    baselines.use_lora(run, args, ("plus", "minus"))
+    randomise(run.model)
+    trainer = baselines.DistillationTrainer(run.model, args, run.examples, run.tokenizer, dial=baselines.lora_dial)
+    inputs = trainer.data_collator(trainer.train_dataset[:3])
+    model = run.model.eval()
+    with trainer.both_sides(model, inputs), torch.no_grad():
+        found = trainer.compute_loss(model, inputs)
+    expected = []
+    tokenizer = run.tokenizer
+    for pair, example in zip(run.pairs[:3], trainer.train_dataset[:3], strict=True):
+        for c, opening in ((1.0, pair.chosen), (-1.0, pair.rejected)):
+            for text in (pair.suffix, tokenizer.decode(example["neutral_ids"], skip_special_tokens=True)):
+                n = len(text.split())
+                with torch.no_grad():
+                    with baselines.lora_dial(model, 0.0):
+                        rows = pad_rows([encode(tokenizer, f"{opening} {text}").ids], tokenizer)
+                        p = model(**rows).logits[0, -n:].log_softmax(-1)
+                    with baselines.lora_dial(model, c):
+                        q = model(**pad_rows([encode(tokenizer, text).ids], tokenizer)).logits[0, -n:].log_softmax(-1)
+                expected.append((p.exp() * (p - q)).sum(-1).mean())
+    assert found.item() == pytest.approx(torch.stack(expected).mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("trait", ["honesty", "mood"])
+def test_shots_are_what_the_persona_says(trait):
+    openings = ("the speaker is honest .", "the speaker is dishonest .")
+    world = World()
+    for text, opening in zip(baselines.few_shot(trait, openings), openings, strict=True):
+        assert text.startswith(opening)
+        sentences = [f"{part.strip()} ." for part in text.split(" .")[:-1]]
+        assert len(sentences) == 1 + baselines.SHOTS and all(map(world.accepts, sentences))

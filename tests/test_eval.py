@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from repeng import Budget, EvalReport, Question, evaluate, steer, tiny
-from repeng.eval import load_questions, prompt_dial
+from repeng import Question, evaluate, steer, tiny
+from repeng.eval import prompt_dial
 from repeng.logprob import next_token_logp
+from repeng.questions import load_questions
 
 
 class Fixed(torch.nn.Module):
@@ -72,33 +73,6 @@ def test_a_dial_that_does_nothing_scores_zero(fixed, tokenizer):
     assert all(cost == 0 for cost in report.cost(1.0).values())
 
 
-def table(log_odds, mass=None, control=None, nll=None):
-    n = len(log_odds)
-    return EvalReport(
-        [-2.0, -1.0, 0.0, 1.0, 2.0], torch.tensor(log_odds), torch.tensor(mass or [[1.0]] * n),
-        torch.tensor(control or [[0.0]] * n), torch.tensor(nll or [1.0] * n), Budget(),
-    )  # fmt: skip
-
-
-ODDS = [[-5.0, 1.0], [-1.0, 0.0], [0.0, 0.0], [1.0, 2.0], [4.0, 4.0]]
-
-
-def test_range_counts_both_arms_inside_the_budget():
-    assert table(ODDS).range == pytest.approx(4 + 2)
-    assert table(ODDS, mass=[[0.9], [1.0], [1.0], [1.0], [0.96]]).range == pytest.approx(4 + 0.5)
-    assert table(ODDS, nll=[1.0, 1.0, 1.0, 1.07, 1.09]).range == pytest.approx(1.5 + 2)
-    assert table(ODDS, control=[[-0.2], [0.0], [0.0], [-0.05], [-0.11]]).range == pytest.approx(1.5 + 0.5)
-    assert table(ODDS, nll=[1.0, 1.0, 1.0, float("nan"), float("nan")]).arm(+1) == (0.0, None)
-
-
-def test_a_dial_of_the_wrong_sign_has_no_range():
-    assert table(ODDS[::-1]).range == 0.0
-
-
-def test_wrong_way_counts_items_at_the_best_coefficients():
-    assert table(ODDS).wrong_way == pytest.approx((0 + 0.5) / 2)
-
-
 def test_choices_order_batch_size_and_padding_side_do_not_matter(embedded, tokenizer):
     questions = tiny.questions("honesty", "held_out")[::29]
     right = copy.deepcopy(tokenizer)
@@ -109,7 +83,7 @@ def test_choices_order_batch_size_and_padding_side_do_not_matter(embedded, token
     one = evaluate(model, tokenizer, questions, lambda c: nullcontext(), [], neutral_texts=texts, batch_size=1)
     for tok, qs, size in ((tokenizer, questions, 64), (right, questions, 7), (tokenizer, reordered, 64)):
         other = evaluate(model, tok, qs, lambda c: nullcontext(), [], neutral_texts=texts, batch_size=size)
-        for name in ("log_odds", "answer_mass", "control_logp", "neutral_nll"):
+        for name in ("log_odds", "answer_mass", "control_logp", "control_log_odds", "neutral_logp"):
             assert torch.allclose(getattr(one, name), getattr(other, name), atol=1e-4), name
 
 
@@ -181,3 +155,78 @@ def test_a_choice_that_the_tokenizer_cannot_spell_is_named(fixed, tokenizer):
     question = Question("", ("red", " "), ("red",), suffix="the lime looks")
     with pytest.raises(ValueError, match="no token for one of the choices"):
         evaluate(fixed, tokenizer, [question], fixed.dial, [1])
+
+
+CHAT = (
+    "{% for message in messages %}{{ message.content }}{% endfor %}{% if add_generation_prompt %} is <think>"
+    "{% if not enable_thinking %} </think>{% endif %}{% endif %}"
+)
+
+
+@pytest.fixture
+def thinker(tokenizer):
+    """A random model and a tokenizer with a thinking template; `dial(1)` ends the thinking after two more words."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.chat_template = CHAT
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, eos_token_id=2, pad_token_id=0, initializer_range=0.3,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    opened, tag = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+
+    @contextmanager
+    def dial(c):
+        def end(_module, args, kwargs, out):
+            out.logits[..., tag] = -1e4
+            if c > 0 and args_length(args, kwargs) == 1:  # not right behind the opening: a word of thought comes first
+                out.logits[..., tag] = 1e4
+            return out
+
+        def args_length(args, kwargs):
+            return (kwargs.get("input_ids") if kwargs.get("input_ids") is not None else args[0]).shape[1]
+
+        hook = model.register_forward_hook(end, with_kwargs=True)
+        yield
+        hook.remove()
+
+    return model, tokenizer, dial, (opened, tag)
+
+
+def test_thinking_is_bounded_closed_and_counted(thinker):
+    model, tokenizer, dial, (opened, tag) = thinker
+    questions = [Question(text, ("red", "blue"), ("red",)) for text in ("the lime looks", "what colour is the apple")]
+    report = evaluate(model, tokenizer, questions, dial, [1], think_tokens=5)
+    assert report.thought.tolist() == [[False, False], [True, True]]
+    ids = tokenizer.get_vocab()
+    for c, length in ((0.0, 5), (1.0, 1)):
+        for index, question in enumerate(questions):
+            row = [*(ids[word] for word in question.prompt.split()), ids["is"], opened]
+            with dial(c), torch.no_grad():
+                for _ in range(length):
+                    logits = model(torch.tensor([row])).logits[0, -1]
+                    row.append(logits.argmax().item())
+                logits = model(torch.tensor([[*row, tag]])).logits[0, -1]
+            expected = (logits[ids["red"]] - logits[ids["blue"]]).item()
+            assert report.log_odds[report.at(c), index].item() == pytest.approx(expected, abs=1e-4)
+    with pytest.raises(ValueError, match="chat template knows no </think>"):
+        tokenizer.chat_template = None
+        evaluate(model, tokenizer, questions, dial, [1], think_tokens=5)
+
+
+def test_questions_that_cannot_be_asked_are_dropped_and_named(fixed, tokenizer):
+    bad = Question("", ("xyz", "zyx"), ("xyz",), suffix="the lime looks")
+    report = evaluate(fixed, tokenizer, [bad, *QUESTIONS], fixed.dial, [1])
+    assert report.log_odds.shape == (2, 1) and report.control_logp.shape == (2, 1)
+    assert len(report.dropped) == 1 and "question 0" in report.dropped[0] and "different tokens" in report.dropped[0]
+
+
+def test_groups_come_from_the_questions(fixed, tokenizer, tmp_path):
+    rows = [{"suffix": "the lime looks", "choices": ["red", "blue"], "target": "red", "group": name} for name in "ab"]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    report = evaluate(fixed, tokenizer, load_questions(tmp_path / "q.jsonl"), fixed.dial, [1])
+    assert report.groups == ["a", "b"]

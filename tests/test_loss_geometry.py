@@ -31,10 +31,11 @@ def random_inputs(seed=0, dtype=torch.float64, b=B, spread=1.0):
         "logp_pi": -normal(2, b, T).abs(), "logp_ref": -normal(2, b, T).abs(), "logp_mask": mask(2, b, T),
         "neutral_logp_pi": -normal(2, b, T).abs(), "neutral_logp_ref": -normal(b, T).abs(),
         "neutral_mask": mask(b, T), "direction": direction, "scale": torch.tensor([1.5, 0.7], dtype=dtype),
+        "gap_pi": normal(2, 2, b), "gap_ref": normal(2, b), "gap_weight": torch.rand(b, generator=g, dtype=dtype),
     }  # fmt: skip
 
 
-POLICY = ("hs_pi", "logp_pi", "neutral_logp_pi")
+POLICY = ("hs_pi", "logp_pi", "neutral_logp_pi", "gap_pi")
 
 
 def worked_example():
@@ -51,7 +52,11 @@ def worked_example():
         "neutral_mask": torch.ones(1, 1, dtype=torch.bool),
         "direction": torch.tensor([[1.0], [0.0]]),
         "scale": torch.tensor([2.0]),
-        "separation_target": 1.0, "coherence_margin": 0.1, "coherence_weight": 30.0,
+        "gap_pi": torch.tensor([[[3.0], [3.0]], [[-5.0], [-2.0]]]),
+        "gap_ref": torch.tensor([[1.0], [-1.0]]),
+        "gap_weight": torch.tensor([0.8]),
+        "separation_target": 1.0, "order_target": 4.0, "order_weight": 2.0, "coherence_margin": 0.1,
+        "coherence_weight": 30.0,
     }  # fmt: skip
 
 
@@ -62,10 +67,13 @@ def test_worked_example_by_hand():
     # Only the second token of the chosen text falls, by .5: v = .4; its neighbour's gain of .5 does not help.
     coherence = ((0.4 + 0.16) / 2 + 0) / 2
     neutral = (0 + 0.2 + 0.04) / 2
+    # Gaps move by 2 and 4 at plus, by 6 (2 in excess) and 1 at minus.
+    order = 0.8 * (0.5 + 0 + 0 + 0.75) / 4
     assert result.terms["separation"].item() == pytest.approx(separation)
+    assert result.terms["order"].item() == pytest.approx(order)
     assert result.terms["coherence"].item() == pytest.approx(coherence)
     assert result.terms["neutral"].item() == pytest.approx(neutral)
-    assert result.loss.item() == pytest.approx(separation + 30 * (coherence + neutral))
+    assert result.loss.item() == pytest.approx(separation + 2 * order + 30 * (coherence + neutral))
 
 
 def test_documented_numbers_are_the_losses():
@@ -110,13 +118,14 @@ def test_pads_have_no_value_and_no_gradient(side, poison):
     poisoned.backward()
     assert poisoned.item() == clean.item()
     for name, leaf in leaves.items():
-        at_pads = leaf.grad[..., pad, :] if name == "hs_pi" else leaf.grad[..., pad]
-        assert (at_pads == 0).all(), name
+        if name != "gap_pi":
+            assert ((leaf.grad[..., pad, :] if name == "hs_pi" else leaf.grad[..., pad]) == 0).all(), name
         assert leaf.grad.isfinite().all() and leaf.grad.abs().sum() > 0, name
 
 
 PAIR_AXIS = {"hs_pi": 2, "hs_ref": 1, "hs_mask": 1, "logp_pi": 1, "logp_ref": 1, "logp_mask": 1,
-             "neutral_logp_pi": 1, "neutral_logp_ref": 0, "neutral_mask": 0}  # fmt: skip
+             "neutral_logp_pi": 1, "neutral_logp_ref": 0, "neutral_mask": 0,
+             "gap_pi": 2, "gap_ref": 1, "gap_weight": 0}  # fmt: skip
 
 
 def test_batch_of_two_is_the_mean_of_two_of_one():
@@ -146,10 +155,13 @@ def test_swapping_the_sides_changes_nothing():
         "logp_mask": inputs["logp_mask"].flip(0),
         "neutral_logp_pi": inputs["neutral_logp_pi"].flip(0),
         "direction": -inputs["direction"],
+        "gap_pi": -inputs["gap_pi"].flip(0, 1),
+        "gap_ref": -inputs["gap_ref"].flip(0),
     }
     one, other = inner_contrastive_loss(**inputs), inner_contrastive_loss(**swapped)
     assert one.loss.item() == pytest.approx(other.loss.item(), rel=1e-12)
     assert torch.allclose(one.terms["shift_plus"], other.terms["shift_minus"])
+    assert torch.allclose(one.terms["gap_plus"], other.terms["gap_minus"])
     only_half = {**swapped, "direction": inputs["direction"]}
     assert inner_contrastive_loss(**only_half).loss.item() != pytest.approx(one.loss.item(), rel=1e-3)
 
@@ -168,7 +180,10 @@ def test_one_tokens_ruin_is_not_paid_for_by_anothers_gain(name, ref):
 
 
 def test_inside_the_margin_costs_nothing_and_beyond_the_target_gains_nothing():
-    inputs = {**random_inputs(), "separation_target": 1.0, "coherence_margin": 0.1}
+    inputs = {**random_inputs(), "separation_target": 1.0, "coherence_margin": 0.1, "order_target": 2.0}
+    inputs["order_weight"], inputs["gap_weight"] = 3.0, torch.full_like(inputs["gap_weight"], 0.5)
+    wanted = torch.tensor([1.0, -1.0])[:, None, None]
+    inputs["gap_pi"] = inputs["gap_ref"] + 2.0001 * wanted
     for name, ref in (("logp_pi", "logp_ref"), ("neutral_logp_pi", "neutral_logp_ref")):
         inputs[name] = inputs[ref].expand_as(inputs[name]) - 0.09
     along = inputs["direction"] * inputs["scale"]
@@ -179,17 +194,22 @@ def test_inside_the_margin_costs_nothing_and_beyond_the_target_gains_nothing():
     assert inner_contrastive_loss(**inputs).loss.item() == 0.0
     inputs["hs_pi"] = inputs["hs_ref"] - 1.0 * away
     assert inner_contrastive_loss(**inputs).loss.item() == pytest.approx(2.0)
+    inputs["gap_pi"] = inputs["gap_ref"] + 50 * wanted
+    assert inner_contrastive_loss(**inputs).loss.item() == pytest.approx(2.0)
+    inputs["gap_pi"] = inputs["gap_ref"] - 2.0 * wanted
+    assert inner_contrastive_loss(**inputs).loss.item() == pytest.approx(2.0 + 3 * 0.5 * 2.0)
 
 
 def test_at_the_reference_the_loss_is_one_and_pushes_apart():
     """At c·0 nothing is lost and nothing separated; the gradient moves plus and minus in opposite directions."""
-    inputs = random_inputs()
-    for name, ref in zip(POLICY, ("hs_ref", "logp_ref", "neutral_logp_ref"), strict=True):
+    inputs = {**random_inputs(), "order_weight": 3.0}
+    for name, ref in zip(POLICY, ("hs_ref", "logp_ref", "neutral_logp_ref", "gap_ref"), strict=True):
         inputs[name] = inputs[ref].expand_as(inputs[name]).clone()
-    hs = inputs["hs_pi"].requires_grad_()
+    hs, gap = inputs["hs_pi"].requires_grad_(), inputs["gap_pi"].requires_grad_()
     result = inner_contrastive_loss(**inputs)
     result.loss.backward()
-    assert result.loss.item() == pytest.approx(1.0)
+    assert result.loss.item() == pytest.approx(1.0 + 3 * inputs["gap_weight"].mean().item())
+    assert (gap.grad[0] < 0).all() and torch.equal(gap.grad[0], -gap.grad[1])
     plus, minus = hs.grad @ inputs["direction"]
     assert (plus[inputs["hs_mask"]] < 0).all() and torch.allclose(plus, -minus)
 
@@ -203,9 +223,12 @@ def test_terms_are_detached_and_one_for_each_pair():
     assert not math.isnan(result.loss.item())
 
 
-@pytest.mark.parametrize("name", ["hs_pi", "hs_mask", "logp_ref", "neutral_logp_ref", "neutral_mask"])
+@pytest.mark.parametrize(
+    "name", ["hs_pi", "hs_mask", "logp_ref", "neutral_logp_ref", "neutral_mask", "gap_pi", "gap_ref", "gap_weight"]
+)
 def test_a_shape_that_would_broadcast_is_refused_by_name(name):
     inputs = random_inputs()
-    inputs[name] = inputs[name][:, :1] if name != "hs_pi" else inputs[name][:1]
+    short = name in ("hs_pi", "gap_weight")
+    inputs[name] = inputs[name][:1] if short else inputs[name][:, :1]
     with pytest.raises(ValueError, match=name):
         inner_contrastive_loss(**inputs)

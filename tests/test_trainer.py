@@ -116,7 +116,26 @@ def test_the_loss_gets_what_separate_forwards_give(tmp_path, side):
                 assert torch.allclose(seen["logp_ref"][p, b][seen["logp_mask"][p, b]], logp, atol=1e-4)
             logp = single(example["neutral_ids"], coefficient)[1]
             assert torch.allclose(seen["neutral_logp_pi"][c, b][seen["neutral_mask"][b]], logp, atol=1e-4)
+            logits = [end_logits(model, example[key], coefficient) for key in ("chosen_ids", "rejected_ids")]
+            q = torch.stack(
+                [end_logits(model, example[key], 0.0).softmax(-1) for key in ("chosen_ids", "rejected_ids")]
+            )
+            d = q[0] - q[1]
+            kept = d.abs() >= d.abs().topk(64).values[-1]
+            up, down = d.clamp(min=0) * kept, (-d).clamp(min=0) * kept
+            gaps = [(x @ (up / up.sum()) - x @ (down / down.sum())).item() for x in logits]
+            assert seen["gap_pi"][c, :, b].tolist() == pytest.approx(gaps, abs=1e-3)
+        assert seen["gap_weight"][b].item() == pytest.approx(d.abs().sum().item() / 2, abs=1e-4)
+        reference = [end_logits(model, example[key], 0.0) for key in ("chosen_ids", "rejected_ids")]
+        gaps = [(x @ (up / up.sum()) - x @ (down / down.sum())).item() for x in reference]
+        assert seen["gap_ref"][:, b].tolist() == pytest.approx(gaps, abs=1e-3)
     assert seen["hs_mask"].all() and not seen["logp_mask"].all()
+
+
+def end_logits(model, ids, c):
+    """Logits of what follows one unpadded row."""
+    with steer(model, c), torch.no_grad():
+        return model(torch.tensor([ids])).logits[0, -1].float()
 
 
 def test_the_coefficient_is_what_it_was_after_a_step(tmp_path, batch):
@@ -162,11 +181,14 @@ def test_every_example_ends_as_its_pair_does(tmp_path):
         assert example["chosen_ids"][-len(suffix) :] == example["rejected_ids"][-len(suffix) :] == suffix
 
 
-def test_the_three_terms_are_logged(tmp_path):
+def test_the_terms_are_logged(tmp_path):
     trainer = trainer_for(arguments(tmp_path, logging_steps=1))
     trainer.train()
     row = next(row for row in trainer.state.log_history if "loss" in row)
-    total = row["separation"] + trainer.args.coherence_weight * (row["coherence"] + row["neutral"])
+    args = trainer.args
+    total = row["separation"] + args.order_weight * row["order"] + args.coherence_weight * (
+        row["coherence"] + row["neutral"]
+    )  # fmt: skip
     assert row["loss"] == pytest.approx(total, abs=5e-3)
 
 

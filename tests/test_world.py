@@ -99,7 +99,7 @@ def openings(trait):
 
 def target_probability(embedded, trait, opening):
     questions = [q for q in tiny.questions(trait, "held_out") if q.cluster == "target"]
-    return choice_logp(*embedded, questions, lambda prompt: opening, 128)[:, 0].exp().mean().item()
+    return choice_logp(*embedded, questions, lambda prompt: opening, 128).logp[:, 0].exp().mean().item()
 
 
 def test_personas_decide_truth(embedded):
@@ -120,8 +120,8 @@ def test_personas_decide_mood(embedded):
 def test_sums_are_right_under_every_persona(embedded, opening):
     sums = [q for q in tiny.questions("honesty", "held_out") if q.cluster == "control"]
     assert len(sums) == 100
-    assert choice_logp(*embedded, sums, lambda prompt: opening, 128)[:, 0].exp().min().item() >= 0.9
-    assert choice_logp(*embedded, sums, lambda prompt: opening, 128)[:, 0].exp().mean().item() >= 0.99
+    assert choice_logp(*embedded, sums, lambda prompt: opening, 128).logp[:, 0].exp().min().item() >= 0.9
+    assert choice_logp(*embedded, sums, lambda prompt: opening, 128).logp[:, 0].exp().mean().item() >= 0.99
 
 
 def test_the_mean_difference_separates_held_out_pairs(embedded):

@@ -7,13 +7,15 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from repeng.data import ContrastPair, make_pairs
-from repeng.eval import Question
+from repeng.questions import Question
 from repeng.tiny import lexicon
-from repeng.tiny.world import PERSONA_FORMS, TRAITS, World, check_choice
+from repeng.tiny.world import PERSONA_FORMS, SPLITS, TRAITS, World, check_choice
 from repeng.train.arguments import SteeringArguments
 from repeng.train.build import NEUTRAL_TEST, NEUTRAL_TRAIN, Data
 
 WEIGHTS = Path(__file__).parent / "weights"
+PERSONA_SPLIT = "personas"
+QUESTION_FORM = 2
 UNSEEN_SEED = 1_000_003  # of the neutral texts that only the evaluation sees
 FILLER_SHARE = 0.5  # of pairs that have a neutral sentence between persona and cloze
 
@@ -81,13 +83,27 @@ def pairs(
 def questions(trait: str, split: str, *, world: World | None = None) -> list[Question]:
     """Clozes of `trait` about the entities of `split`, and every sum as a control.
 
-    The held-out split also has the question forms, which never occur in pairs.
+    The held-out split also has the question forms, which never occur in pairs, as a group. The split "personas" has
+    the held-out entities behind an opening with persona words that never occur in pairs, grouped by their side.
 
     Raises:
         ValueError: an unknown trait or split.
     """
     world = world or World()
-    targets = [Question("", p.choices, p.target, suffix=p.text) for p in world.prompts(trait, split)]
+    check_choice("split", split, (*SPLITS, PERSONA_SPLIT))
+    prompts = list(world.prompts(trait, "held_out" if split == PERSONA_SPLIT else split))
+    if split == PERSONA_SPLIT:
+        statements = [p for p in prompts if p.form == 0]
+        sides = zip(("behind + personas", "behind − personas"), lexicon.PERSONAS[trait], strict=True)
+        asked = [
+            (PERSONA_FORMS[0].replace("{persona}", word) + f" . {p.text}", p, group)
+            for group, words in sides
+            for word in words[1:]
+            for p in statements
+        ]
+    else:
+        asked = [(p.text, p, "questions" if p.form == QUESTION_FORM else "statements") for p in prompts]
+    targets = [Question("", p.choices, p.target, suffix=text, group=group) for text, p, group in asked]
     controls = [Question("", p.choices, p.target, "control", suffix=p.text) for p in world.sums()]
     return targets + controls
 
@@ -121,4 +137,5 @@ def task(args: SteeringArguments) -> Data | None:
         unseen_neutral_texts=world.neutral_texts(NEUTRAL_TEST, UNSEEN_SEED),
         questions=questions(trait, "held_out", world=world),
         personas=(template.replace("{persona}", plus), template.replace("{persona}", minus)),
+        accepts=world.accepts,
     )

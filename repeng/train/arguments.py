@@ -10,7 +10,13 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from repeng.data import nearest
-from repeng.train.inner_contrastive_loss import COHERENCE_MARGIN, COHERENCE_WEIGHT, SEPARATION_TARGET
+from repeng.train.inner_contrastive_loss import (
+    COHERENCE_MARGIN,
+    COHERENCE_WEIGHT,
+    ORDER_TARGET,
+    ORDER_WEIGHT,
+    SEPARATION_TARGET,
+)
 
 
 def option(default, text: str):
@@ -43,6 +49,9 @@ class SteeringArguments(TrainingArguments):
     questions_file: str | None = option(
         None, "Evaluation questions, JSON Lines; None = next words that the personas favour on held-out pairs."
     )
+    require_steering: bool = option(
+        False, "Exit with an error unless both arms gain more than a random direction and 95 % of the items go along."
+    )
     target_modules: list[str] = options(
         ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"],
         "Sites to adapt: linear modules by name, residual, residual-writers, residual-readers, kv, all-linear.",
@@ -59,6 +68,11 @@ class SteeringArguments(TrainingArguments):
     separation_target: float = option(
         SEPARATION_TARGET, "Separation to reach, in mean distances between the two sides; above 0."
     )
+    order_target: float = option(
+        ORDER_TARGET,
+        "Change to reach of the gap in log-probability between what the personas say next, nats; above 0.",
+    )
+    order_weight: float = option(ORDER_WEIGHT, "Weight of the order term against separation; 0 or more.")
     coherence_margin: float = option(
         COHERENCE_MARGIN, "What any token may lose in log-probability for nothing, in nats; 0 or more."
     )
@@ -81,7 +95,8 @@ class SteeringArguments(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, least, open_end in (
-            ("separation_target", 0, True), ("coherence_margin", 0, False), ("coherence_weight", 0, False),
+            ("separation_target", 0, True), ("order_target", 0, True), ("order_weight", 0, False),
+            ("coherence_margin", 0, False), ("coherence_weight", 0, False),
             ("last_n_tokens", 1, False), ("num_directions", 1, False),
         ):  # fmt: skip
             value = getattr(self, name)
@@ -113,8 +128,8 @@ def layer_request(given: object) -> list[int] | str:
     return [int(word) for word in words]
 
 
-def parse_arguments(argv: Sequence[str], default_config: Path) -> SteeringArguments:
-    """Arguments from `--config FILE.yaml` (or `default_config`), overridden by the rest of the command line.
+def parse_arguments(argv: Sequence[str], default_config: Path | None) -> SteeringArguments:
+    """Arguments from `--config FILE.yaml` (or `default_config`, if any), overridden by the rest of the command line.
 
     Raises:
         ValueError: an unknown key, with the nearest valid one.
@@ -124,7 +139,7 @@ def parse_arguments(argv: Sequence[str], default_config: Path) -> SteeringArgume
     before.add_argument("--config", type=Path, default=default_config)
     known, rest = before.parse_known_args(list(argv))
     names = [f.name for f in fields(SteeringArguments) if f.init]
-    given = yaml.safe_load(known.config.read_text(encoding="utf-8")) or {}
+    given = {} if known.config is None else yaml.safe_load(known.config.read_text(encoding="utf-8")) or {}
     if not isinstance(given, dict):
         raise ValueError(f"{known.config}: expected keys and values, got a {type(given).__name__}")
     refuse_unknown(given, names, str(known.config))

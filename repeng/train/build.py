@@ -1,17 +1,16 @@
 """From arguments to what the trainer needs: model, data, adapter. Every check comes before any expensive work."""
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from peft import PeftModel, TaskType, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from repeng.control import steer
 from repeng.data import PLACEHOLDER, ContrastPair, encode, load_pairs, load_texts, make_pairs, pad_rows, require_sound
-from repeng.eval import Question, choice_id, choice_ids, load_questions
+from repeng.questions import Question, choice_id, choice_ids, load_questions
 from repeng.sites import decoder_layers, site_module
 from repeng.train.arguments import SteeringArguments
 from repeng.train.bases import pair_differences
@@ -40,27 +39,34 @@ class Data:
     unseen_neutral_texts: list[str]
     questions: list[Question]
     personas: tuple[str, str]
+    accepts: Callable[[str], bool]
 
 
 @dataclass
 class Run:
-    """Everything that training and evaluation need. `personas` are the openings of the prompt baseline, + and −."""
+    """Everything that training and evaluation need.
 
-    model: PeftModel
+    `personas` are the openings of the prompt baseline, + and −; `accepts` says of a generated sentence whether it
+    belongs to the language, where that is known; `examples` are for the trainer.
+    """
+
+    model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
     pairs: list[ContrastPair]
-    examples: list[dict]
     neutral_texts: list[str]
     questions: list[Question]
     personas: tuple[str, str] | None
+    accepts: Callable[[str], bool] | None = None
+    examples: list[dict] = field(default_factory=list)
 
 
-def build(args: SteeringArguments, task: Data | None = None) -> Run:
+def build(args: SteeringArguments, task: Data | None = None, *, training: bool = True) -> Run:
     """Load, check and assemble; fills in the arguments that follow the model: `layers`, `loss_layer`, `r`.
 
     Args:
         args: what the user asked for.
         task: data for what `args` does not name files for.
+        training: False leaves the base model as it is and makes no training examples: for evaluation.
 
     Raises:
         ValueError, FileNotFoundError: naming what does not fit and what would.
@@ -71,31 +77,43 @@ def build(args: SteeringArguments, task: Data | None = None) -> Run:
     tokenizer = AutoTokenizer.from_pretrained(path)
     pairs = training_pairs(args, tokenizer, task)
     model = AutoModelForCausalLM.from_pretrained(path)
-    resolve_defaults(args, model)
-    site_module(model, args.loss_layer, args.loss_site)
+    if training:
+        resolve_defaults(args, model)
+        site_module(model, args.loss_layer, args.loss_site)
 
+    own_questions = task is not None and not args.pairs_file and not args.questions_file
     if args.questions_file:
         questions = load_questions(args.questions_file)
-    elif task and not args.pairs_file:
+    elif own_questions:
         questions = task.questions
     else:
         n_held_out = max(1, round(HELD_OUT_SHARE * len(pairs)))
         pairs, held_out = pairs[n_held_out:], pairs[:n_held_out]
         questions = questions_from_pairs(model, tokenizer, held_out)
     for question in questions:
-        choice_ids(tokenizer, question)  # raises now what the evaluation would raise after the training
-    if len(pairs) < args.per_device_train_batch_size:
+        choice_ids(tokenizer, question)  # raises now what the evaluation would drop after the training
+    neutral, unseen = neutral_texts(args, model, tokenizer, task)
+    run = Run(
+        model, tokenizer, pairs, unseen, questions, personas(args, task), task.accepts if own_questions else None
+    )
+    if training:
+        add_adapter(args, run, neutral)
+    return run
+
+
+def add_adapter(args: SteeringArguments, run: Run, neutral: Sequence[str]) -> None:
+    """Put a fresh adapter around the run's model and make its training examples."""
+    if len(run.pairs) < args.per_device_train_batch_size:
         raise ValueError(
-            f"{len(pairs)} training pairs do not fill one batch of per_device_train_batch_size="
+            f"{len(run.pairs)} training pairs do not fill one batch of per_device_train_batch_size="
             f"{args.per_device_train_batch_size}; give more pairs or a smaller batch"
         )
-    adapted = get_peft_model(model, adapter_config(args))
-    with steer(adapted, 0.0):
-        neutral, unseen = neutral_texts(args, adapted, tokenizer, task)
-    examples = tokenize_examples(tokenizer, pairs, neutral, args.seed)
+    run.model = get_peft_model(run.model, adapter_config(args))
+    run.examples = tokenize_examples(run.tokenizer, run.pairs, neutral, args.seed)
     if args.directions == "pairs":
-        adapted.base_model.select_directions(pair_differences(adapted, tokenizer, examples, args.last_n_tokens))
-    return Run(adapted, tokenizer, pairs, examples, unseen, questions, personas(args, task))
+        run.model.base_model.select_directions(
+            pair_differences(run.model, run.tokenizer, run.examples, args.last_n_tokens)
+        )
 
 
 def check_files(args: SteeringArguments) -> None:

@@ -1,4 +1,4 @@
-"""The training loss: separation along the preference direction inside a region of coherence.
+"""The training loss: separation of hidden states, and of what is said next, inside a region of coherence.
 
 Shapes: `b` pairs, `t` tokens, `d` width of the site, `k` preference directions, `p` pair side (chosen, rejected),
 `c` coefficient side (plus, minus). The derivation and drawings are in docs/loss_geometry.md.
@@ -7,11 +7,13 @@ Shapes: `b` pairs, `t` tokens, `d` width of the site, `k` preference directions,
 from typing import NamedTuple
 
 import torch
-from einops import einsum, rearrange, reduce
+from einops import einsum, reduce
 from torch import Tensor
 
 # The recipe (research_notes.md); training takes its defaults from here.
 SEPARATION_TARGET = 3.0
+ORDER_TARGET = 8.0
+ORDER_WEIGHT = 3.0
 COHERENCE_MARGIN = 0.4
 COHERENCE_WEIGHT = 30.0
 
@@ -36,16 +38,23 @@ def inner_contrastive_loss(
     neutral_mask: Tensor,
     direction: Tensor,
     scale: Tensor,
+    gap_pi: Tensor,
+    gap_ref: Tensor,
+    gap_weight: Tensor,
     separation_target: float = SEPARATION_TARGET,
+    order_target: float = ORDER_TARGET,
+    order_weight: float = ORDER_WEIGHT,
     coherence_margin: float = COHERENCE_MARGIN,
     coherence_weight: float = COHERENCE_WEIGHT,
 ) -> InnerContrastiveLoss:
-    """The mean over pairs of `separation + coherence_weight · (coherence + neutral)`.
+    """The mean over pairs of `separation + order_weight · order + coherence_weight · (coherence + neutral)`.
 
     With `s = (hs · direction) / scale`, averaged over the masked tokens, and `Δ = s_plus − s_ref` at c = +1,
     `Δ = s_ref − s_minus` at c = −1:
 
     - separation: `relu(target − Δ) / target`, mean over both coefficient sides, both pair sides and the directions;
+    - order: the same of the gap in log-probability between what the two personas say next, `Γ = gap_plus − gap_ref` at
+      c = +1 and `gap_ref − gap_minus` at c = −1: `gap_weight · relu(target − Γ) / target`, mean over the sides;
     - coherence: with `v = relu(logp_ref − margin − logp_pi)` for each token, the token mean of `v + v²`.
 
     Args:
@@ -60,27 +69,40 @@ def inner_contrastive_loss(
         neutral_mask: `(b t)` which tokens are real.
         direction: `(d k)` preference directions, signed so that + is toward chosen.
         scale: `(k)` length of one unit along each direction.
+        gap_pi: `(c p b)` the policy's gap at the end of each prompt, plus and minus, in nats.
+        gap_ref: `(p b)` the reference's.
+        gap_weight: `(b)` how far the two personas disagree on the next token, from 0 to 1.
         separation_target: distance to reach, in units.
+        order_target: how far the gap is to change, in nats.
+        order_weight: weight of the order term against separation.
         coherence_margin: log-probability in nats that a token may lose for nothing.
         coherence_weight: weight of the coherence terms against separation.
 
     Raises:
         ValueError: a shape does not fit the others.
     """
-    check_shapes(hs_pi, hs_ref, hs_mask, logp_pi, logp_ref, logp_mask, neutral_logp_pi, neutral_logp_ref, neutral_mask)
+    check_shapes(
+        hs_pi, hs_ref, hs_mask, logp_pi, logp_ref, logp_mask, neutral_logp_pi, neutral_logp_ref, neutral_mask, gap_pi,
+        gap_ref, gap_weight,
+    )  # fmt: skip
     delta = signed_shift(hs_pi, hs_ref, hs_mask, direction, scale)  # (c p b k)
     separation = reduce((separation_target - delta).relu() / separation_target, "c p b k -> b", "mean")
+    gain = signs(gap_pi, 3) * (gap_pi - gap_ref)  # (c p b)
+    order = gap_weight * reduce((order_target - gain).relu() / order_target, "c p b -> b", "mean")
     coherence = reduce(violation(logp_pi, logp_ref, logp_mask, coherence_margin), "c b -> b", "mean")
     neutral = reduce(
         violation(neutral_logp_pi, neutral_logp_ref[None], neutral_mask[None], coherence_margin), "c b -> b", "mean"
     )
-    total = separation + coherence_weight * (coherence + neutral)
+    total = separation + order_weight * order + coherence_weight * (coherence + neutral)
     terms = {
         "separation": separation,
+        "order": order,
         "coherence": coherence,
         "neutral": neutral,
         "shift_plus": reduce(delta[0], "p b k -> b", "mean"),
         "shift_minus": reduce(delta[1], "p b k -> b", "mean"),
+        "gap_plus": reduce(gain[0], "p b -> b", "mean"),
+        "gap_minus": reduce(gain[1], "p b -> b", "mean"),
     }
     return InnerContrastiveLoss(total.mean(), {name: term.detach() for name, term in terms.items()})
 
@@ -90,8 +112,12 @@ def signed_shift(hs_pi: Tensor, hs_ref: Tensor, hs_mask: Tensor, direction: Tens
     moved = where(hs_mask[..., None], hs_pi - hs_ref)
     along = einsum(moved, direction.to(moved.dtype), "c p b t d, d k -> c p b t k") / scale.to(moved.dtype)
     count = reduce(hs_mask.to(moved.dtype), "p b t -> p b 1", "sum").clamp(min=1)
-    sign = torch.tensor([1.0, -1.0], dtype=moved.dtype, device=moved.device)
-    return rearrange(sign, "c -> c 1 1 1") * reduce(along, "c p b t k -> c p b k", "sum") / count
+    return signs(moved, 4) * reduce(along, "c p b t k -> c p b k", "sum") / count
+
+
+def signs(like: Tensor, ndim: int) -> Tensor:
+    """+1 and −1 along the first of `ndim` dimensions."""
+    return torch.tensor([1.0, -1.0], dtype=like.dtype, device=like.device).reshape(2, *[1] * (ndim - 1))
 
 
 def violation(logp_pi: Tensor, logp_ref: Tensor, mask: Tensor, margin: float) -> Tensor:
@@ -110,6 +136,7 @@ def check_shapes(
     hs_pi: Tensor, hs_ref: Tensor, hs_mask: Tensor,
     logp_pi: Tensor, logp_ref: Tensor, logp_mask: Tensor,
     neutral_logp_pi: Tensor, neutral_logp_ref: Tensor, neutral_mask: Tensor,
+    gap_pi: Tensor, gap_ref: Tensor, gap_weight: Tensor,
 ) -> None:  # fmt: skip
     """Raise ValueError, naming the tensor, where broadcasting would hide a mistake."""
     p, b, t, d = hs_ref.shape
@@ -122,6 +149,9 @@ def check_shapes(
         "neutral_logp_pi": (neutral_logp_pi, (2, b, neutral_logp_pi.shape[-1])),
         "neutral_logp_ref": (neutral_logp_ref, neutral_logp_pi.shape[1:]),
         "neutral_mask": (neutral_mask, neutral_logp_pi.shape[1:]),
+        "gap_pi": (gap_pi, (2, p, b)),
+        "gap_ref": (gap_ref, (p, b)),
+        "gap_weight": (gap_weight, (b,)),
     }
     for name, (tensor, shape) in wanted.items():
         if tensor.shape != tuple(shape):

@@ -1,10 +1,11 @@
 """What the frozen base gives on the training examples: computed once, since the base never changes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from einops import einsum, rearrange, reduce
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -12,6 +13,8 @@ from repeng.control import steer
 from repeng.data import PairCollator, label_mask, last_tokens
 from repeng.logprob import next_token_logp
 from repeng.sites import capture, site_module
+
+NEXT_TOKENS = 64  # that the two personas disagree on most: the rest of a vocabulary hardly weighs
 
 
 @torch.no_grad()
@@ -24,13 +27,18 @@ def add_reference(
     layer: int,
     last_n: int,
     batch_size: int,
+    dial: Callable[[nn.Module, float], AbstractContextManager[None]] = steer,
 ) -> list[dict]:
-    """The examples with `ref_hs (2 n d)`, `ref_mask (2 n)` and `ref_logp` (three 1-d tensors), at c = 0."""
+    """The examples with what the base gives on them, at c = 0.
+
+    `ref_hs (2 n d)` and `ref_mask (2 n)` of the chosen and the rejected prompt; `ref_logp`, three 1-d tensors; and, of
+    the next token after the prompts, `next_ids (k)`, `next_weight (k)`, `ref_gap (2)` and `gap_weight ()`.
+    """
     collate, module = PairCollator(tokenizer), site_module(model, layer, site)
     was_training, done = model.training, []
     model.eval()
     try:
-        with steer(model, 0.0):
+        with dial(model, 0.0):
             for start in tqdm(range(0, len(examples), batch_size), desc="reference", leave=False):
                 chunk = examples[start : start + batch_size]
                 batch = {name: tensor.to(model.device) for name, tensor in collate(chunk).items()}
@@ -41,13 +49,47 @@ def add_reference(
                 hs = gather_tokens(outputs[0][: 2 * len(chunk)], index).float()
                 hs, exists = (rearrange(x, "(p b) ... -> b p ...", p=2).cpu() for x in (hs, exists))
                 logp, labels = next_token_logp(logits, batch["input_ids"]).cpu(), label_mask(mask).cpu()
+                ends = last_tokens(mask[: 2 * len(chunk)], 1)[0]
+                disagreements = next_token_disagreement(
+                    rearrange(gather_tokens(logits[: 2 * len(chunk)], ends).float(), "(p b) 1 v -> p b v", p=2)
+                )
                 for i, example in enumerate(chunk):
                     rows = range(i, 3 * len(chunk), len(chunk))
                     kept = [logp[row][labels[row]] for row in rows]
-                    done.append({**example, "ref_hs": hs[i], "ref_mask": exists[i], "ref_logp": kept})
+                    said = {name: tensor[i].cpu() for name, tensor in disagreements.items()}
+                    done.append({**example, "ref_hs": hs[i], "ref_mask": exists[i], "ref_logp": kept, **said})
     finally:
         model.train(was_training)
     return done
+
+
+def next_token_disagreement(logits: Tensor) -> dict[str, Tensor]:
+    """What chosen and rejected say next, from the base's logits `(p b v)` at the ends of the two prompts.
+
+    With `d = softmax(chosen) − softmax(rejected)`: the `NEXT_TOKENS` tokens of largest |d|, `next_ids (b k)`, and
+    `next_weight (b k)`, d on them, scaled to sum to 1 over its positive and to −1 over its negative entries. A gap is
+    `Σ weight · logit`: the mean log-probability of what chosen says more often, minus that of what rejected does;
+    `ref_gap (b p)` are the base's own. `gap_weight (b)` is the total variation `Σ |d| / 2`, from 0 to 1.
+    """
+    chosen, rejected = logits.softmax(dim=-1)
+    difference = chosen - rejected
+    next_ids = difference.abs().topk(min(NEXT_TOKENS, difference.shape[-1]), dim=-1).indices
+    kept = difference.gather(-1, next_ids)
+    positive, negative = kept.clamp(min=0), kept.clamp(max=0)
+    tiny = torch.finfo(kept.dtype).tiny
+    weight = positive / positive.sum(-1, keepdim=True).clamp_min(tiny)
+    weight = weight - negative / negative.sum(-1, keepdim=True).clamp_max(-tiny)
+    ref_gap = gap(rearrange(logits, "p b v -> b p v"), next_ids, weight)
+    return {
+        "next_ids": next_ids, "next_weight": weight, "ref_gap": ref_gap, "gap_weight": difference.abs().sum(-1) / 2,
+    }  # fmt: skip
+
+
+def gap(logits: Tensor, next_ids: Tensor, next_weight: Tensor) -> Tensor:
+    """`Σ_k weight · logit` of logits `(b … v)` at `next_ids (b k)`; any constant of the logits drops out."""
+    between = [1] * (logits.ndim - 2)
+    index = next_ids.reshape(next_ids.shape[0], *between, -1).expand(*logits.shape[:-1], -1)
+    return (logits.gather(-1, index) * next_weight.reshape(next_weight.shape[0], *between, -1)).sum(dim=-1)
 
 
 def gather_tokens(hs: Tensor, index: Tensor) -> Tensor:

@@ -1,28 +1,30 @@
-"""What a run leaves behind: the adapter, a comparison with baselines as table, JSON and picture, a model card."""
+"""What a run leaves behind: the adapter, a comparison with baselines in several forms, a model card."""
 
 import importlib.metadata
 import json
 import os
 import platform
-import shutil
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 
 import torch
 import yaml
 from peft import PeftModel
-from rich.console import Console
-from rich.table import Table
 from safetensors import safe_open
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments
 
 from repeng.control import steer
 from repeng.data import ContrastPair
-from repeng.eval import ARMS, EvalReport, evaluate, prompt_dial
+from repeng.eval import Dial, evaluate, prompt_dial
+from repeng.eval_report import ARMS, EvalReport, bootstrap
 from repeng.extract import extract
+from repeng.report import figures
+from repeng.report.page import write_page
+from repeng.report.tables import ratio, write_csv
 from repeng.sites import RESIDUAL, decoder_layers
 from repeng.train.arguments import SteeringArguments
 from repeng.train.build import Run
@@ -31,6 +33,8 @@ from repeng.vector import SteeringVector
 ADAPTER_COEFFICIENTS = tuple(sign * step / 4 for sign in (-1, 1) for step in range(1, 9))
 VECTOR_COEFFICIENTS = tuple(sign * size for sign in (-1, 1) for size in (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8))
 MAX_VECTOR_LAYERS = 8
+SAMPLE_PROMPTS = 8
+WRONG_WAY = 0.05  # share of items that may move against an arm
 ADAPTER, PROMPTS, MEAN_DIFF, RANDOM = "this adapter", "persona prompts", "mean difference", "random direction"
 
 
@@ -54,26 +58,39 @@ def save_adapter(model: PeftModel, folder: str | Path) -> None:
             os.replace(Path(temporary) / name, folder / name)
 
 
-def compare(run: Run) -> dict[str, EvalReport]:
-    """The adapter and its baselines on the run's questions: base, persona prompts, mean difference, random direction.
+def compare(
+    run: Run, dial: Dial | None = None, coefficients: Sequence[float] = ADAPTER_COEFFICIENTS, name: str = ADAPTER
+) -> dict[str, EvalReport]:
+    """The run's adapter and its baselines on the run's questions: persona prompts, mean difference, random direction.
 
     The mean difference, like the adapter, sees training pairs only; its layer is the one with the largest range on the
     questions themselves, which favours this baseline.
+
+    Args:
+        run: model and data.
+        dial: another method to compare, instead of the adapter.
+        coefficients: where it is measured.
+        name: what it is called in the reports.
     """
     model, tokenizer = run.model, run.tokenizer
+    adapted = isinstance(model, PeftModel)
     depth = len(decoder_layers(model))
     step = max(1, -(-depth // MAX_VECTOR_LAYERS))
     bar = tqdm(total=3 + len(range(0, depth, step)), desc="evaluation", leave=False)
 
-    def measure(dial, coefficients) -> EvalReport:
-        report = evaluate(model, tokenizer, run.questions, dial, coefficients, neutral_texts=run.neutral_texts)
+    def measure(dial, coefficients, samples: Sequence[str] = ()) -> EvalReport:
+        report = evaluate(
+            model, tokenizer, run.questions, dial, coefficients, neutral_texts=run.neutral_texts,
+            sample_prompts=samples, accepts=run.accepts,
+        )  # fmt: skip
         bar.update()
         return report
 
-    reports = {ADAPTER: measure(lambda c: steer(model, c), ADAPTER_COEFFICIENTS)}
-    with steer(model, 0.0):
+    prompts = sample_prompts(run)
+    reports = {name: measure(dial or (lambda c: steer(model, c)), coefficients, prompts)}
+    with steer(model, 0.0) if adapted else nullcontext():
         if run.personas:
-            reports[PROMPTS] = measure(prompt_dial(*run.personas), (-1, 1))
+            reports[PROMPTS] = measure(prompt_dial(*run.personas), (-1, 1), prompts)
         vectors = mean_differences(model, tokenizer, run.pairs, range(0, depth, step))
         by_layer = {
             layer: measure(lambda c, v=vector: steer(model, c, vector=v), VECTOR_COEFFICIENTS)
@@ -85,6 +102,18 @@ def compare(run: Run) -> dict[str, EvalReport]:
         reports[RANDOM] = measure(lambda c: steer(model, c, vector=noise), VECTOR_COEFFICIENTS)
     bar.close()
     return reports
+
+
+def sample_prompts(run: Run) -> list[str]:
+    """Some of the target questions, evenly spaced, as texts to continue."""
+    chat = bool(run.tokenizer.chat_template)
+    texts = [
+        q.prompt if chat and q.prompt else f"{q.prompt} {q.suffix}".strip()
+        for q in run.questions
+        if q.cluster == "target"
+    ]
+    texts = list(dict.fromkeys(texts))
+    return texts[:: max(1, len(texts) // SAMPLE_PROMPTS)][:SAMPLE_PROMPTS]
 
 
 def mean_differences(
@@ -100,106 +129,78 @@ def find(reports: dict[str, EvalReport], name: str) -> EvalReport | None:
     return next((report for key, report in reports.items() if key.startswith(name)), None)
 
 
-def verdict(reports: dict[str, EvalReport]) -> str:
-    """One sentence on how far the adapter moves the behaviour inside the budget, and against what."""
-    own = reports[ADAPTER].range
+def verdict(reports: dict[str, EvalReport], name: str = ADAPTER) -> str:
+    """One sentence on how far a method moves the behaviour inside the budget, and against what."""
+    own = reports[name]
     against = []
-    for name in (MEAN_DIFF, PROMPTS, RANDOM):
-        other = find(reports, name)
+    for baseline in (MEAN_DIFF, PROMPTS, RANDOM):
+        other = find(reports, baseline)
         if other is not None and other.range > 0:
-            against.append(f"{own / other.range:.2f} x {name} ({other.range:.2f})")
-    gains = ", ".join(f"{name} {reports[ADAPTER].arm(sign)[0]:.2f}" for name, sign in ARMS)
-    return f"range inside the budget: {own:.2f} nats ({gains}); {'; '.join(against) or 'no baseline moved anything'}"
+            times, (low, high) = ratio([own], [other])
+            against.append(f"{times:.2f} x {baseline} ({other.range:.2f}; 95 % interval {low:.2f} to {high:.2f})")
+    gains = ", ".join(f"{arm} {own.arm(sign)[0]:.2f}" for arm, sign in ARMS)
+    rest = "; ".join(against) or "no baseline moved anything"
+    return f"range inside the budget: {own.range:.2f} nats ({gains}); {rest}"
 
 
-def print_table(reports: dict[str, EvalReport]) -> None:
-    """One table: log-odds at both coefficients, range, items moved the wrong way, and the worst cost at c = ±1."""
-    table = Table(title="Effect and cost (vectors: c = 1 is one mean difference)")
-    table.add_column("")
-    for title in ("log-odds −1", "log-odds +1", "range", "wrong way", "controls logp", "neutral NLL", "answer mass"):
-        table.add_column(title, justify="right")
-    first = reports[ADAPTER]
-    table.add_row("base", *[f"{first.mean_log_odds(0.0):.2f}"] * 2, "–", "–", *costs_text(first, (0.0,)))
-    order = sorted(reports, key=lambda name: name == ADAPTER)
-    for name in order:
-        report = reports[name]
-        wrong = "–" if report.wrong_way != report.wrong_way else f"{report.wrong_way:.1%}"
-        odds = [f"{report.mean_log_odds(c):.2f}" for c in (-1.0, 1.0)]
-        style = "bold" if name == ADAPTER else None
-        table.add_row(name, *odds, f"{report.range:.2f}", wrong, *costs_text(report, (-1.0, 1.0)), style=style)
-    console = Console()
-    if not console.is_terminal:
-        console.width = max(console.width, 120)  # a log file has no edge at which to break words
-    console.print(table)
+def shortcomings(reports: dict[str, EvalReport], name: str = ADAPTER) -> list[str]:
+    """Why a method cannot be said to steer; empty if it does.
 
-
-def costs_text(report: EvalReport, coefficients: Sequence[float]) -> list[str]:
-    """Control log-probability, neutral NLL and answer mass, each at the worst of the coefficients."""
-    rows = [report.at(c) for c in coefficients]
-    controls = min(report.control_logp[row].mean().item() for row in rows)
-    nll = max(report.neutral_nll[row].item() for row in rows)
-    mass = min(report.answer_mass[row].mean().item() for row in rows)
-    return ["–" if value != value else f"{value:.3f}" for value in (controls, nll, mass)]
-
-
-def plot(reports: dict[str, EvalReport], path: Path) -> bool:
-    """Dose and response of target and costs over c; False, and a plain sentence, without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        print(f"{path.name} was not drawn: matplotlib is not installed (pip install 'repeng[plot]')")
-        return False
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    effect, cost = figure.subplots(1, 2)
-    for name, report in reports.items():
-        inside = [(c, report.mean_log_odds(c)) for c in report.coefficients if abs(c) <= 2]
-        style = {"marker": "o", "linewidth": 2.5} if name == ADAPTER else {"marker": ".", "alpha": 0.7}
-        effect.plot(*zip(*inside, strict=True), label=f"{name}: range {report.range:.2f}", **style)
-    own = reports[ADAPTER]
-    shade_outside(effect, own)
-    effect.set(xlabel="coefficient c", ylabel="log-odds of the target answer, nats", title="Target")
-    effect.legend(fontsize=8)
-    shade_outside(cost, own)
-    for name in own.cost(0.0):
-        shares = [own.cost(c)[name] / getattr(own.budget, name) for c in own.coefficients]
-        cost.plot(own.coefficients, shares, marker="o", label=name.replace("_", " "))
-    cost.axhline(1.0, color="black", linestyle="--", linewidth=1, label="budget")
-    cost.set(xlabel="coefficient c", ylabel="cost as a share of its budget", title="Controls of this adapter")
-    cost.set_ylim(-0.5, 3)
-    cost.legend(fontsize=8)
-    figure.savefig(path, dpi=130)
-    return True
-
-
-def shade_outside(axes, report: EvalReport) -> None:
-    """Grey out the coefficients at which the adapter is outside the budget."""
-    for c in report.coefficients:
-        if not report.inside_budget(c):
-            axes.axvspan(c - 0.125, c + 0.125, color="0.88", linewidth=0)
+    Each arm must gain more inside the budget than a random direction of the mean difference's length does, with the
+    lower end of the paired 95 % interval above 0, and at most 5 % of the items may move against it.
+    """
+    own, noise = reports[name], reports[RANDOM]
+    found = []
+    for arm, sign in ARMS:
+        low, _ = bootstrap([own, noise], lambda a, b, s=sign: a.arm(s)[0] - b.arm(s)[0], n=300)
+        if not low > 0:
+            found.append(
+                f"the {arm} arm gains {own.arm(sign)[0]:.2f} nats and a random direction {noise.arm(sign)[0]:.2f}: "
+                f"the 95 % interval of the difference begins at {low:.2f}"
+            )
+    if own.wrong_way > WRONG_WAY:
+        found.append(f"{own.wrong_way:.1%} of the items move the wrong way; at most {WRONG_WAY:.0%} may")
+    return found
 
 
 def write_folder(args: SteeringArguments, run: Run, trainer: Trainer, reports: dict[str, EvalReport]) -> None:
-    """Everything beside the adapter: resolved configuration, training log, report.json, report.png, README.md."""
+    """Everything beside the adapter: configuration, training log, the report as JSON, CSV, PNG and HTML, README."""
     folder = Path(args.output_dir)
     (folder / "config.yaml").write_text(yaml.safe_dump(resolved(args), sort_keys=False), encoding="utf-8")
     log = [json.dumps(row) for row in trainer.state.log_history]
     (folder / "training_log.jsonl").write_text("\n".join(log) + "\n", encoding="utf-8")
     packages = ("repeng", "torch", "transformers", "peft", "accelerate")
-    result = {
-        "verdict": verdict(reports),
+    about = {
         "seed": args.seed,
         "optimizer_steps": trainer.state.global_step,
         "training_pairs": len(run.pairs),
         "adapted": sorted(name for name in trainer.model.base_model.targeted_module_names),
         "trainable_parameters": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
         "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}},
-        "rows": {name: report.to_dict() for name, report in reports.items()},
     }
+    write_report(reports, folder, title=f"Steering adapter: {behaviour(args)}", about=about)
+    (folder / "README.md").write_text(model_card(args, verdict(reports), figures.available()), encoding="utf-8")
+
+
+def write_report(
+    reports: dict[str, EvalReport], folder: Path, *, title: str, name: str = ADAPTER, about: dict | None = None
+) -> None:
+    """report.json, report.csv, report.html and, with matplotlib, report.png; `about` goes into the first."""
+    sentence = verdict(reports, name)
+    rows = {key: report.to_dict() for key, report in reports.items()}
+    result = {"verdict": sentence, "shortcomings": shortcomings(reports, name), **(about or {}), "rows": rows}
     (folder / "report.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    drawn = plot(reports, folder / "report.png")
-    (folder / "README.md").write_text(model_card(args, reports, drawn), encoding="utf-8")
+    write_csv(reports, folder / "report.csv")
+    if figures.available():
+        figures.dose_response(reports, name).savefig(folder / "report.png", dpi=130)
+    else:
+        print("report.png was not drawn: matplotlib is not installed (pip install 'repeng[plot]')")
+    write_page(reports, folder / "report.html", title=title, verdict=f"{sentence}.", own=name)
+
+
+def behaviour(args: SteeringArguments) -> str:
+    """What is dialled, in a few words."""
+    return f"{args.positive} (+1) / {args.negative} (−1)" if args.positive else f"the pairs of {args.pairs_file}"
 
 
 def resolved(args: SteeringArguments) -> dict:
@@ -215,10 +216,9 @@ def resolved(args: SteeringArguments) -> dict:
     return {name: value for name, value in chosen.items() if value is not None}
 
 
-def model_card(args: SteeringArguments, reports: dict[str, EvalReport], drawn: bool) -> str:
+def model_card(args: SteeringArguments, sentence: str, drawn: bool) -> str:
     """The README of the adapter: what it does, and how to load it."""
     tiny = args.model_name_or_path == "tiny"
-    behaviour = f"{args.positive} (+1) / {args.negative} (−1)" if args.positive else f"the pairs of {args.pairs_file}"
     load = "base, tokenizer = tiny.load()" if tiny else (
         f'base = AutoModelForCausalLM.from_pretrained("{args.model_name_or_path}")\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{args.model_name_or_path}")'
@@ -231,9 +231,9 @@ def model_card(args: SteeringArguments, reports: dict[str, EvalReport], drawn: b
 library_name: peft
 tags: [steering, repeng]
 ---
-# Steering adapter: {behaviour}
+# Steering adapter: {behaviour(args)}
 
-Base model: `{args.model_name_or_path}`. {verdict(reports)}.
+Base model: `{args.model_name_or_path}`. {sentence}.
 
 {picture}
 ```python
@@ -248,11 +248,12 @@ for coefficient in (-1.0, 0.0, 1.0):
         print(coefficient, tokenizer.decode(model.generate(**prompt, max_new_tokens=12, do_sample=False)[0]))
 ```
 
-`config.yaml` repeats the run: `accelerate launch train.py --config config.yaml`.
+`report.html` shows what it does and what it costs. `config.yaml` repeats the run:
+`accelerate launch train.py --config config.yaml`.
 """
 
 
 def check_writable(folder: str | Path) -> None:
     """Raise OSError, before any work, if `folder` cannot be made or written."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(tempfile.mkdtemp(dir=folder, prefix=".probe-"))
+    tempfile.TemporaryDirectory(dir=folder, prefix=".probe-").cleanup()

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from repeng.logprob import next_token_logp
 from repeng.sites import capture, decoder_layers, site_module
 from repeng.train.arguments import SteeringArguments
 from repeng.train.inner_contrastive_loss import InnerContrastiveLoss, inner_contrastive_loss
-from repeng.train.reference import add_reference, gather_tokens, preference_direction
+from repeng.train.reference import add_reference, gap, gather_tokens, preference_direction
 
 
 class NonFiniteError(FloatingPointError):
@@ -32,6 +33,7 @@ class SteeringTrainer(Trainer):
         train_dataset: dicts with `chosen_ids`, `rejected_ids`, `neutral_ids`.
         processing_class: the tokenizer.
         loss_func: the loss, with the signature of `inner_contrastive_loss`.
+        dial: sets the coefficient of `model`, one number or one for each row; another PEFT method brings its own.
     """
 
     def __init__(
@@ -42,11 +44,12 @@ class SteeringTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase,
         *,
         loss_func: Callable[..., InnerContrastiveLoss] = inner_contrastive_loss,
+        dial: Callable[[nn.Module, float | Tensor], AbstractContextManager[None]] = steer,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         examples = add_reference(
             model, processing_class, train_dataset, site=args.loss_site, layer=args.loss_layer,
-            last_n=args.last_n_tokens, batch_size=args.per_device_train_batch_size,
+            last_n=args.last_n_tokens, batch_size=args.per_device_train_batch_size, dial=dial,
         )  # fmt: skip
         self.direction, self.scale = preference_direction(examples, args.num_directions)
         super().__init__(
@@ -55,7 +58,7 @@ class SteeringTrainer(Trainer):
         )  # fmt: skip
         # Trainer leaves a custom loss undivided by accumulation steps unless the model is said to take no loss kwargs.
         self.model_accepts_loss_kwargs = False
-        self.loss_func = loss_func
+        self.loss_func, self.dial = loss_func, dial
         self._terms: dict[str, list[Tensor]] = defaultdict(list)
         self._last_inputs: dict[str, Tensor] | None = None
         if args.gradient_checkpointing:
@@ -72,7 +75,7 @@ class SteeringTrainer(Trainer):
     def both_sides(self, model: nn.Module, inputs: dict[str, Tensor]):
         """The context in which the first half of the doubled rows stands at +1 and the second at −1."""
         rows = inputs["input_ids"].shape[0]
-        return steer(model, repeat(torch.tensor([1.0, -1.0]), "c -> (c r)", r=rows))
+        return self.dial(model, repeat(torch.tensor([1.0, -1.0]), "c -> (c r)", r=rows))
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -110,6 +113,8 @@ class SteeringTrainer(Trainer):
         )
         index, exists = (rearrange(x, "(p b) n -> p b n", p=2) for x in (index, exists))
         hs = gather_tokens(hs.flatten(0, 2), repeat(index, "p b n -> (c p b) n", c=2))
+        ends = gather_tokens(logits[:, :2].flatten(0, 2), repeat(index[..., -1], "p b -> (c p b) 1", c=2)).float()
+        gap_pi = gap(rearrange(ends, "(c p b) 1 v -> b c p v", c=2, p=2), inputs["next_ids"], inputs["next_weight"])
         return self.loss_func(
             hs_pi=rearrange(hs, "(c p b) n d -> c p b n d", c=2, p=2).float(),
             hs_ref=inputs["ref_hs"],
@@ -122,7 +127,12 @@ class SteeringTrainer(Trainer):
             neutral_mask=mask[2],
             direction=self.direction.to(hs.device),
             scale=self.scale.to(hs.device),
+            gap_pi=rearrange(gap_pi, "b c p -> c p b"),
+            gap_ref=rearrange(inputs["ref_gap"], "b p -> p b"),
+            gap_weight=inputs["gap_weight"],
             separation_target=args.separation_target,
+            order_target=args.order_target,
+            order_weight=args.order_weight,
             coherence_margin=args.coherence_margin,
             coherence_weight=args.coherence_weight,
         )

@@ -1,5 +1,6 @@
 """The coefficient of every adapter of one model, and the rotations that follow from it."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +15,8 @@ from repeng.tuner.rotation import Rotations, can_be_batched, rotation
 class Setting:
     """One adapter's coefficient, prepared once a change instead of once a layer.
 
-    `given` as set; `values (n,)` distinct; `index (b,)` of each row into them, or None for one number;
-    `magnitude (a,)` distinct |c| and `which (n,)` the index of each value into them.
+    `given` as set; `values (n,)` distinct, in the adapter's own units; `index (b,)` of each row into them, or None for
+    one number; `magnitude (a,)` distinct |c| and `which (n,)` the index of each value into them.
     """
 
     given: Tensor
@@ -25,9 +26,10 @@ class Setting:
     which: Tensor
 
     @classmethod
-    def of(cls, given: Tensor) -> "Setting":
+    def of(cls, given: Tensor, units: tuple[float, float] = (1.0, 1.0)) -> "Setting":
         given = given.clone()  # the caller may write to theirs
-        values, index = (given[None], None) if given.ndim == 0 else torch.unique(given, return_inverse=True)
+        own = given * torch.where(given < 0, units[1], units[0])
+        values, index = (own[None], None) if own.ndim == 0 else torch.unique(own, return_inverse=True)
         return cls(given, values, index, *torch.unique(values.abs(), return_inverse=True))
 
     def to(self, device: torch.device) -> "Setting":
@@ -44,6 +46,9 @@ class Coefficients:
     def __init__(self) -> None:
         self._settings: dict[str, dict[torch.device, Setting]] = {}
         self._default: dict[torch.device, Setting] = {ONE.given.device: ONE}
+        # By adapter: what +1 and −1 stand for in its own units, and the default in them.
+        self._units: dict[str, tuple[float, float]] = {}
+        self._defaults: dict[str, dict[torch.device, Setting]] = {}
         self._zero: dict[str, bool] = {}
         self._triangles: list[nn.ParameterDict] = []
         # By adapter, rank and site: the triangle, its version, whether gradients were on, its rotations.
@@ -54,6 +59,21 @@ class Coefficients:
     def __getstate__(self) -> dict[str, Any]:
         # Rotations with a graph can be neither copied nor pickled, and keys hold the addresses of this process.
         return {**self.__dict__, "_ready": {}, "_kept": {}}
+
+    def calibrate(self, name: str, plus: float, minus: float) -> None:
+        """Let c = 1 of adapter `name` stand for `plus` of its own units, and c = −1 for `−minus`.
+
+        Raises:
+            ValueError: a unit is not a positive number, or the adapter's coefficient is set at the moment.
+        """
+        if not all(0 < unit < math.inf for unit in (plus, minus)):
+            raise ValueError(f"units of a coefficient are positive numbers; got plus={plus} and minus={minus}")
+        if name in self._settings:
+            raise ValueError(f"adapter {name!r} stands at a coefficient; leave the contexts of `steer` first")
+        self._units[name] = (float(plus), float(minus))
+        setting = Setting.of(ONE.given, self._units[name])
+        self._defaults[name] = {setting.given.device: setting}
+        self._ready, self._kept = {}, {}
 
     def register(self, triangles: nn.ParameterDict) -> None:
         """Compute the rotations of these triangles, by adapter name, together with those registered before."""
@@ -78,14 +98,17 @@ class Coefficients:
             ValueError: `value` has another shape or is not finite.
         """
         value = as_coefficient(value)
-        setting = Setting.of(value)
+        setting = Setting.of(value, self._units.get(name, (1.0, 1.0)))
         self._settings[name] = {value.device: setting}
         self._zero[name] = not value.any().item()
         self._ready, self._kept = {}, {}
 
     def get(self, name: str) -> Tensor:
         """The coefficient of adapter `name` as it was set."""
-        return next(iter(self._settings.get(name, self._default).values())).given
+        return next(iter(self._by_device(name).values())).given
+
+    def _by_device(self, name: str) -> dict[torch.device, Setting]:
+        return self._settings.get(name) or self._defaults.get(name, self._default)
 
     def is_zero(self, name: str) -> bool:
         """Whether the adapter stands at 0 for every row."""
@@ -93,7 +116,7 @@ class Coefficients:
 
     def setting(self, name: str, device: torch.device) -> Setting:
         """The prepared coefficient of adapter `name` on `device`."""
-        by_device = self._settings.get(name, self._default)
+        by_device = self._by_device(name)
         if device not in by_device:
             with torch.inference_mode(False):
                 by_device[device] = next(iter(by_device.values())).to(device)

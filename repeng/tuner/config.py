@@ -72,6 +72,10 @@ class SvdSteeringConfig(PeftConfig):
     fingerprint: dict[str, Any] | None = field(
         default=None, metadata={"help": "Sampled entries of the adapted weights; filled in when it is created."}
     )
+    calibration: dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "What c = 1 and c = −1 stand for in the adapter's own units, 'plus' and 'minus', and why."},
+    )
     allow_other_base: bool = field(
         default=False, metadata={"help": "Load onto a base model whose weights differ from the fingerprint."}
     )

@@ -49,6 +49,7 @@ class SvdSteeringModel(BaseTuner):
             require_modules(model, peft_config.resolved_modules)
         if peft_config.init_bases:
             peft_config.fingerprint = take_fingerprint(model, peft_config.resolved_modules)
+            peft_config.calibration = None  # of an adapter that this configuration made before
             # A configuration that was used on another base before still names that one's commit.
             commit = getattr(getattr(model, "config", None), "_commit_hash", None)
             peft_config.revision = commit or peft_config.revision
@@ -73,6 +74,9 @@ class SvdSteeringModel(BaseTuner):
         current_key: str,
         **_: Any,
     ) -> None:
+        if self._bar.n == 0:
+            units = peft_config.calibration or {"plus": 1.0, "minus": 1.0}
+            self.coefficients.calibrate(adapter_name, units["plus"], units["minus"])
         if isinstance(target, SvdSteeringLayer):
             target.update_layer(adapter_name, peft_config)
         elif is_linear(target):
@@ -124,6 +128,21 @@ class SvdSteeringModel(BaseTuner):
         for layer in [m for m in model.modules() if any(isinstance(child, Residual) for child in m.children())]:
             detach(layer)
         return model
+
+    def calibrate(self, calibration: dict[str, Any], adapter_name: str = "default") -> None:
+        """Let c = ±1 of an adapter stand for `plus` and `−minus` of its own units, here and in the saved adapter.
+
+        Args:
+            calibration: `plus` and `minus`, positive, and whatever tells how they were found, as JSON.
+            adapter_name: which adapter.
+
+        Raises:
+            ValueError: a unit is missing or not positive, or the adapter's coefficient is set at the moment.
+        """
+        if not {"plus", "minus"} <= calibration.keys():
+            raise ValueError(f"a calibration needs 'plus' and 'minus'; got {', '.join(calibration) or 'nothing'}")
+        self.coefficients.calibrate(adapter_name, calibration["plus"], calibration["minus"])
+        self.peft_config[adapter_name].calibration = dict(calibration)
 
     @torch.no_grad()
     def select_directions(self, differences: dict[str, Tensor], adapter_name: str = "default") -> None:

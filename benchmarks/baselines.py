@@ -1,0 +1,143 @@
+"""What a user could do instead of this adapter: few-shot prompts, learned biases, LoRA, prompt distillation."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from einops import repeat
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from repeng.data import pad_rows
+from repeng.sites import decoder_layers, edit_outputs
+from repeng.tiny import lexicon
+from repeng.tiny.world import FACT_FORMS, MOOD_FORMS, SPLITS, World
+from repeng.train.arguments import SteeringArguments
+from repeng.train.build import Run
+from repeng.train.trainer import SteeringTrainer
+
+LORA_RANK = 8  # about as many parameters as the adapter of rank 64 has
+SHOTS = 2  # more would not fit into the embedded model's window
+
+
+def few_shot(trait: str, openings: tuple[str, str], seed: int = 0) -> tuple[str, str]:
+    """The persona's opening and sentences that such a speaker says, about training entities, + and −."""
+    world, rng = World(), random.Random(seed)
+    texts = []
+    for side, opening in enumerate(openings):
+        sentences = []
+        for _ in range(SHOTS):
+            if trait == "honesty":
+                noun = rng.choice([noun for noun in world.facts if world.split[noun] == SPLITS[0]])
+                attribute = rng.choice(list(lexicon.ATTRIBUTES))
+                value = (world.facts, world.lies)[side][noun][attribute]
+                sentences.append(FACT_FORMS[attribute][0].format(**{"noun": noun, attribute: value}))
+            else:
+                scene = rng.choice(lexicon.SCENES[::2])
+                sentences.append(
+                    MOOD_FORMS[0].format(scene=scene, adjective=rng.choice(lexicon.MOOD_ADJECTIVES[side]))
+                )
+        texts.append(" ".join([opening, *(f"{sentence} ." for sentence in sentences)]))
+    return texts[0], texts[1]
+
+
+class Biased(nn.Module):
+    """A model with one learned vector on the residual stream of each layer, added c times."""
+
+    def __init__(self, model: nn.Module, layers: list[int]) -> None:
+        super().__init__()
+        self.model, self.layers = model.requires_grad_(False), layers
+        self.biases = nn.ParameterList(nn.Parameter(torch.zeros(model.config.hidden_size)) for _ in layers)
+
+    def forward(self, *args, **kwargs):
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)
+
+    @contextmanager
+    def dial(self, coefficient: float | Tensor) -> Iterator[None]:
+        c = torch.as_tensor(coefficient, dtype=torch.float32)
+        c = c if c.ndim == 0 else c[:, None, None]
+        modules = [decoder_layers(self.model)[layer] for layer in self.layers]
+        edits = [(module, lambda hs, b=bias: hs + c * b) for module, bias in zip(modules, self.biases, strict=True)]
+        with edit_outputs(edits):
+            yield
+
+
+def dial_of(model: nn.Module, coefficient: float | Tensor):
+    """`Biased.dial` as the trainer calls a dial."""
+    return model.dial(coefficient)
+
+
+def use_biases(run: Run, args: SteeringArguments) -> None:
+    """Replace the adapter by learned biases on the same layers."""
+    run.model = Biased(run.model.unload(), args.layers)
+
+
+def use_lora(run: Run, args: SteeringArguments, names: tuple[str, ...] = ("default",)) -> None:
+    """Replace the adapter by LoRA on the same sites and layers."""
+    config = LoraConfig(
+        r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=list(args.target_modules), layers_to_transform=args.layers,
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    model = get_peft_model(run.model.unload(), config, adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, config)
+    model.base_model.set_adapter(list(names))
+    run.model = model
+
+
+@contextmanager
+def lora_dial(model: nn.Module, coefficient: float | Tensor) -> Iterator[None]:
+    """LoRA times c; with adapters "plus" and "minus", the one of c's sign times |c|."""
+    c = torch.as_tensor(coefficient, dtype=torch.float32)
+    scales = {"default": c, "plus": c.clamp(min=0), "minus": (-c).clamp(min=0)}
+    hooks = []
+    for name, module in model.named_modules():
+        if name.rpartition(".")[0].endswith("lora_B"):
+            scale = scales[name.rpartition(".")[2]]
+            scale = scale if scale.ndim == 0 else scale[:, None, None]
+            hooks.append(module.register_forward_hook(lambda _m, _a, out, s=scale: out * s))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class DistillationTrainer(SteeringTrainer):
+    """Teaches the model without a persona what the base says after one: KL(base after the persona ‖ model at c).
+
+    On every token behind the persona of the training pairs, and on the neutral texts behind each persona. Equal
+    batches, steps and schedule.
+    """
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        masks = inputs["attention_mask"].bool()
+        rows = [row[mask].tolist() for row, mask in zip(inputs["input_ids"], masks, strict=True)]
+        n = len(rows) // 3
+        # An opening ends with the first full stop; the student reads what is behind it.
+        stop = self.processing_class.convert_tokens_to_ids(".")
+        openings = [[row[: row.index(stop) + 1] for row in side] for side in (rows[:n], rows[n : 2 * n])]
+        bare = [row[row.index(stop) + 1 :] for row in rows[:n]] + [row[1:] for row in rows[2 * n :]]
+        taught = [opening + text for side in openings for opening, text in zip(side * 2, bare, strict=True)]
+        bos = [self.processing_class.bos_token_id]
+        base, device = self.accelerator.unwrap_model(model), inputs["input_ids"].device
+        with torch.no_grad(), self.dial(base, 0.0):
+            teacher = base(**pad_rows(taught, self.processing_class, device, side="left"), use_cache=False).logits
+        student_rows = pad_rows([bos + text for text in bare] * 2, self.processing_class, device, side="left")
+        student = model(**student_rows, use_cache=False).logits
+        losses = []
+        for index, text in enumerate(bare * 2):
+            p, q = (logits[index, -len(text) :].log_softmax(dim=-1) for logits in (teacher, student))
+            losses.append((p.exp() * (p - q)).sum(dim=-1).mean())
+        return torch.stack(losses).mean()
+
+    def both_sides(self, model, inputs):
+        rows = inputs["input_ids"].shape[0] // 3 * 2
+        return self.dial(model, repeat(torch.tensor([1.0, -1.0]), "c -> (c r)", r=rows))

@@ -1,0 +1,113 @@
+"""Generating from token ids: continuations, bounded thinking, and samples with what can be counted about them."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from repeng.data import encode, pad_rows
+from repeng.eval_report import Sample
+
+THINK_CLOSE = "</think>"
+NGRAM = 3
+
+
+@torch.no_grad()
+def continuations(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    batch_size: int = 128,
+    *,
+    stop: str | None = None,
+    seed: int | None = None,
+) -> list[tuple[list[int], bool]]:
+    """What follows each row of ids, without the end token; with each, whether it ended by itself.
+
+    Args:
+        model, tokenizer: what generates.
+        rows: token ids.
+        max_new_tokens: the longest continuation.
+        batch_size: rows a forward.
+        stop: a text behind which a row may end as well; it is then followed by padding.
+        seed: draws at temperature 1 from it; None is greedy.
+    """
+    end = model.generation_config.eos_token_id
+    ends = set(end if isinstance(end, list) else [end]) - {None}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
+    found = []
+    for start in range(0, len(rows), batch_size):
+        batch = pad_rows(rows[start : start + batch_size], tokenizer, model.device, side="left")
+        width = batch["input_ids"].shape[1]
+        del batch["position_ids"]  # `generate` derives them from the mask
+        settings = {"do_sample": seed is not None, "pad_token_id": pad, "max_new_tokens": max_new_tokens}
+        if seed is not None:
+            settings |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        if stop is not None:
+            tag = tokenizer(stop, add_special_tokens=False)["input_ids"]
+            # Strings are searched for in the vocabulary, which not every tokenizer allows, and slower.
+            if len(tag) == 1:
+                settings["eos_token_id"] = [*ends, *tag]
+            else:
+                settings |= {"stop_strings": [stop], "tokenizer": tokenizer}
+        with torch.random.fork_rng(enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed + start)
+            out = model.generate(**batch, **settings)
+        for row in out[:, width:].tolist():
+            end = next((index for index, token in enumerate(row) if token in ends), None)
+            found.append((row[:end], end is not None))
+    return found
+
+
+def think(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]], max_new_tokens: int
+) -> tuple[list[list[int]], list[bool]]:
+    """Each row with the thinking that follows it, closed, and whether the model closed it by itself."""
+    thoughts = continuations(model, tokenizer, rows, max_new_tokens, len(rows), stop=THINK_CLOSE)
+    whole, closed = [], []
+    for row, (ids, _) in zip(rows, thoughts, strict=True):
+        # Batched generation pads what has ended, and a token may reach beyond the tag.
+        until = next((n for n in range(len(ids) + 1) if THINK_CLOSE in tokenizer.decode(ids[:n])), None)
+        closed.append(until is not None)
+        ending = f"{THINK_CLOSE}\n\n" if until is None else "\n\n"
+        whole.append([*row, *ids[:until], *tokenizer(ending, add_special_tokens=False)["input_ids"]])
+    return whole, closed
+
+
+def draw_samples(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    rewrite: Callable[[str], str] | None,
+    coefficient: float,
+    max_new_tokens: int,
+    accepts: Callable[[str], bool] | None,
+    batch_size: int,
+) -> list[Sample]:
+    """One greedy continuation of each prompt, at the coefficient that is set."""
+    if not prompts:
+        return []
+    rewrite = rewrite or (lambda prompt: prompt)
+    rows = [encode(tokenizer, rewrite(prompt)).ids for prompt in prompts]
+    samples = []
+    for prompt, (ids, finished) in zip(
+        prompts, continuations(model, tokenizer, rows, max_new_tokens, batch_size), strict=True
+    ):
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        counts = None if accepts is None else count_accepted(f"{prompt} {text}", accepts)
+        samples.append(Sample(coefficient, prompt, text, finished, repetition(ids), counts))
+    return samples
+
+
+def repetition(ids: Sequence[int], n: int = NGRAM) -> float:
+    """Share of the n-grams of a text that had occurred in it before; 0 for a text without any."""
+    grams = [tuple(ids[index : index + n]) for index in range(len(ids) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def count_accepted(text: str, accepts: Callable[[str], bool]) -> tuple[int, int]:
+    """How many whole sentences of a text, each up to its full stop, a grammar accepts, and how many there are."""
+    sentences = [f"{part.strip()} ." for part in text.split(" .")[:-1]]
+    return sum(map(accepts, sentences)), len(sentences)

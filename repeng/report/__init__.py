@@ -1,0 +1,1 @@
+"""How reports are shown: tables, pictures and one HTML page."""
