@@ -64,7 +64,10 @@ class Biased(nn.Module):
         c = torch.as_tensor(coefficient, dtype=torch.float32)
         c = c if c.ndim == 0 else c[:, None, None]
         modules = [decoder_layers(self.model)[layer] for layer in self.layers]
-        edits = [(module, lambda hs, b=bias: hs + c * b) for module, bias in zip(modules, self.biases, strict=True)]
+        edits = [
+            (module, lambda hs, b=bias: hs + c.to(hs.device) * b)
+            for module, bias in zip(modules, self.biases, strict=True)
+        ]
         with edit_outputs(edits):
             yield
 
@@ -102,7 +105,7 @@ def lora_dial(model: nn.Module, coefficient: float | Tensor) -> Iterator[None]:
         if name.rpartition(".")[0].endswith("lora_B"):
             scale = scales[name.rpartition(".")[2]]
             scale = scale if scale.ndim == 0 else scale[:, None, None]
-            hooks.append(module.register_forward_hook(lambda _m, _a, out, s=scale: out * s))
+            hooks.append(module.register_forward_hook(lambda _m, _a, out, s=scale: out * s.to(out.device)))
     try:
         yield
     finally:

@@ -86,7 +86,7 @@ def gap(inputs: dict) -> Tensor:
     """The change of the chosen − rejected gap: wider at +1, narrower at −1, unbounded."""
     pi, ref = geometry(inputs)
     change = (pi[:, 0] - pi[:, 1]) - (ref[0] - ref[1])
-    sign = torch.tensor([1.0, -1.0])
+    sign = torch.tensor([1.0, -1.0], device=change.device)
     return reduce(-symlog(rearrange(sign, "c -> c 1 1") * change), "c b k -> b", "mean")
 
 

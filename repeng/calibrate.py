@@ -17,6 +17,7 @@ from repeng.generate import continuations
 from repeng.questions import Question
 
 SMALLEST = 1 / 64  # coefficient at which the search begins
+FLOOR = SMALLEST / 256  # and below which it gives up
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,20 @@ class KLBudget:
     tokens: int = 16
     sequences: int = 512
 
+    def __post_init__(self) -> None:
+        if not (self.nats > 0 and 0 < self.percentile < 100 and self.tokens >= 1 and self.sequences >= 1):
+            raise ValueError(
+                "a KLBudget needs nats above 0, a percentile between 0 and 100, at least 1 token and 1 sequence; "
+                f"got {self}"
+            )
+
 
 @dataclass(frozen=True)
 class Calibration:
     """Sizes of the coefficients that spend the whole budget, each arm apart, in the dial's units.
 
     `spent` is the share of the budget that each arm spends there, on the prompts of the calibration. It is below 1
-    where the largest coefficient that was allowed spends less.
+    where the largest coefficient that was allowed spends less, or where what is spent jumps over the whole.
     """
 
     plus: float
@@ -80,7 +88,7 @@ def calibrate(
         batch_size: prompts a forward.
 
     Raises:
-        ValueError: what the budget is measured on was not given, or the smallest coefficient exceeds the budget.
+        ValueError: what the budget is measured on was not given, or any coefficient exceeds the budget.
     """
     budget = budget or KLBudget()
     if isinstance(budget, KLBudget):
@@ -130,7 +138,7 @@ def solve(spend: Callable[[float], float], sign: int, largest: float, tolerance:
     Doubles until the budget is exceeded and bisects from there; stays on the inner side of a jump.
 
     Raises:
-        ValueError: already the first step exceeds the budget.
+        ValueError: any coefficient exceeds the budget.
     """
     bar = tqdm(desc=f"calibrating {'+' if sign > 0 else '−'}", leave=False)
 
@@ -152,6 +160,11 @@ def solve(spend: Callable[[float], float], sign: int, largest: float, tolerance:
         else:
             inside, size = (size, value), min(2 * size, largest)
     while outside - inside[0] > 1e-3 * outside:
+        if inside[0] == 0 and outside < FLOOR:
+            raise ValueError(
+                f"c = {sign * outside:.2g} already exceeds the budget: this dial jumps at 0, as prompts do, or the "
+                "budget is too small"
+            )
         size = (inside[0] + outside) / 2
         value = at(size)
         if abs(value - 1) <= tolerance:
@@ -160,8 +173,6 @@ def solve(spend: Callable[[float], float], sign: int, largest: float, tolerance:
             outside = size
         else:
             inside = (size, value)
-    if inside[0] == 0:
-        raise ValueError(f"c = {sign * SMALLEST} already exceeds the budget; give a weaker dial or a larger budget")
     return inside
 
 
@@ -205,9 +216,9 @@ def generated_kl(
             chunk = prompts[start : start + batch_size]
             with dial(coefficient) as rewrite:
                 rows = encoded(tokenizer, chunk, rewrite)
-                written = [
-                    ids for ids, _ in continuations(model, tokenizer, rows, budget.tokens, batch_size, seed=start)
-                ]
+                drawn = continuations(model, tokenizer, rows, budget.tokens, batch_size, seed=start)
+                # That the text ends is a token as well, and where a dial may differ from the base.
+                written = [ids if end is None else [*ids, end] for ids, end in drawn]
                 steered = logits_of(model, tokenizer, rows, written)
             with dial(0.0) as rewrite:
                 base = logits_of(model, tokenizer, encoded(tokenizer, chunk, rewrite), written)
@@ -215,10 +226,7 @@ def generated_kl(
             found.append((logp.exp() * (logp - logq)).sum(dim=-1).cpu())
     finally:
         model.train(was_training)
-    kl = torch.cat(found)
-    if not kl.numel():
-        raise ValueError("nothing was generated: every prompt is followed by the end of the text")
-    return kl
+    return torch.cat(found)
 
 
 def encoded(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], rewrite: Rewrite | None) -> list[list[int]]:
@@ -231,6 +239,6 @@ def logits_of(
     """Logits `(tokens v)`, float32, that predict what was written after each row."""
     whole = [row + ids for row, ids in zip(rows, written, strict=True)]
     batch = pad_rows(whole, tokenizer, model.device, side="left")
-    logits = model(**batch, use_cache=False).logits
+    logits = model(**batch, use_cache=False, logits_to_keep=max(map(len, written)) + 1).logits
     # On the left-padded rows the last prediction, of what follows the text, is not asked for.
-    return torch.cat([row[-len(ids) - 1 : -1] for row, ids in zip(logits, written, strict=True) if ids]).float()
+    return torch.cat([row[-len(ids) - 1 : -1] for row, ids in zip(logits, written, strict=True)]).float()

@@ -12,6 +12,7 @@ from repeng import tiny
 from repeng.calibrate import KLBudget, calibrate, generated_kl, store
 from repeng.control import steer
 from repeng.eval import Dial
+from repeng.eval_report import ARMS
 from repeng.report.tables import print_doses, print_table
 from repeng.train.arguments import SteeringArguments, parse_arguments
 from repeng.train.build import Run, build
@@ -29,6 +30,8 @@ from repeng.train.report import (
 from repeng.vector import SteeringVector
 
 OWN = "this dial"
+LARGEST = 4.0  # coefficient of an adapter, which is trained at 1: far beyond, effects fade while costs may not
+TOLERANCE = 0.1
 USAGE = """Keys of train.py may follow, such as --questions_file, --pairs_file, --positive and --negative; the folder
 of an adapter that train.py wrote says them all. For a vector, give --config or the keys that name model and pairs."""
 
@@ -40,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args = parse_arguments(rest, options.config)
         run = build(args, tiny.task(args), training=False)
         options.run(options, args, run)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
 
 
@@ -49,7 +52,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     commands = parser.add_subparsers(required=True)
     measure = commands.add_parser("evaluate", help="what it does and what it costs, beside baselines", epilog=USAGE)
     measure.set_defaults(run=run_evaluate)
-    measure.add_argument("--output", type=Path, help="folder of the report; by default beside PATH")
+    measure.add_argument("--output", type=Path, help="folder of the report; default PATH/evaluation, or PATH-report")
     scale = commands.add_parser("calibrate", help="make c = ±1 spend a stated budget, and store that", epilog=USAGE)
     scale.set_defaults(run=run_calibrate)
     scale.add_argument("--nats", type=float, default=KLBudget.nats, help="KL to the base that a token may have")
@@ -68,8 +71,9 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     return options, rest
 
 
-def load(path: Path, run: Run) -> tuple[Dial, Sequence[float], SteeringVector | None]:
+def load(path: Path, args: SteeringArguments, run: Run) -> tuple[Dial, Sequence[float], SteeringVector | None]:
     """The dial at `path` on the run's model, where to measure it, and the vector if it is one."""
+    run.model = run.model.to(args.device)
     if path.is_dir():
         run.model = PeftModel.from_pretrained(run.model, path)
         return partial(steer, run.model), ADAPTER_COEFFICIENTS, None
@@ -82,9 +86,9 @@ def load(path: Path, run: Run) -> tuple[Dial, Sequence[float], SteeringVector | 
 def run_evaluate(options: argparse.Namespace, args: SteeringArguments, run: Run) -> None:
     """Print the table and the verdict, and write the report."""
     path = options.path
-    folder = options.output or (path if path.is_dir() else path.with_name(f"{path.stem}-report"))
+    folder = options.output or (path / "evaluation" if path.is_dir() else path.with_name(f"{path.stem}-report"))
     check_writable(folder)
-    dial, coefficients, _ = load(path, run)
+    dial, coefficients, _ = load(path, args, run)
     reports = compare(run, dial, coefficients, OWN)
     print_doses(reports[OWN], f"{path}: {behaviour(args)}")
     print_table(reports, OWN)
@@ -98,25 +102,37 @@ def run_evaluate(options: argparse.Namespace, args: SteeringArguments, run: Run)
 
 def run_calibrate(options: argparse.Namespace, args: SteeringArguments, run: Run) -> None:
     """Find and store the calibration, and check it on other prompts of the training set."""
-    dial, _, vector = load(options.path, run)
-    prompts = training_prompts(run)
-    chosen, checked = prompts[::2], prompts[1::2]
+    place = options.path if options.path.suffix != ".gguf" else options.path.with_suffix(".safetensors")
+    if place != options.path and place.exists():
+        raise ValueError(f"a GGUF file holds no calibration, and {place} exists: move it, or calibrate that file")
     budget = KLBudget(options.nats, options.percentile, sequences=options.sequences)
-    found = calibrate(run.model, run.tokenizer, dial, chosen, budget)
+    prompts = training_prompts(run)
+    if len(prompts) < 2:
+        raise ValueError(
+            f"the pairs have {len(prompts)} prompt to continue; a calibration and its check need two or more"
+        )
+    dial, _, vector = load(options.path, args, run)
+    chosen, checked = prompts[::2], prompts[1::2]
+    found = calibrate(run.model, run.tokenizer, dial, chosen, budget, largest=LARGEST if vector is None else 8.0)
     if vector is None:
         store(run.model, found)
-        save_adapter(run.model, options.path)
+        save_adapter(run.model, place)
     else:
         vector = vector.calibrated(found.to_dict())
-        vector.save(options.path.with_suffix(".safetensors"))
+        vector.save(place)
         dial = partial(steer, run.model, vector=vector)
-    for name, sign in (("+1", 1.0), ("−1", -1.0)):
-        kl = generated_kl(run.model, run.tokenizer, dial, checked, sign, budget)
-        size = found.plus if sign > 0 else found.minus
+    for arm, sign in ARMS:
+        kl = generated_kl(run.model, run.tokenizer, dial, checked, float(sign), budget)
+        there = kl.quantile(budget.percentile / 100).item()
         print(
-            f"c = {name} is now {size:.3g} of the former unit: percentile {budget.percentile:g} of the KL per token "
-            f"{kl.quantile(budget.percentile / 100):.3g} nats on {len(checked)} other prompts, of {budget.nats:g}"
+            f"c = {sign:+d} is now {getattr(found, arm):.3g} of the former unit: on {len(checked)} other prompts, "
+            f"percentile {budget.percentile:g} of the KL per token is {there:.3g} nats, of {budget.nats:g}"
         )
+        if found.spent[arm] < 1 - TOLERANCE:
+            print(
+                f"  this arm does not spend the whole budget at any coefficient that was tried: {found.spent[arm]:.0%}"
+            )
+    print(f"stored: {place}")
 
 
 def training_prompts(run: Run) -> list[str]:

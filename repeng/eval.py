@@ -21,6 +21,7 @@ from repeng.questions import Question, choice_ids
 Rewrite = Callable[[str], str]
 Dial = Callable[[float], AbstractContextManager[Rewrite | None]]
 SAMPLED = (-1.0, 0.0, 1.0)
+NEUTRAL_REQUEST = "Write a short text."
 
 
 @torch.no_grad()
@@ -34,7 +35,7 @@ def evaluate(
     neutral_texts: Sequence[str] = (),
     budget: Budget | None = None,
     think_tokens: int = 0,
-    sample_prompts: Sequence[str] = (),
+    sample_prompts: Sequence[str | Question] = (),
     sample_tokens: int = 24,
     accepts: Callable[[str], bool] | None = None,
     batch_size: int = 128,
@@ -54,7 +55,8 @@ def evaluate(
         budget: what steering may cost.
         think_tokens: with a thinking template, how many tokens the steered model may think (greedily) before each
             answer; the thinking is closed for it where that is not enough. 0 asks for the answer at once.
-        sample_prompts: prompts that are continued (greedily) at c = −1, 0 and +1, where those are evaluated.
+        sample_prompts: prompts, or questions, that are continued (greedily) at c = −1, 0 and +1, where those are
+            evaluated.
         sample_tokens: the longest continuation.
         accepts: says of a generated sentence whether it belongs to the language.
         batch_size: prompts a forward.
@@ -70,6 +72,8 @@ def evaluate(
         raise ValueError(f"no question of the cluster 'target' {reason}")
     if think_tokens and THINK_CLOSE not in str(tokenizer.chat_template):
         raise ValueError(f"think_tokens={think_tokens}, but the tokenizer's chat template knows no {THINK_CLOSE}")
+    if think_tokens and not all(q.prompt for q in asked):
+        raise ValueError("with think_tokens every question needs a prompt: a suffix alone is no turn to think about")
     coefficients = sorted({0.0, *map(float, coefficients)})
     was_training = model.training
     model.eval()
@@ -87,8 +91,8 @@ def evaluate(
         model.train(was_training)
     *measured, finished = (torch.stack(part) for part in zip(*parts, strict=True))
     return EvalReport(
-        coefficients, *measured, tokens, [q.group for q in targets], finished if think_tokens else None, dropped,
-        samples, budget or Budget(),
+        coefficients, *measured, tokens, groups=[q.group for q in targets], units=[q.unit for q in targets],
+        thought=finished if think_tokens else None, dropped=dropped, samples=samples, budget=budget or Budget(),
     )  # fmt: skip
 
 
@@ -141,7 +145,8 @@ def choice_logp(
         else:
             rows, closed = [encode(tokenizer, rewrite(q.prompt), q.suffix).ids for q in chunk], [True] * len(chunk)
         finished.append(torch.tensor(closed))
-        logits = model(**pad_rows(rows, tokenizer, model.device, side="left"), use_cache=False).logits[:, -1].float()
+        batch = pad_rows(rows, tokenizer, model.device, side="left")
+        logits = model(**batch, use_cache=False, logits_to_keep=1).logits[:, -1].float()
         logp = (logits - logits.logsumexp(dim=-1, keepdim=True)).cpu()
         for question, row in zip(chunk, logp, strict=True):
             ids = choice_ids(tokenizer, question)
@@ -160,14 +165,20 @@ def neutral_logp(
     rewrite: Rewrite | None,
     batch_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability `(q)` of each text's own tokens, and how many they are `(q)`."""
-    prompt = rewrite("") if rewrite else ""
+    """Log-probability `(q)` of each text's own tokens, and how many they are `(q)`, the same ones for every dial.
+
+    With a chat template a text is the answer to a request for one; without, plain text. Its first token counts only if
+    something stands before it whatever the dial does.
+    """
+    request = NEUTRAL_REQUEST if tokenizer.chat_template else ""
+    prompt = rewrite(request) if rewrite else request
+    skipped = 0 if request or tokenizer.bos_token_id is not None else 1
     totals, counts = [torch.empty(0)], [torch.empty(0, dtype=torch.long)]
     for start in range(0, len(texts), batch_size):
         encoded: list[Encoded] = [encode(tokenizer, prompt, text) for text in texts[start : start + batch_size]]
         batch = pad_rows([e.ids for e in encoded], tokenizer, model.device, side="left")
         logp = next_token_logp(model(**batch, use_cache=False).logits, batch["input_ids"])
-        own = torch.tensor([len(e.suffix) for e in encoded], device=logp.device)
+        own = torch.tensor([len(e.suffix) - skipped for e in encoded], device=logp.device)
         width = logp.shape[1]
         mask = label_mask(batch["attention_mask"])
         mask &= torch.arange(width, device=logp.device) >= width - own[:, None]

@@ -53,7 +53,8 @@ class EvalReport:
         neutral_logp: `(n_c q)`, log-probability of each neutral text.
         neutral_tokens: `(q)`, their tokens.
         groups: the `n` groups of the target questions.
-        thought: `(n_c n)`, whether the thinking before an answer ended by itself; all true without thinking.
+        units: their `n` units; those of one unit are resampled together, "" is one of its own.
+        thought: `(n_c n)`, whether the thinking before an answer ended by itself; None without thinking.
         dropped: questions that could not be asked, and why.
         samples: what was generated.
         budget: what steering may cost.
@@ -67,6 +68,7 @@ class EvalReport:
     neutral_logp: Tensor
     neutral_tokens: Tensor
     groups: list[str] = field(default_factory=list)
+    units: list[str] = field(default_factory=list)
     thought: Tensor | None = None
     dropped: list[str] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
@@ -133,10 +135,12 @@ class EvalReport:
         return gains[best].item(), self.coefficients[best]
 
     def band(self, n: int = 300, level: float = 0.95, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """Percentile bootstrap interval over items of the mean log-odds: lower and upper bounds `(n_c)`."""
-        size = self.log_odds.shape[1]
-        index = torch.randint(size, (n, size), generator=torch.Generator().manual_seed(seed))
-        means = self.log_odds[:, index].mean(dim=-1)
+        """Percentile bootstrap interval over units of the mean log-odds: lower and upper bounds `(n_c)`."""
+        members, generator = self.members(), torch.Generator().manual_seed(seed)
+        sums = torch.stack([self.log_odds[:, index].sum(dim=1) for index in members], dim=1)
+        counts = torch.tensor([len(index) for index in members])
+        drawn = torch.randint(len(members), (n, len(members)), generator=generator)
+        means = sums[:, drawn].sum(dim=-1) / counts[drawn].sum(dim=-1)
         tail = (1 - level) / 2
         return means.quantile(tail, dim=1), means.quantile(1 - tail, dim=1)
 
@@ -149,16 +153,18 @@ class EvalReport:
         """The coefficient at which an arm is judged: its best one inside the budget, or 0."""
         return self.arm(sign)[1] or 0.0
 
+    def against(self, sign: int) -> float:
+        """Share of target items that move against an arm, at its endpoint; NaN if no coefficient gains."""
+        if not self.endpoint(sign):
+            return math.nan
+        moved = self.log_odds[self.at(self.endpoint(sign))] - self.log_odds[self.at(0.0)]
+        return (sign * moved < 0).float().mean().item()
+
     @property
     def wrong_way(self) -> float:
-        """Share of target items that move against the arm, at each arm's endpoint, mean over arms; NaN without."""
-        base = self.log_odds[self.at(0.0)]
-        shares = [
-            (sign * (self.log_odds[self.at(self.endpoint(sign))] - base) < 0).float().mean().item()
-            for _, sign in ARMS
-            if self.endpoint(sign)
-        ]
-        return sum(shares) / len(shares) if shares else math.nan
+        """`against`, mean over the arms that gain; NaN if none does."""
+        shares = [self.against(sign) for _, sign in ARMS if self.endpoint(sign)]
+        return share(shares)
 
     # -- dose and response ---------------------------------------------------------------------------------------
 
@@ -214,12 +220,12 @@ class EvalReport:
 
     @property
     def steering_f1(self) -> float:
-        """Steering F1 of AntiPaSTO (arXiv 2601.07473), from 0 to 100, with this report's endpoints for c = ±1.
+        """Steering F1 of AntiPaSTO (arXiv 2601.07473), with this report's endpoints for c = ±1; 100 is perfect.
 
         With weights `|y_i(0)|` that sum to 1 on each side: `net = max(0, fixed − broken)` over target items at the +
         endpoint, `arb` over controls that flip at either; precision = net / (net + arb), recall = net, and F1 is
-        multiplied by `(min(mass₊, mass₋) / mass₀)²`. NaN where an endpoint's mass is below 0.5. The sign of c is never
-        fitted here.
+        multiplied by `(min(mass₊, mass₋) / mass₀)²`, which is above 1 where steering raises the answer mass. NaN where
+        an endpoint's mass is below 0.5. The sign of c is never fitted here.
         """
         mass = self.mass_at_endpoints()
         if not mass[1:].min() >= 0.5:
@@ -242,17 +248,17 @@ class EvalReport:
         """Surgical informedness of AntiPaSTO's code, at most 100: `mean_arms(fixed − 2 · broken) · min(mass)² · 100`.
 
         For an arm: fixed is the share of the items answered against it at 0 that its endpoint turns, broken the share
-        of those answered with it that its endpoint turns away.
+        of those answered with it that its endpoint turns away. An arm without items of both kinds does not count; NaN
+        if neither does.
         """
         terms = []
         for _, sign in ARMS:
             before, after = (sign * self.log_odds[self.at(c)] for c in (0.0, self.endpoint(sign)))
             against, along = before < 0, before > 0
-            fixed = (after[against] > 0).float().mean() if against.any() else torch.zeros(())
-            broken = (after[along] < 0).float().mean() if along.any() else torch.zeros(())
-            terms.append(fixed - HARM * broken)
-        mass = self.mass_at_endpoints()[1:].min()
-        return (100 * torch.stack(terms).mean() * mass.square()).item()
+            if against.any() and along.any():
+                fixed, broken = (after[against] > 0).float().mean(), (after[along] < 0).float().mean()
+                terms.append((fixed - HARM * broken).item())
+        return 100 * share(terms) * self.mass_at_endpoints()[1:].min().square().item()
 
     # -- generated text ------------------------------------------------------------------------------------------
 
@@ -295,13 +301,22 @@ class EvalReport:
         def pick(tensor: Tensor | None, index: Tensor | None) -> Tensor | None:
             return tensor if tensor is None or index is None else tensor[..., index]
 
-        groups = self.groups if targets is None or not self.groups else [self.groups[i] for i in targets.tolist()]
+        def named(names: list[str]) -> list[str]:
+            return names if targets is None or not names else [names[i] for i in targets.tolist()]
+
         return replace(
-            self, log_odds=pick(self.log_odds, targets), answer_mass=pick(self.answer_mass, targets), groups=groups,
-            thought=pick(self.thought, targets), control_logp=pick(self.control_logp, controls),
-            control_log_odds=pick(self.control_log_odds, controls), neutral_logp=pick(self.neutral_logp, texts),
-            neutral_tokens=pick(self.neutral_tokens, texts),
+            self, log_odds=pick(self.log_odds, targets), answer_mass=pick(self.answer_mass, targets),
+            groups=named(self.groups), units=named(self.units), thought=pick(self.thought, targets),
+            control_logp=pick(self.control_logp, controls), control_log_odds=pick(self.control_log_odds, controls),
+            neutral_logp=pick(self.neutral_logp, texts), neutral_tokens=pick(self.neutral_tokens, texts),
         )  # fmt: skip
+
+    def members(self) -> list[Tensor]:
+        """Indices of the target questions of each unit."""
+        found: dict[str | int, list[int]] = {}
+        for index in range(self.log_odds.shape[1]):
+            found.setdefault((self.units[index] if self.units else "") or index, []).append(index)
+        return [torch.tensor(indices) for indices in found.values()]
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -369,30 +384,36 @@ def bootstrap(
     level: float = 0.95,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of `statistic(*reports)` over items (Efron 1979).
+    """Percentile bootstrap interval of `statistic(*reports)` (Efron 1979).
 
-    Questions, controls and texts are drawn again with replacement, the same ones in all reports: differences and
-    ratios of methods are paired, and so are several training seeds. Resamples on which the statistic is not finite are
-    left out.
+    Units of questions, controls and texts are drawn again with replacement, the same ones in all reports: differences
+    and ratios of methods are paired, and so are several training seeds. A NaN is left out; an infinite value counts.
 
     Raises:
-        ValueError: the reports are of different numbers of items.
+        ValueError: the reports are of different items.
     """
-    sizes = {report.sizes for report in reports}
-    if len(sizes) != 1:
+    sizes, units = {report.sizes for report in reports}, {tuple(report.units) for report in reports}
+    if len(sizes) != 1 or len(units) != 1:
         raise ValueError(f"only reports on the same items can be resampled together; these have {sorted(sizes)} items")
+    members = reports[0].members()
+    _, controls, texts = reports[0].sizes
     generator = torch.Generator().manual_seed(seed)
+
+    def drawn(size: int) -> Tensor | None:
+        return torch.randint(size, (size,), generator=generator) if size else None
+
     values = []
     for _ in range(n):
-        index = [torch.randint(size, (size,), generator=generator) if size else None for size in sizes.copy().pop()]
+        targets = torch.cat([members[index] for index in drawn(len(members)).tolist()])
+        index = (targets, drawn(controls), drawn(texts))
         value = statistic(*(report.taken(*index) for report in reports))
-        if math.isfinite(value):
+        if not math.isnan(value):
             values.append(value)
     if not values:
         return math.nan, math.nan
+    values.sort()
     tail = (1 - level) / 2
-    low, high = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64))
-    return low.item(), high.item()
+    return values[math.floor(tail * (len(values) - 1))], values[math.ceil((1 - tail) * (len(values) - 1))]
 
 
 def share(values: Sequence[float]) -> float:

@@ -1,15 +1,39 @@
 """Generating from token ids: continuations, bounded thinking, and samples with what can be counted about them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from repeng.data import encode, pad_rows
 from repeng.eval_report import Sample
+from repeng.questions import Question
 
 THINK_CLOSE = "</think>"
 NGRAM = 3
+
+
+@contextmanager
+def bare_generation(model: PreTrainedModel) -> Iterator[None]:
+    """Inside the context, `generate` knows only which tokens end and pad a text.
+
+    A model's own settings, such as a repetition penalty, would otherwise fill in whatever is not said, and hide what
+    steering does.
+    """
+    owners = [model, *([model.get_base_model()] if hasattr(model, "get_base_model") else [])]
+    before = [owner.generation_config for owner in owners]
+    own = before[0]
+    bare = GenerationConfig(
+        bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
+    )
+    try:
+        for owner in owners:
+            owner.generation_config = bare
+        yield
+    finally:
+        for owner, config in zip(owners, before, strict=True):
+            owner.generation_config = config
 
 
 @torch.no_grad()
@@ -22,42 +46,42 @@ def continuations(
     *,
     stop: str | None = None,
     seed: int | None = None,
-) -> list[tuple[list[int], bool]]:
-    """What follows each row of ids, without the end token; with each, whether it ended by itself.
+) -> list[tuple[list[int], int | None]]:
+    """What follows each row of ids; with each, the token that ended it before the limit, if one did.
 
     Args:
         model, tokenizer: what generates.
         rows: token ids.
-        max_new_tokens: the longest continuation.
+        max_new_tokens: the longest continuation, its end included.
         batch_size: rows a forward.
         stop: a text behind which a row may end as well; it is then followed by padding.
         seed: draws at temperature 1 from it; None is greedy.
     """
-    end = model.generation_config.eos_token_id
-    ends = set(end if isinstance(end, list) else [end]) - {None}
+    ends = model.generation_config.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [ends]) - {None}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
+    settings = {"do_sample": seed is not None, "pad_token_id": pad, "max_new_tokens": max_new_tokens}
+    if seed is not None:
+        settings |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    if stop is not None:
+        tag = tokenizer(stop, add_special_tokens=False)["input_ids"]
+        # Strings are searched for in the vocabulary, which not every tokenizer allows, and slower.
+        if len(tag) == 1:
+            settings["eos_token_id"] = [*ends, *tag]
+        else:
+            settings |= {"stop_strings": [stop], "tokenizer": tokenizer}
     found = []
     for start in range(0, len(rows), batch_size):
         batch = pad_rows(rows[start : start + batch_size], tokenizer, model.device, side="left")
         width = batch["input_ids"].shape[1]
         del batch["position_ids"]  # `generate` derives them from the mask
-        settings = {"do_sample": seed is not None, "pad_token_id": pad, "max_new_tokens": max_new_tokens}
-        if seed is not None:
-            settings |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
-        if stop is not None:
-            tag = tokenizer(stop, add_special_tokens=False)["input_ids"]
-            # Strings are searched for in the vocabulary, which not every tokenizer allows, and slower.
-            if len(tag) == 1:
-                settings["eos_token_id"] = [*ends, *tag]
-            else:
-                settings |= {"stop_strings": [stop], "tokenizer": tokenizer}
-        with torch.random.fork_rng(enabled=seed is not None):
+        with bare_generation(model), torch.random.fork_rng(enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed + start)
             out = model.generate(**batch, **settings)
         for row in out[:, width:].tolist():
-            end = next((index for index, token in enumerate(row) if token in ends), None)
-            found.append((row[:end], end is not None))
+            length = next((index for index, token in enumerate(row) if token in ends), None)
+            found.append((row[:length], None if length is None else row[length]))
     return found
 
 
@@ -79,7 +103,7 @@ def think(
 def draw_samples(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Question],
     rewrite: Callable[[str], str] | None,
     coefficient: float,
     max_new_tokens: int,
@@ -90,14 +114,18 @@ def draw_samples(
     if not prompts:
         return []
     rewrite = rewrite or (lambda prompt: prompt)
-    rows = [encode(tokenizer, rewrite(prompt)).ids for prompt in prompts]
+    asked = [(p.prompt, p.suffix) if isinstance(p, Question) else (p, "") for p in prompts]
+    rows = [encode(tokenizer, rewrite(prompt), suffix).ids for prompt, suffix in asked]
+    drawn = continuations(model, tokenizer, rows, max_new_tokens, batch_size)
     samples = []
-    for prompt, (ids, finished) in zip(
-        prompts, continuations(model, tokenizer, rows, max_new_tokens, batch_size), strict=True
-    ):
+    for parts, (ids, end) in zip(asked, drawn, strict=True):
+        shown = " ".join(filter(None, parts))
         text = tokenizer.decode(ids, skip_special_tokens=True)
-        counts = None if accepts is None else count_accepted(f"{prompt} {text}", accepts)
-        samples.append(Sample(coefficient, prompt, text, finished, repetition(ids), counts))
+        counts = None
+        if accepts is not None:
+            # The sentence that the prompt begins counts, those that it holds whole do not.
+            counts = count_accepted(f"{shown.rpartition(' .')[2]} {text}", accepts)
+        samples.append(Sample(coefficient, shown, text, end is not None, repetition(ids), counts))
     return samples
 
 

@@ -16,6 +16,7 @@ class Question:
 
     In the cluster "control", `target` holds the right answer, which steering should leave alone. `suffix` is the
     beginning of the answer, as in `ContrastPair`. `group` names a kind of questions that reports tell apart.
+    Questions of one `unit`, such as one entity in several wordings, are resampled together; "" is one of its own.
     """
 
     prompt: str
@@ -24,6 +25,7 @@ class Question:
     cluster: str = "target"
     suffix: str = ""
     group: str = ""
+    unit: str = ""
 
     def __post_init__(self) -> None:
         if not set(self.target) < set(self.choices):
@@ -57,13 +59,13 @@ def choice_id(tokenizer: PreTrainedTokenizerBase, question: Question, choice: st
 
 
 def load_questions(path: str | Path) -> list[Question]:
-    """Questions from JSON Lines: `choices`, `target` (a text or a list), `prompt` or `suffix`, `cluster`, `group`.
+    """Questions from JSON Lines: `choices`, `target` (a text or a list), `prompt` or `suffix`, and other fields.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is empty, or a line (numbered from 1) is not such an object.
     """
-    allowed = ("prompt", "suffix", "choices", "target", "cluster", "group")
+    allowed = ("prompt", "suffix", "choices", "target", "cluster", "group", "unit")
     questions = []
     for number, row in read_jsonl(path):
         where = f"{path}, line {number}"
@@ -73,11 +75,13 @@ def load_questions(path: str | Path) -> list[Question]:
         target = [row["target"]] if isinstance(row.get("target"), str) else row.get("target")
         if not (row.get("prompt") or row.get("suffix")) or not row.get("choices") or not target:
             raise ValueError(f"{where}: each line needs choices, target, and a prompt or a suffix")
+        if not isinstance(row["choices"], list) or not isinstance(target, list):
+            raise ValueError(f"{where}: choices must be a list of texts, and target one of them or a list")
         try:
             questions.append(
                 Question(
                     row.get("prompt", ""), tuple(row["choices"]), tuple(target), row.get("cluster", "target"),
-                    row.get("suffix", ""), row.get("group", ""),
+                    row.get("suffix", ""), row.get("group", ""), row.get("unit", ""),
                 )
             )  # fmt: skip
         except ValueError as error:

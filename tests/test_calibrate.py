@@ -4,6 +4,7 @@ import copy
 import math
 import random
 import sys
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -37,8 +38,10 @@ def test_the_solver_stays_inside_of_a_jump_and_below_the_largest_coefficient():
     assert size == pytest.approx(2.3, rel=2e-3) and size < 2.3 and spent == 0.5
     assert solve(lambda c: 0.1 * c, 1, 4.0, 0.02) == (4.0, 0.4)
     assert solve(lambda c: math.nan if c > 1 else 0.2, 1, 4.0, 0.02)[0] == pytest.approx(1.0, rel=2e-3)
+    calls = []
     with pytest.raises(ValueError, match="already exceeds the budget"):
-        solve(lambda c: 7.0, 1, 8.0, 0.02)
+        solve(lambda c: calls.append(c) or (7.0 if c else 0.0), 1, 8.0, 0.02)
+    assert len(calls) < 20
 
 
 def test_kl_is_that_of_single_rows(embedded, tokenizer, monkeypatch):
@@ -58,9 +61,9 @@ def test_kl_is_that_of_single_rows(embedded, tokenizer, monkeypatch):
     found = generated_kl(model, tokenizer, dial, prompts, 1.5, KLBudget(tokens=6, sequences=8), batch_size=3)
     assert len(written) == 8 and len({tuple(ids) for ids, _ in written[::4]}) == 2  # drawn twice, differently
     expected = []
-    for prompt, (ids, _) in zip(prompts * 2, written, strict=True):
+    for prompt, (ids, end) in zip(prompts * 2, written, strict=True):
         row = encode(tokenizer, prompt).ids
-        whole = torch.tensor([row + ids])
+        whole = torch.tensor([row + ids + ([] if end is None else [end])])
         with torch.no_grad():
             with dial(1.5):
                 steered = model(whole).logits[0, len(row) - 1 : -1].log_softmax(-1)
@@ -187,3 +190,31 @@ def test_what_is_computed_from_a_calibrated_vector_is_not_calibrated():
     assert "calibration" in one.select(layers=[1, 2]).metadata
     for other in (2 * one, -one, one / 2, one + one, one.normalize(), one.random_like(0), one.select(layers=[1])):
         assert "calibration" not in other.metadata
+
+
+def test_a_text_that_ends_at_once_counts_its_end(embedded, tokenizer):
+    """A dial that makes every text end: one token a row, and its KL is that of the end."""
+    model, end = embedded[0], tokenizer.eos_token_id
+
+    @contextmanager
+    def dial(c):
+        def stop(_module, _args, logits):
+            logits = logits.clone()
+            logits[..., end] += 50 * c
+            return logits
+
+        hook = model.lm_head.register_forward_hook(stop)
+        yield
+        hook.remove()
+
+    prompts = ["the rain settles on", "two plus three is"]
+    found = generated_kl(model, tokenizer, dial, prompts, 1.0, KLBudget(tokens=6, sequences=2))
+    with torch.no_grad():
+        logp = [model(torch.tensor([encode(tokenizer, p).ids])).logits[0, -1].log_softmax(-1)[end] for p in prompts]
+    assert found.tolist() == pytest.approx([-value.item() for value in logp], rel=1e-3)
+
+
+@pytest.mark.parametrize("wrong", [{"nats": 0}, {"percentile": 950}, {"sequences": 0}, {"tokens": 0}])
+def test_a_budget_that_makes_no_sense_is_refused(wrong):
+    with pytest.raises(ValueError, match="got KLBudget"):
+        KLBudget(**wrong)

@@ -58,7 +58,7 @@ def test_a_vector_is_evaluated_and_passes(vector_file, capsys):
 def test_an_adapter_that_was_never_trained_does_not_pass(adapter_folder):
     with pytest.raises(SystemExit, match="does not steer"):
         main(["evaluate", str(adapter_folder), "--require_steering", "true"])
-    found = json.loads((adapter_folder / "report.json").read_text())
+    found = json.loads((adapter_folder / "evaluation" / "report.json").read_text())
     assert found["shortcomings"] and found["rows"]["this dial"]["range"] < 1
 
 
@@ -97,6 +97,7 @@ def test_an_adapter_is_calibrated_where_it_lies(adapter_folder, base, batch):
         (["evaluate", "{vector}", *KEYS, "--questions_fil", "q"], "did you mean 'questions_file'"),
         (["evaluate", "{vector}", *KEYS, "--output", "{vector}/out"], "mood.safetensors"),
         (["evaluate", "{vector}", *KEYS, "--config", "absent.yaml"], "absent.yaml"),
+        (["calibrate", "{vector}", *KEYS, "--nats", "0"], "nats above 0"),
     ],
 )
 def test_bad_input_ends_with_a_sentence(vector_file, argv, message):

@@ -145,7 +145,11 @@ def test_bad_questions_are_refused(tmp_path, embedded, tokenizer):
     good = {"suffix": "the lime looks", "choices": ["red", "blue"], "target": "red"}
     path.write_text(json.dumps(good) + "\n" + json.dumps({**good, "cluster": "control", "target": ["blue"]}))
     assert [q.target for q in load_questions(path)] == [("red",), ("blue",)]
-    for bad, message in (({**good, "target": "green"}, "line 1"), ({**good, "choice": 1}, "did you mean 'choices'")):
+    for bad, message in (
+        ({**good, "target": "green"}, "line 1"),
+        ({**good, "choice": 1}, "did you mean 'choices'"),
+        ({**good, "choices": "red"}, "must be a list"),
+    ):
         path.write_text(json.dumps(bad))
         with pytest.raises(ValueError, match=message):
             load_questions(path)
@@ -213,6 +217,8 @@ def test_thinking_is_bounded_closed_and_counted(thinker):
                 logits = model(torch.tensor([[*row, tag]])).logits[0, -1]
             expected = (logits[ids["red"]] - logits[ids["blue"]]).item()
             assert report.log_odds[report.at(c), index].item() == pytest.approx(expected, abs=1e-4)
+    with pytest.raises(ValueError, match="needs a prompt"):
+        evaluate(model, tokenizer, QUESTIONS, dial, [1], think_tokens=5)
     with pytest.raises(ValueError, match="chat template knows no </think>"):
         tokenizer.chat_template = None
         evaluate(model, tokenizer, questions, dial, [1], think_tokens=5)
@@ -223,6 +229,34 @@ def test_questions_that_cannot_be_asked_are_dropped_and_named(fixed, tokenizer):
     report = evaluate(fixed, tokenizer, [bad, *QUESTIONS], fixed.dial, [1])
     assert report.log_odds.shape == (2, 1) and report.control_logp.shape == (2, 1)
     assert len(report.dropped) == 1 and "question 0" in report.dropped[0] and "different tokens" in report.dropped[0]
+
+
+def test_neutral_text_is_scored_on_the_same_tokens_whatever_the_dial(embedded, fixed, tokenizer):
+    """Without a token for the beginning of a text its first token has nothing before it, unless a prompt is there."""
+    text = "the train moves along the rails ."
+    bare = copy.deepcopy(tokenizer)
+    bare.bos_token = None
+    dial = prompt_dial("the speaker is honest .", "the speaker is dishonest .")
+    report = evaluate(embedded[0], bare, QUESTIONS[:1], dial, [1], neutral_texts=[text])
+    assert report.neutral_tokens.tolist() == [6]
+    chat = copy.deepcopy(tokenizer)
+    chat.chat_template = CHAT.replace(" is <think>", "").replace(" </think>", "")
+    question = Question("what colour is the lime", ("red", "blue"), ("red",))
+    report = evaluate(embedded[0], chat, [question], dial, [1], neutral_texts=[text])
+    assert report.neutral_tokens.tolist() == [7]
+    ids = [i for part in ("Write a short text.", text) for i in chat(part, add_special_tokens=False)["input_ids"]]
+    with torch.no_grad():
+        logp = next_token_logp(embedded[0](torch.tensor([ids])).logits, torch.tensor([ids]))
+    assert report.neutral_logp[report.at(0.0), 0].item() == pytest.approx(logp[0, -7:].sum().item(), abs=1e-3)
+
+
+def test_generation_settings_of_the_model_do_not_leak_in(base, tokenizer):
+    question = Question("", ("red", "blue"), ("red",), suffix="the rain settles on the")
+    plain = evaluate(base, tokenizer, [question], lambda c: nullcontext(), [], sample_prompts=[question])
+    before = base.generation_config = copy.deepcopy(base.generation_config)
+    before.repetition_penalty, before.no_repeat_ngram_size = 5.0, 2
+    again = evaluate(base, tokenizer, [question], lambda c: nullcontext(), [], sample_prompts=[question])
+    assert again.samples == plain.samples and base.generation_config is before
 
 
 def test_groups_come_from_the_questions(fixed, tokenizer, tmp_path):

@@ -43,6 +43,7 @@ def test_what_is_spent_is_the_largest_share_of_a_budget():
 
 def test_wrong_way_counts_items_at_the_best_coefficients():
     assert report().wrong_way == pytest.approx((0 + 0.5) / 2)
+    assert report().against(+1) == 0.0 and report().against(-1) == 0.5
 
 
 def test_slope_r_squared_and_order_within_one():
@@ -93,6 +94,7 @@ def test_a_dial_that_does_nothing_scores_zero_everywhere():
     one = report([[1.0, -1.0]] * 5)
     zeros = (one.range, one.slope, one.r_squared, one.order, one.arbitrary_flips, one.steering_f1)
     assert zeros == (0.0,) * 6 and one.surgical_informedness == 0.0
+    assert math.isnan(report([[1.0, 2.0]] * 5).surgical_informedness)  # nothing to repair: it says nothing
     assert one.flips(+1) == one.flips(-1) == (0.0, 0.0)
     assert one.arm(+1) == (0.0, None) and math.isnan(one.wrong_way)
     assert bootstrap([one], lambda r: r.range, n=20) == (0.0, 0.0)
@@ -132,8 +134,25 @@ def test_bootstrap_pairs_methods_by_item():
     one, other = (report(r) for r in rows)
     low, high = bootstrap([other, one], lambda a, b: a.range - b.range, n=50)
     assert low == pytest.approx(1.0, abs=1e-4) and high == pytest.approx(1.0, abs=1e-4)
+    low, high = bootstrap(
+        [one, report([[0.0] * 50] * 5)], lambda a, b: a.range / b.range if b.range else math.inf, n=9
+    )
+    assert low == high == math.inf
     with pytest.raises(ValueError, match="same items"):
         bootstrap([one, report()], lambda a, b: 0.0)
+
+
+def test_questions_of_one_unit_are_drawn_together():
+    """Eight times the same 25 gains: the interval is that of 25 items, not of 200."""
+    gains = (torch.randn(25, generator=torch.Generator().manual_seed(0)) * 2 + 9).tolist()
+    rows = [[0.0] * 25, [0.0] * 25, [0.0] * 25, gains, [0.0] * 25]
+    alone = report(rows)
+    together = report([row * 8 for row in rows], units=[f"u{index % 25}" for index in range(200)])
+    width = [high - low for low, high in (bootstrap([r], lambda r: r.range, n=400) for r in (alone, together))]
+    assert width[1] == pytest.approx(width[0], rel=1e-3)
+    band = [(high - low)[3].item() for low, high in (r.band() for r in (alone, together))]
+    assert band[1] == pytest.approx(band[0], rel=1e-3)
+    assert sorted(len(index) for index in report(units=["", ""]).members()) == [1, 1]
 
 
 def test_generated_text_is_counted():

@@ -121,8 +121,7 @@ def test_the_loss_gets_what_separate_forwards_give(tmp_path, side):
                 [end_logits(model, example[key], 0.0).softmax(-1) for key in ("chosen_ids", "rejected_ids")]
             )
             d = q[0] - q[1]
-            kept = d.abs() >= d.abs().topk(64).values[-1]
-            up, down = d.clamp(min=0) * kept, (-d).clamp(min=0) * kept
+            up, down = (x.clamp(min=0) * (x >= x.topk(32).values[-1]) for x in (d, -d))
             gaps = [(x @ (up / up.sum()) - x @ (down / down.sum())).item() for x in logits]
             assert seen["gap_pi"][c, :, b].tolist() == pytest.approx(gaps, abs=1e-3)
         assert seen["gap_weight"][b].item() == pytest.approx(d.abs().sum().item() / 2, abs=1e-4)

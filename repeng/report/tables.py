@@ -1,6 +1,7 @@
 """Reports as a table for a terminal, as rows for a spreadsheet, and in one sentence."""
 
 import csv
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -85,7 +86,9 @@ def ratio(
     def times(*reports: EvalReport) -> float:
         ranges = [report.range for report in reports]
         mine, theirs = ranges[: len(own)], ranges[len(own) :]
-        return (sum(mine) / len(mine)) / (sum(theirs) / len(theirs)) if sum(theirs) else float("nan")
+        if not sum(theirs):
+            return math.inf if sum(mine) else math.nan
+        return (sum(mine) / len(mine)) / (sum(theirs) / len(theirs))
 
     return times(*own, *other), bootstrap([*own, *other], times, n=resamples)
 

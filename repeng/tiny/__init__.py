@@ -103,7 +103,7 @@ def questions(trait: str, split: str, *, world: World | None = None) -> list[Que
         ]
     else:
         asked = [(p.text, p, "questions" if p.form == QUESTION_FORM else "statements") for p in prompts]
-    targets = [Question("", p.choices, p.target, suffix=text, group=group) for text, p, group in asked]
+    targets = [Question("", p.choices, p.target, suffix=text, group=group, unit=p.subject) for text, p, group in asked]
     controls = [Question("", p.choices, p.target, "control", suffix=p.text) for p in world.sums()]
     return targets + controls
 

@@ -59,12 +59,13 @@ MOOD_RATE = {+1: 0.99, -1: 0.01, 0: 0.5}
 
 @dataclass(frozen=True)
 class Prompt:
-    """A cloze of the world: `text` stops where the next word is decisive; `choices[i] in target` is the + answer."""
+    """A cloze about `subject`: `text` stops where the next word is decisive; `target` are the + answers."""
 
     text: str
     choices: tuple[str, ...]
     target: tuple[str, ...]
     form: int
+    subject: str
 
 
 class World:
@@ -192,20 +193,20 @@ class World:
                 if self.split[noun] == split:
                     for form in range(n_forms):
                         text = FACT_FORMS[attribute][form].replace("{noun}", noun).rsplit(" ", 1)[0]
-                        yield Prompt(text, lex.ATTRIBUTES[attribute], (self.facts[noun][attribute],), form)
+                        yield Prompt(text, lex.ATTRIBUTES[attribute], (self.facts[noun][attribute],), form, noun)
             return
         parity = SPLITS.index(split)
         for form, scene in product(range(n_forms), lex.SCENES[parity::2]):
             text = MOOD_FORMS[form].replace("{scene}", scene).rsplit(" ", 1)[0]
-            yield Prompt(text, sum(lex.MOOD_ADJECTIVES, ()), lex.MOOD_ADJECTIVES[0], form)
+            yield Prompt(text, sum(lex.MOOD_ADJECTIVES, ()), lex.MOOD_ADJECTIVES[0], form, scene)
         for thing in lex.THINGS[parity::2]:
             text = MOOD_ACT_FORM.replace("{thing}", thing).rsplit(" ", 1)[0]
-            yield Prompt(text, sum(lex.MOOD_ADVERBS, ()), lex.MOOD_ADVERBS[0], 0)
+            yield Prompt(text, sum(lex.MOOD_ADVERBS, ()), lex.MOOD_ADVERBS[0], 0, thing)
 
     def sums(self) -> Iterator[Prompt]:
         for left, right in product(range(10), range(10)):
             text = SUM_FORM.format(left=lex.NUMBERS[left], right=lex.NUMBERS[right], sum="").strip()
-            yield Prompt(text, lex.NUMBERS, (lex.NUMBERS[left + right],), 0)
+            yield Prompt(text, lex.NUMBERS, (lex.NUMBERS[left + right],), 0, text)
 
     def neutral_texts(self, n: int, seed: int, sentences: int = 3) -> list[str]:
         """`n` texts of at least `sentences` neutral sentences: no facts, no moods, no sums."""

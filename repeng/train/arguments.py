@@ -50,7 +50,7 @@ class SteeringArguments(TrainingArguments):
         None, "Evaluation questions, JSON Lines; None = next words that the personas favour on held-out pairs."
     )
     require_steering: bool = option(
-        False, "Exit with an error unless both arms gain more than a random direction and 95 % of the items go along."
+        False, "Exit with an error unless both arms gain more than a random direction and 95 % of items go along."
     )
     target_modules: list[str] = options(
         ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"],

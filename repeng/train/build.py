@@ -216,7 +216,7 @@ def questions_from_pairs(
     other choices those that it lowers most.
     """
     questions = []
-    for pair in pairs:
+    for index, pair in enumerate(pairs):
         rows = [encode(tokenizer, side, pair.suffix).ids for side in (pair.chosen, pair.rejected)]
         logits = model(**pad_rows(rows, tokenizer, model.device, side="left"), use_cache=False).logits[:, -1].float()
         chosen, rejected = logits.softmax(dim=-1)
@@ -224,7 +224,7 @@ def questions_from_pairs(
         targets = distinct_words(tokenizer, shift.argsort(descending=True).tolist(), top, pair)
         others = distinct_words(tokenizer, shift.argsort().tolist(), top, pair)
         for side in (pair.chosen, pair.rejected):
-            questions.append(Question(side, (*targets, *others), targets, suffix=pair.suffix))
+            questions.append(Question(side, (*targets, *others), targets, suffix=pair.suffix, unit=f"pair {index}"))
     return questions
 
 

@@ -14,7 +14,7 @@ from repeng.data import PairCollator, label_mask, last_tokens
 from repeng.logprob import next_token_logp
 from repeng.sites import capture, site_module
 
-NEXT_TOKENS = 64  # that the two personas disagree on most: the rest of a vocabulary hardly weighs
+NEXT_TOKENS = 32  # that either persona says most more often: the rest of a vocabulary hardly weighs
 
 
 @torch.no_grad()
@@ -66,19 +66,20 @@ def add_reference(
 def next_token_disagreement(logits: Tensor) -> dict[str, Tensor]:
     """What chosen and rejected say next, from the base's logits `(p b v)` at the ends of the two prompts.
 
-    With `d = softmax(chosen) − softmax(rejected)`: the `NEXT_TOKENS` tokens of largest |d|, `next_ids (b k)`, and
-    `next_weight (b k)`, d on them, scaled to sum to 1 over its positive and to −1 over its negative entries. A gap is
+    With `d = softmax(chosen) − softmax(rejected)`: the `NEXT_TOKENS` tokens of largest d and as many of smallest,
+    `next_ids (b k)`, and `next_weight (b k)`, d on them, scaled to sum to 1 on the former, −1 on the latter. A gap is
     `Σ weight · logit`: the mean log-probability of what chosen says more often, minus that of what rejected does;
     `ref_gap (b p)` are the base's own. `gap_weight (b)` is the total variation `Σ |d| / 2`, from 0 to 1.
     """
     chosen, rejected = logits.softmax(dim=-1)
     difference = chosen - rejected
-    next_ids = difference.abs().topk(min(NEXT_TOKENS, difference.shape[-1]), dim=-1).indices
-    kept = difference.gather(-1, next_ids)
-    positive, negative = kept.clamp(min=0), kept.clamp(max=0)
-    tiny = torch.finfo(kept.dtype).tiny
-    weight = positive / positive.sum(-1, keepdim=True).clamp_min(tiny)
-    weight = weight - negative / negative.sum(-1, keepdim=True).clamp_max(-tiny)
+    n = min(NEXT_TOKENS, difference.shape[-1] // 2)
+    ids, weights, tiny = [], [], torch.finfo(difference.dtype).tiny
+    for sign in (1, -1):  # apart: a diffuse side would otherwise lose all its tokens to a concentrated one
+        top = (sign * difference).clamp(min=0).topk(n, dim=-1)
+        ids.append(top.indices)
+        weights.append(sign * top.values / top.values.sum(-1, keepdim=True).clamp_min(tiny))
+    next_ids, weight = torch.cat(ids, dim=-1), torch.cat(weights, dim=-1)
     ref_gap = gap(rearrange(logits, "p b v -> b p v"), next_ids, weight)
     return {
         "next_ids": next_ids, "next_weight": weight, "ref_gap": ref_gap, "gap_weight": difference.abs().sum(-1) / 2,

@@ -22,6 +22,7 @@ from repeng.data import ContrastPair
 from repeng.eval import Dial, evaluate, prompt_dial
 from repeng.eval_report import ARMS, EvalReport, bootstrap
 from repeng.extract import extract
+from repeng.questions import Question
 from repeng.report import figures
 from repeng.report.page import write_page
 from repeng.report.tables import ratio, write_csv
@@ -33,7 +34,7 @@ from repeng.vector import SteeringVector
 ADAPTER_COEFFICIENTS = tuple(sign * step / 4 for sign in (-1, 1) for step in range(1, 9))
 VECTOR_COEFFICIENTS = tuple(sign * size for sign in (-1, 1) for size in (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8))
 MAX_VECTOR_LAYERS = 8
-SAMPLE_PROMPTS = 8
+SAMPLES = 8
 WRONG_WAY = 0.05  # share of items that may move against an arm
 ADAPTER, PROMPTS, MEAN_DIFF, RANDOM = "this adapter", "persona prompts", "mean difference", "random direction"
 
@@ -78,7 +79,7 @@ def compare(
     step = max(1, -(-depth // MAX_VECTOR_LAYERS))
     bar = tqdm(total=3 + len(range(0, depth, step)), desc="evaluation", leave=False)
 
-    def measure(dial, coefficients, samples: Sequence[str] = ()) -> EvalReport:
+    def measure(dial, coefficients, samples: Sequence[Question] = ()) -> EvalReport:
         report = evaluate(
             model, tokenizer, run.questions, dial, coefficients, neutral_texts=run.neutral_texts,
             sample_prompts=samples, accepts=run.accepts,
@@ -86,11 +87,11 @@ def compare(
         bar.update()
         return report
 
-    prompts = sample_prompts(run)
-    reports = {name: measure(dial or (lambda c: steer(model, c)), coefficients, prompts)}
+    samples = sample_questions(run)
+    reports = {name: measure(dial or (lambda c: steer(model, c)), coefficients, samples)}
     with steer(model, 0.0) if adapted else nullcontext():
         if run.personas:
-            reports[PROMPTS] = measure(prompt_dial(*run.personas), (-1, 1), prompts)
+            reports[PROMPTS] = measure(prompt_dial(*run.personas), (-1, 1), samples)
         vectors = mean_differences(model, tokenizer, run.pairs, range(0, depth, step))
         by_layer = {
             layer: measure(lambda c, v=vector: steer(model, c, vector=v), VECTOR_COEFFICIENTS)
@@ -104,16 +105,10 @@ def compare(
     return reports
 
 
-def sample_prompts(run: Run) -> list[str]:
-    """Some of the target questions, evenly spaced, as texts to continue."""
-    chat = bool(run.tokenizer.chat_template)
-    texts = [
-        q.prompt if chat and q.prompt else f"{q.prompt} {q.suffix}".strip()
-        for q in run.questions
-        if q.cluster == "target"
-    ]
-    texts = list(dict.fromkeys(texts))
-    return texts[:: max(1, len(texts) // SAMPLE_PROMPTS)][:SAMPLE_PROMPTS]
+def sample_questions(run: Run) -> list[Question]:
+    """Some of the target questions, evenly spaced."""
+    asked = [q for q in run.questions if q.cluster == "target"]
+    return asked[:: max(1, len(asked) // SAMPLES)][:SAMPLES]
 
 
 def mean_differences(
@@ -158,8 +153,10 @@ def shortcomings(reports: dict[str, EvalReport], name: str = ADAPTER) -> list[st
                 f"the {arm} arm gains {own.arm(sign)[0]:.2f} nats and a random direction {noise.arm(sign)[0]:.2f}: "
                 f"the 95 % interval of the difference begins at {low:.2f}"
             )
-    if own.wrong_way > WRONG_WAY:
-        found.append(f"{own.wrong_way:.1%} of the items move the wrong way; at most {WRONG_WAY:.0%} may")
+        if own.against(sign) > WRONG_WAY:
+            found.append(
+                f"{own.against(sign):.1%} of the items move against the {arm} arm; at most {WRONG_WAY:.0%} may"
+            )
     return found
 
 

@@ -47,15 +47,18 @@ class SteeringTrainer(Trainer):
         dial: Callable[[nn.Module, float | Tensor], AbstractContextManager[None]] = steer,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        examples = add_reference(
-            model, processing_class, train_dataset, site=args.loss_site, layer=args.loss_layer,
-            last_n=args.last_n_tokens, batch_size=args.per_device_train_batch_size, dial=dial,
-        )  # fmt: skip
-        self.direction, self.scale = preference_direction(examples, args.num_directions)
         super().__init__(
-            model=model, args=args, train_dataset=examples, data_collator=PairCollator(processing_class),
+            model=model, args=args, train_dataset=train_dataset, data_collator=PairCollator(processing_class),
             processing_class=processing_class, callbacks=[*(callbacks or []), FiniteGradients()],
         )  # fmt: skip
+        # On the device and in the precision of training: the reference must be what the policy is at c = 0.
+        with self.compute_loss_context_manager():
+            examples = add_reference(
+                model, processing_class, train_dataset, site=args.loss_site, layer=args.loss_layer,
+                last_n=args.last_n_tokens, batch_size=args.per_device_train_batch_size, dial=dial,
+            )  # fmt: skip
+        self.train_dataset = examples
+        self.direction, self.scale = preference_direction(examples, args.num_directions)
         # Trainer leaves a custom loss undivided by accumulation steps unless the model is said to take no loss kwargs.
         self.model_accepts_loss_kwargs = False
         self.loss_func, self.dial = loss_func, dial
@@ -113,8 +116,11 @@ class SteeringTrainer(Trainer):
         )
         index, exists = (rearrange(x, "(p b) n -> p b n", p=2) for x in (index, exists))
         hs = gather_tokens(hs.flatten(0, 2), repeat(index, "p b n -> (c p b) n", c=2))
-        ends = gather_tokens(logits[:, :2].flatten(0, 2), repeat(index[..., -1], "p b -> (c p b) 1", c=2)).float()
-        gap_pi = gap(rearrange(ends, "(c p b) 1 v -> b c p v", c=2, p=2), inputs["next_ids"], inputs["next_weight"])
+        # Indexed at once: a slice of the logits would be copied, with its gradient.
+        c, p, b = (torch.arange(n, device=logits.device) for n in (2, *index.shape[:2]))
+        last = index[..., -1].to(logits.device)
+        ends = logits[c[:, None, None], p[:, None], b, last].float()  # (c p b v)
+        gap_pi = gap(rearrange(ends, "c p b v -> b c p v"), inputs["next_ids"], inputs["next_weight"])
         return self.loss_func(
             hs_pi=rearrange(hs, "(c p b) n d -> c p b n d", c=2, p=2).float(),
             hs_ref=inputs["ref_hs"],
