@@ -12,6 +12,7 @@ from repeng import tiny
 from repeng.report.tables import print_table
 from repeng.train.arguments import parse_arguments
 from repeng.train.build import build
+from repeng.train.checkpoints import CheckpointError, newest
 from repeng.train.report import ADAPTER, check_writable, compare, save_adapter, shortcomings, verdict, write_folder
 from repeng.train.trainer import NonFiniteError, SteeringTrainer
 
@@ -28,9 +29,11 @@ def main(argv: list[str]) -> None:
     print(run.model.base_model.describe())
     trainer = SteeringTrainer(run.model, args, run.examples, run.tokenizer)
     try:
-        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    except NonFiniteError as error:
+        trainer.train(resume_from_checkpoint=newest(args.output_dir) if args.resume else args.resume_from_checkpoint)
+    except (NonFiniteError, CheckpointError) as error:
         sys.exit(f"error: {error}")
+    if trainer.stop.received:
+        sys.exit(f"stopped by SIGTERM after step {trainer.state.global_step}; continue with --resume true")
     if trainer.is_world_process_zero():
         model = trainer.accelerator.unwrap_model(trainer.model)
         save_adapter(model, args.output_dir)

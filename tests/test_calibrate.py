@@ -192,26 +192,37 @@ def test_what_is_computed_from_a_calibrated_vector_is_not_calibrated():
         assert "calibration" not in other.metadata
 
 
-def test_a_text_that_ends_at_once_counts_its_end(embedded, tokenizer):
-    """A dial that makes every text end: one token a row, and its KL is that of the end."""
-    model, end = embedded[0], tokenizer.eos_token_id
+def test_the_end_of_a_text_counts(embedded, tokenizer, monkeypatch):
+    """A dial that makes texts end: where it says so is a token too, and a row may hold nothing else."""
+    model, end, written = embedded[0], tokenizer.eos_token_id, []
 
     @contextmanager
     def dial(c):
         def stop(_module, _args, logits):
             logits = logits.clone()
-            logits[..., end] += 50 * c
+            logits[..., end] += c
             return logits
 
         hook = model.lm_head.register_forward_hook(stop)
         yield
         hook.remove()
 
+    def remembered(*args, **kwargs):
+        written.extend(continuations(*args, **kwargs))
+        return written[-len(args[2]) :]
+
+    monkeypatch.setattr(sys.modules["repeng.calibrate"], "continuations", remembered)
     prompts = ["the rain settles on", "two plus three is"]
-    found = generated_kl(model, tokenizer, dial, prompts, 1.0, KLBudget(tokens=6, sequences=2))
+    found = generated_kl(model, tokenizer, dial, prompts, 50.0, KLBudget(tokens=6, sequences=2))
     with torch.no_grad():
         logp = [model(torch.tensor([encode(tokenizer, p).ids])).logits[0, -1].log_softmax(-1)[end] for p in prompts]
     assert found.tolist() == pytest.approx([-value.item() for value in logp], rel=1e-3)
+    written.clear()
+    strength = -sum(value.item() for value in logp) / 2  # about every other step ends a text
+    found = generated_kl(model, tokenizer, dial, prompts, strength, KLBudget(tokens=6, sequences=16))
+    lengths = [len(ids) for ids, ended in written if ended is not None]
+    assert max(lengths) > 0
+    assert found.numel() == sum(len(ids) + (ended is not None) for ids, ended in written)
 
 
 @pytest.mark.parametrize("wrong", [{"nats": 0}, {"percentile": 950}, {"sequences": 0}, {"tokens": 0}])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
-from repeng import SteeringVector, SvdSteeringConfig, extract, steer, tiny
+from repeng import SteeringVector, SvdSteeringConfig, cli, extract, steer, tiny
 from repeng.cli import main
 from repeng.questions import Question
 from repeng.train import report
@@ -20,6 +20,9 @@ def fewer_questions(module_patch):
     whole = tiny.questions
     module_patch.setattr(tiny, "questions", lambda *args, **kwargs: whole(*args, **kwargs)[::6])
     module_patch.setattr(report, "MAX_VECTOR_LAYERS", 2)
+    for module in (report, cli):
+        module_patch.setattr(module, "VECTOR_COEFFICIENTS", (-2, -1, -0.5, 0.5, 1, 2))
+        module_patch.setattr(module, "ADAPTER_COEFFICIENTS", (-2, -1, 1, 2))
 
 
 @pytest.fixture(scope="module")

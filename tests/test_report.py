@@ -14,6 +14,7 @@ import pytest
 
 from repeng import evaluate, extract, steer, tiny
 from repeng.eval import prompt_dial
+from repeng.generate import count_accepted
 from repeng.report import figures
 from repeng.report.page import write_page
 from repeng.report.tables import markdown, ratio, summary, write_csv
@@ -27,7 +28,7 @@ def reports(embedded, tokenizer):
     vector = extract(model, tokenizer, tiny.pairs("mood", 40, 0), layers=[2], held_out=0)
     options = {
         "neutral_texts": tiny.neutral_texts(4, 0),
-        "sample_prompts": ["today the weather seems", "<b>bold & fat</b> the rain settles on"],
+        "sample_prompts": ["today the weather seems", "<b>bold & fat</b> . the rain settles on"],
         "accepts": tiny.World().accepts,
     }
     questions = tiny.questions("mood", "held_out")[::4]
@@ -46,8 +47,10 @@ def test_samples_are_greedy_continuations_at_three_coefficients(reports, embedde
     out = embedded[0].generate(**ids, max_new_tokens=24, do_sample=False)[0, ids["input_ids"].shape[1] :]
     wanted = next(s for s in samples if s.coefficient == 1.0 and s.prompt.startswith("today"))
     assert wanted.text == tokenizer.decode(out, skip_special_tokens=True)
-    ok, whole = wanted.sentences
-    assert whole >= 2 and ok >= whole - 1 and not wanted.finished
+    assert wanted.sentences == count_accepted(f"today the weather seems {wanted.text}", tiny.World().accepts)
+    assert wanted.sentences[0] >= 2 and not wanted.finished
+    behind = next(s for s in samples if s.coefficient == 0.0 and s.prompt.startswith("<b>"))
+    assert behind.sentences == count_accepted(f"the rain settles on {behind.text}", tiny.World().accepts)
 
 
 def test_the_rows_of_the_csv_are_those_of_the_reports(reports, tmp_path):
@@ -81,7 +84,7 @@ def test_the_page_is_whole_and_escapes_what_it_shows(reports, tmp_path):
     assert not re.search(r"""(?:src|href)=["'](?!data:)""", text) and "<script" not in text
     pictures = re.findall(r"data:image/svg\+xml;base64,([^\"]+)", text)
     assert len(pictures) == 3 and all(b"<svg" in base64.b64decode(picture) for picture in pictures)
-    for shown in ("a <title>", "it moves & stays", "a <vector>", "<b>bold & fat</b> the rain settles on"):
+    for shown in ("a <title>", "it moves & stays", "a <vector>", "<b>bold & fat</b> . the rain settles on"):
         assert html.escape(shown) in text and shown not in text
     assert not list(tmp_path.glob(".saving-*"))
     assert write(reports, tmp_path / "again.html") == text

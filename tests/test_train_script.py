@@ -46,7 +46,8 @@ def test_the_folder_is_complete(outcome):
     assert all(any(name.startswith(kind) for name in report["rows"]) for kind in kinds)
     log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
     assert {"separation", "coherence", "neutral"} <= set(log[0])
-    assert (folder / "report.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    for name in ("report.png", "learning_curve.png"):
+        assert (folder / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert 'id="samples"' in (folder / "report.html").read_text() and (folder / "report.csv").stat().st_size > 1000
     assert report["rows"]["this adapter"]["range_interval"][0] <= report["rows"]["this adapter"]["range"]
     assert str(folder) in (folder / "README.md").read_text()

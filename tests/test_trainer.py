@@ -4,17 +4,19 @@ import copy
 from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
 from peft import PeftModel
 
 from repeng import steer, tiny
 from repeng.data import encode
+from repeng.logprob import head_logp
 from repeng.sites import capture, site_module
 from repeng.train.arguments import parse_arguments
 from repeng.train.build import build
 from repeng.train.inner_contrastive_loss import inner_contrastive_loss
 from repeng.train.reference import preference_direction
-from repeng.train.trainer import NonFiniteError, SteeringTrainer
+from repeng.train.trainer import NonFiniteError, SteeringTrainer, has_plain_head
 
 CONFIG = Path(__file__).parent.parent / "configs" / "tiny.yaml"
 
@@ -230,3 +232,39 @@ def test_bf16_training_on_a_gpu(tmp_path, batch):
         zero = model(ids).logits
         with model.disable_adapter():
             assert torch.equal(zero, model(ids).logits)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 22])
+def test_log_probabilities_by_chunks_are_those_of_whole_logits(chunk):
+    """Values and gradients, for any size of chunk."""
+    generator = torch.Generator().manual_seed(0)
+    hs = torch.randn(19, 8, generator=generator, dtype=torch.float64)
+    head = torch.nn.Linear(8, 11).double()
+    ids = torch.randint(11, (19,), generator=generator)
+    found, expected = hs.clone().requires_grad_(), hs.clone().requires_grad_()
+    logp = head_logp(found, head, ids, chunk)
+    whole = head(expected).log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+    weight = torch.randn(19, generator=generator)
+    (logp * weight).sum().backward()
+    (whole * weight).sum().backward()
+    assert torch.allclose(logp.double(), whole, atol=1e-6) and torch.allclose(found.grad, expected.grad, atol=1e-5)
+
+
+def test_a_head_with_something_behind_it_is_read_as_logits(tmp_path):
+    """A cap on the logits, as in Gemma 2: the loss sees what the model really says."""
+    args = arguments(tmp_path)
+    trainer = trainer_for(args)
+    assert trainer.plain_head
+    plain = gradients(trainer)
+    trainer.plain_head = False
+    for name, grad in gradients(trainer).items():
+        assert torch.allclose(grad, plain[name], atol=1e-6, rtol=1e-4), name
+    model = tiny_models.build("gemma2")
+    assert not has_plain_head(model, [1, 5, 6]) and has_plain_head(tiny_models.build("gemma3-text"), [1, 5, 6])
+
+
+def gradients(trainer):
+    """Of one step on the first examples."""
+    trainer.model.zero_grad()
+    step(trainer, trainer.train_dataset[:3])
+    return {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}

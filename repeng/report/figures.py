@@ -2,7 +2,7 @@
 
 import io
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from repeng.eval_report import EvalReport
@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+LOSS_TERMS = ("separation", "order", "coherence", "neutral")
+REACHED = ("shift_plus", "shift_minus", "gap_plus", "gap_minus")
 SHOWN = 2.0  # coefficients up to which a dose is drawn
 
 
@@ -100,6 +102,24 @@ def pareto(reports: Mapping[str, EvalReport], own: str | None = None) -> "Figure
         axes.axvspan(1.0, 3.0, color="0.9", linewidth=0, zorder=0)
         axes.set(xlabel="budget spent", ylabel="gain in mean log-odds, nats", title=title, xlim=(0, 3))
     figure.axes[0].legend(fontsize=8)
+    return figure
+
+
+def learning_curve(log: Sequence[Mapping[str, float]]) -> "Figure | None":
+    """Terms of the loss, and how far both sides have come, over the optimizer steps; None without logged steps."""
+    rows = [row for row in log if "separation" in row]
+    if not rows:
+        return None
+    figure = new_figure(11, 3.6)
+    terms, reached = figure.subplots(1, 2)
+    steps = [row["step"] for row in rows]
+    for axes, names in ((terms, LOSS_TERMS), (reached, REACHED)):
+        for name in (name for name in names if name in rows[0]):
+            axes.plot(steps, [row[name] for row in rows], marker=".", label=name.replace("_", " "))
+        axes.set(xlabel="optimizer step")
+        axes.legend(fontsize=8)
+    terms.set(title="Terms of the loss")
+    reached.set(title="Shift in units, gap in nats")
     return figure
 
 

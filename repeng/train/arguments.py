@@ -49,6 +49,7 @@ class SteeringArguments(TrainingArguments):
     questions_file: str | None = option(
         None, "Evaluation questions, JSON Lines; None = next words that the personas favour on held-out pairs."
     )
+    resume: bool = option(False, "Continue from the newest checkpoint in output_dir, if there is one.")
     require_steering: bool = option(
         False, "Exit with an error unless both arms gain more than a random direction and 95 % of items go along."
     )
@@ -90,6 +91,7 @@ class SteeringArguments(TrainingArguments):
     save_steps: float = option(60, "Write a checkpoint every so many optimizer steps.")
     save_total_limit: int | None = option(2, "Checkpoints to keep.")
     dataloader_drop_last: bool = option(True, "Drop the last partial batch: micro-batches must be equally large.")
+    ddp_find_unused_parameters: bool | None = option(False, "Every parameter has a gradient at every step.")
     remove_unused_columns: bool = option(False, "Must stay false: examples are no model inputs.")
 
     def __post_init__(self) -> None:

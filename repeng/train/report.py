@@ -166,6 +166,9 @@ def write_folder(args: SteeringArguments, run: Run, trainer: Trainer, reports: d
     (folder / "config.yaml").write_text(yaml.safe_dump(resolved(args), sort_keys=False), encoding="utf-8")
     log = [json.dumps(row) for row in trainer.state.log_history]
     (folder / "training_log.jsonl").write_text("\n".join(log) + "\n", encoding="utf-8")
+    curve = figures.learning_curve(trainer.state.log_history) if figures.available() else None
+    if curve is not None:
+        curve.savefig(folder / "learning_curve.png", dpi=110)
     packages = ("repeng", "torch", "transformers", "peft", "accelerate")
     about = {
         "seed": args.seed,

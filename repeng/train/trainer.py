@@ -1,23 +1,28 @@
 """The trainer: one forward a step for both coefficients, the loss, its terms in the log."""
 
+import shutil
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from einops import rearrange, repeat
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from repeng.control import steer
 from repeng.data import PairCollator, label_mask, last_tokens
-from repeng.logprob import next_token_logp
-from repeng.sites import capture, decoder_layers, site_module
+from repeng.logprob import CHUNK, head_logp
+from repeng.sites import capture, decoder_layers, site_module, trunk
 from repeng.train.arguments import SteeringArguments
+from repeng.train.checkpoints import STAGING, CheckpointError, StopOnSignal, newest, publish
 from repeng.train.inner_contrastive_loss import InnerContrastiveLoss, inner_contrastive_loss
 from repeng.train.reference import add_reference, gap, gather_tokens, preference_direction
+from repeng.train.reference_cache import cached_reference
 
 
 class NonFiniteError(FloatingPointError):
@@ -47,23 +52,31 @@ class SteeringTrainer(Trainer):
         dial: Callable[[nn.Module, float | Tensor], AbstractContextManager[None]] = steer,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
+        self._terms: dict[str, list[Tensor]] = defaultdict(list)
+        self._last_inputs: dict[str, Tensor] | None = None
+        self._staging: Path | None = None  # where a checkpoint is written before it is moved to its place
+        self.stop = StopOnSignal()
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, data_collator=PairCollator(processing_class),
-            processing_class=processing_class, callbacks=[*(callbacks or []), FiniteGradients()],
+            processing_class=processing_class, callbacks=[*(callbacks or []), FiniteGradients(), self.stop],
         )  # fmt: skip
         # On the device and in the precision of training: the reference must be what the policy is at c = 0.
+        place = {"site": args.loss_site, "layer": args.loss_layer, "last_n": args.last_n_tokens}
+        size = args.per_device_train_batch_size
         with self.compute_loss_context_manager():
-            examples = add_reference(
-                model, processing_class, train_dataset, site=args.loss_site, layer=args.loss_layer,
-                last_n=args.last_n_tokens, batch_size=args.per_device_train_batch_size, dial=dial,
+            examples = cached_reference(
+                train_dataset,
+                lambda share: add_reference(model, processing_class, share, batch_size=size, dial=dial, **place),
+                model=model, tokenizer=processing_class, folder=args.output_dir, accelerator=self.accelerator, **place,
             )  # fmt: skip
         self.train_dataset = examples
         self.direction, self.scale = preference_direction(examples, args.num_directions)
+        vocabulary = model.get_output_embeddings().weight.shape[0]
+        self.chunk = max(1, CHUNK // vocabulary)
+        self.plain_head = has_plain_head(model, examples[0]["chosen_ids"])
         # Trainer leaves a custom loss undivided by accumulation steps unless the model is said to take no loss kwargs.
         self.model_accepts_loss_kwargs = False
         self.loss_func, self.dial = loss_func, dial
-        self._terms: dict[str, list[Tensor]] = defaultdict(list)
-        self._last_inputs: dict[str, Tensor] | None = None
         if args.gradient_checkpointing:
             model.enable_input_require_grads()
 
@@ -95,31 +108,32 @@ class SteeringTrainer(Trainer):
         args = self.args
         names = ("input_ids", "attention_mask", "position_ids")
         doubled = {name: repeat(inputs[name], "r t -> (c r) t", c=2) for name in names}
-        site = site_module(self.accelerator.unwrap_model(model), args.loss_layer, args.loss_site)
-        with capture([site]) as outputs:
-            logits = model(**doubled, use_cache=False).logits
+        base = self.accelerator.unwrap_model(model)
+        with capture([site_module(base, args.loss_layer, args.loss_site)]) as outputs, final_states(base) as final:
+            # Only for their side effects: the logits of all tokens would be the largest tensor of the step.
+            logits = model(**doubled, use_cache=False, logits_to_keep=1 if self.plain_head else 0).logits
         hs = rearrange(outputs[0], "(c p b) t d -> c p b t d", c=2, p=3)[:, :2]
-        logits = rearrange(logits, "(c p b) t v -> c p b t v", c=2, p=3)
+        # From here on, what the vocabulary is read from: final hidden states, or the logits themselves.
+        states = rearrange(final[0] if self.plain_head else logits, "(c p b) t d -> c p b t d", c=2, p=3)
+        head = base.get_output_embeddings() if self.plain_head else nn.Identity()
         ids, mask, logp_ref = (
             rearrange(x, "(p b) t -> p b t", p=3)
             for x in (inputs["input_ids"], label_mask(inputs["attention_mask"]), inputs["ref_logp"])
         )
         # Rows whose coherence counts: chosen at plus, rejected at minus, neutral at both.
-        rows = torch.stack([logits[0, 0], logits[1, 1], logits[0, 2], logits[1, 2]])
-        logp = next_token_logp(
-            rearrange(rows, "q b t v -> (q b) t v"), rearrange(ids[[0, 1, 2, 2]], "q b t -> (q b) t")
-        )
-        logp = rearrange(logp, "(q b) t -> q b t", q=4)
+        counted, rows = mask[[0, 1, 2, 2]], [(0, 0), (1, 1), (0, 2), (1, 2)]
+        kept = torch.cat([states[c, p, :, :-1][mask[p]] for c, p in rows])
+        targets = ids[[0, 1, 2, 2], :, 1:][counted]
+        logp = torch.zeros(counted.shape, device=kept.device)
+        logp = logp.masked_scatter(counted, head_logp(kept, head, targets, self.chunk))
 
         index, exists = last_tokens(
             rearrange(inputs["attention_mask"], "(p b) t -> p b t", p=3)[:2].flatten(0, 1), args.last_n_tokens
         )
         index, exists = (rearrange(x, "(p b) n -> p b n", p=2) for x in (index, exists))
         hs = gather_tokens(hs.flatten(0, 2), repeat(index, "p b n -> (c p b) n", c=2))
-        # Indexed at once: a slice of the logits would be copied, with its gradient.
-        c, p, b = (torch.arange(n, device=logits.device) for n in (2, *index.shape[:2]))
-        last = index[..., -1].to(logits.device)
-        ends = logits[c[:, None, None], p[:, None], b, last].float()  # (c p b v)
+        c, p, b = (torch.arange(n, device=states.device) for n in (2, *index.shape[:2]))
+        ends = head(states[c[:, None, None], p[:, None], b, index[..., -1]]).float()  # (c p b v)
         gap_pi = gap(rearrange(ends, "c p b v -> b c p v"), inputs["next_ids"], inputs["next_weight"])
         return self.loss_func(
             hs_pi=rearrange(hs, "(c p b) n d -> c p b n d", c=2, p=2).float(),
@@ -154,18 +168,63 @@ class SteeringTrainer(Trainer):
             f"Lower learning_rate (now {self.args.learning_rate}) or coherence_weight"
         )
 
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # The loss seen so far is of the parameters before the last update: look at those that are about to be written.
         if self._last_inputs is not None:
             with torch.no_grad(), self.both_sides(self.accelerator.unwrap_model(model), self._last_inputs):
                 self.require_finite(self.policy_loss(model, self._last_inputs))
-        super()._save_checkpoint(model, trial)
+        folder = Path(self.args.output_dir)
+        self._staging = folder / STAGING
+        try:
+            if self.args.should_save:
+                shutil.rmtree(self._staging, ignore_errors=True)  # what a killed run left
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                publish(self._staging, folder, self.args)
+            self.accelerator.wait_for_everyone()
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise CheckpointError(
+                f"the checkpoint of step {self.state.global_step} could not be written ({error}); the last whole one "
+                f"is {newest(folder) or 'none'}. Make room, then continue with --resume true"
+            ) from error
+        finally:
+            self._staging = None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         for name, values in self._terms.items():
             logs[name] = round(torch.stack(values).mean().item(), 5)
         self._terms.clear()
         super().log(logs, start_time)
+
+
+@contextmanager
+def final_states(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Inside the context, the yielded list gets the hidden states `(b t d)` that the head reads, of each forward."""
+    seen: list[Tensor] = []
+
+    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+        seen.append(output[0])
+
+    hook = trunk(model).register_forward_hook(keep)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+@torch.no_grad()
+def has_plain_head(model: nn.Module, ids: Sequence[int]) -> bool:
+    """Whether logits are what the output embeddings make of the final states, without a cap or a factor behind."""
+    row = torch.tensor([ids], device=next(model.parameters()).device)
+    with final_states(model) as seen:
+        logits = model(input_ids=row, use_cache=False).logits
+    found = model.get_output_embeddings()(seen[0])
+    return found.shape == logits.shape and torch.allclose(found.float(), logits.float(), rtol=1e-3, atol=1e-3)
 
 
 class FiniteGradients(TrainerCallback):

@@ -1,0 +1,132 @@
+"""What the base gives on the training examples, kept in files: computed once an example, shared by all processes."""
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from repeng.tuner.config import PREFIX
+
+STACKED = ("ref_hs", "ref_mask", "next_ids", "next_weight", "ref_gap", "gap_weight")
+SAMPLES = 64  # entries of each parameter in a key
+VERSION = 1
+
+
+class ReferenceExamples(Sequence):
+    """Training examples with their reference, read from memory-mapped files as they are asked for.
+
+    Example i is row `i // len(parts)` of part `i % len(parts)`.
+    """
+
+    def __init__(self, examples: Sequence[dict], parts: Sequence[Path]) -> None:
+        self.examples, self.paths = examples, list(parts)
+        self.parts: list[dict[str, Tensor]] = []
+        for path in self.paths:
+            with safe_open(path, framework="pt") as file:
+                self.parts.append({name: file.get_tensor(name) for name in file.keys()})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"examples": self.examples, "paths": self.paths}  # a worker maps the files itself
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["examples"], state["paths"])
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int | slice) -> dict | list[dict]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        row, part = divmod(index, len(self.parts))
+        tensors = self.parts[part]
+        starts = tensors["ref_logp_starts"][3 * row : 3 * row + 4].tolist()
+        logp = [tensors["ref_logp"][a:b] for a, b in itertools.pairwise(starts)]
+        return {**self.examples[index], **{name: tensors[name][row] for name in STACKED}, "ref_logp": logp}
+
+    def __iter__(self) -> Iterator[dict]:
+        return (self[index] for index in range(len(self)))
+
+
+def cached_reference(
+    examples: Sequence[dict],
+    compute: Callable[[Sequence[dict]], list[dict]],
+    *,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    accelerator: Accelerator,
+    **settings: Any,
+) -> ReferenceExamples:
+    """The examples with what `compute` finds on them, from files in `folder` if they fit, else computed and written.
+
+    Every process computes its share; a file of another model, tokenizer, data, precision or setting has another name.
+
+    Args:
+        examples: training examples.
+        compute: gives examples with their reference.
+        model: whose base parameters are part of the key.
+        tokenizer: part of the key.
+        folder: where the files lie.
+        accelerator: of the processes.
+        settings: whatever else the reference depends on, as JSON.
+    """
+    key = reference_key(examples, model, tokenizer, precision=accelerator.mixed_precision, **settings)
+    world, rank = accelerator.num_processes, accelerator.process_index
+    paths = [Path(folder) / f"reference-{key}-{part}-of-{world}.safetensors" for part in range(world)]
+    if not readable(paths[rank]):
+        write_part(compute(examples[rank::world]), paths[rank])
+    accelerator.wait_for_everyone()
+    return ReferenceExamples(examples, paths)
+
+
+def write_part(done: Sequence[dict], path: Path) -> None:
+    """Write a share of the examples' reference whole or not at all."""
+    tensors = {name: torch.stack([example[name] for example in done]).contiguous() for name in STACKED}
+    logp = [row for example in done for row in example["ref_logp"]]
+    tensors["ref_logp"] = torch.cat(logp).contiguous()
+    lengths = torch.tensor([0, *(len(row) for row in logp)])
+    tensors["ref_logp_starts"] = lengths.cumsum(dim=0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".saving-{path.name}")
+    save_file(tensors, temporary)
+    os.replace(temporary, path)
+
+
+def readable(path: Path) -> bool:
+    """Whether a part is there and is a tensor file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return "ref_logp_starts" in file.keys()
+    except (OSError, SafetensorError):
+        return False
+
+
+def reference_key(
+    examples: Sequence[dict], model: nn.Module, tokenizer: PreTrainedTokenizerBase, **settings: Any
+) -> str:
+    """A name for what the reference depends on: base parameters (samples of each), tokenizer, data, settings."""
+    digest = hashlib.sha256(json.dumps([VERSION, settings], sort_keys=True, default=str).encode())
+    digest.update(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
+    for example in examples:
+        digest.update(json.dumps([example[f"{side}_ids"] for side in ("chosen", "rejected", "neutral")]).encode())
+    for name, parameter in model.named_parameters():
+        if PREFIX in name:
+            continue  # the adapter's own
+        flat = parameter.detach().reshape(-1)
+        step = max(1, flat.numel() // SAMPLES)
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(flat[::step][:SAMPLES].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

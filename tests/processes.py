@@ -1,0 +1,50 @@
+"""Train a few steps in as many processes as torchrun started, and save the adapter: what test_processes.py launches.
+
+Plain SGD, so that the adapter is a smooth function of the gradients; a start away from zero.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from repeng import tiny
+from repeng.train.arguments import parse_arguments
+from repeng.train.build import build
+from repeng.train.checkpoints import newest
+from repeng.train.report import save_adapter
+from repeng.train.trainer import SteeringTrainer
+
+CONFIG = Path(__file__).parent.parent / "configs" / "tiny.yaml"
+
+
+def main(folder: str, *argv: str) -> None:
+    torch.set_num_threads(1)
+    fixed = {
+        "output_dir": folder, "use_cpu": "true", "num_pairs": 48, "r": 8, "optim": "sgd", "learning_rate": 0.05,
+        "lr_scheduler_type": "constant", "warmup_steps": 0, "logging_steps": 1, "save_strategy": "no", "max_steps": 4,
+        "disable_tqdm": "true",
+    }  # fmt: skip
+    args = parse_arguments(
+        [word for key, value in fixed.items() for word in (f"--{key}", str(value))] + [*argv], CONFIG
+    )
+    run = build(args, tiny.task(args))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in run.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+    trainer = SteeringTrainer(run.model, args, run.examples, run.tokenizer)
+    trainer.train(resume_from_checkpoint=newest(args.output_dir) if args.resume else None)
+    if trainer.is_world_process_zero():
+        save_adapter(trainer.accelerator.unwrap_model(trainer.model), args.output_dir)
+        losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+        seen = {
+            "world_size": args.world_size, "step": trainer.state.global_step, "stopped": trainer.stop.received,
+            "losses": losses,
+        }  # fmt: skip
+        (Path(folder) / "seen.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
