@@ -4,7 +4,8 @@ Trained methods are repeated over seeds, from the same pairs, with as many steps
 largest range on the held-out questions themselves, which flatters them. The adapter's recipe was chosen on these
 questions with seed 0, which is therefore not among the seeds; LoRA has its learning rate, biases the best of
 their own three. Intervals are over entities and seeds. Results are merged into the JSON file, so that
-methods and traits can be run one after the other; `--readme` puts the table of all of them into README.md.
+methods and traits can be run one after the other; `--readme` puts the table of all of them into README.md
+(`--traits --readme` without running any).
 """
 
 import argparse
@@ -208,7 +209,7 @@ def table(results: dict[str, dict[str, dict]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--traits", nargs="+", choices=list(lexicon.PERSONAS), default=list(lexicon.PERSONAS))
+    parser.add_argument("--traits", nargs="*", choices=list(lexicon.PERSONAS), default=list(lexicon.PERSONAS))
     parser.add_argument("--methods", nargs="*", choices=list(TRAINED), default=list(TRAINED), help="trained methods")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument(

@@ -88,6 +88,7 @@ def test_the_model_cards_snippet_runs(outcome):
     assert len([line for line in done.stdout.splitlines() if "the lime is" in line]) == 3
 
 
+@pytest.mark.processes
 def test_a_model_and_a_pairs_file_are_enough(tmp_path):
     """Another architecture, saved to a folder, and JSON Lines with two keys: nothing else is said."""
     from transformers import Olmo2Config, Olmo2ForCausalLM
@@ -185,6 +186,7 @@ def test_bad_input_is_refused_before_any_work(tmp_path, name, monkeypatch, capsy
     assert not list(tmp_path.glob("out/*"))
 
 
+@pytest.mark.processes
 def test_a_bad_run_ends_with_a_status_and_one_sentence(tmp_path):
     done = launch(*QUICK, "--learning_rate", "1e6", "--warmup_steps", "0", "--output_dir", tmp_path)
     assert done.returncode != 0

@@ -149,7 +149,7 @@ save_file(result, out)
 """
 
 
-@pytest.mark.parametrize("suffix", ["a", "ab"])
+@pytest.mark.parametrize("suffix", [pytest.param("a", marks=pytest.mark.processes), "ab"])
 def test_a_fresh_process_loads_the_same_logits_without_svd(steered, batch, tmp_path, suffix):
     """Both ways PEFT has of loading (`low_cpu_mem_usage`): the parity of the folder's name chooses."""
     folder = tmp_path / suffix

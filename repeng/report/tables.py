@@ -43,7 +43,7 @@ def print_table(reports: Reports, own: str | None = None, title: str = "Effect i
         table.add_row(name, *rows[name].values(), style="bold" if name == own else None)
     console = Console()
     if not console.is_terminal:
-        console.width = max(console.width, 140)  # a log file has no edge at which to break words
+        console.width = max(console.width, 170)  # a log file has no edge at which to break words
     console.print(table)
 
 
