@@ -8,12 +8,14 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
 
 from repeng import evaluate, extract, steer, tiny
 from repeng.eval import prompt_dial
+from repeng.eval_report import Sample
 from repeng.generate import count_accepted
 from repeng.report import figures
 from repeng.report.page import write_page
@@ -88,6 +90,12 @@ def test_the_page_is_whole_and_escapes_what_it_shows(reports, tmp_path):
         assert html.escape(shown) in text and shown not in text
     assert not list(tmp_path.glob(".saving-*"))
     assert write(reports, tmp_path / "again.html") == text
+
+
+def test_what_a_model_says_is_escaped(reports, tmp_path):
+    samples = [Sample(c, "p", "<script>alert(1)</script>", True, 0.0) for c in (-1.0, 0.0, 1.0)]
+    text = write({"a <vector>": replace(reports["a <vector>"], samples=samples)}, tmp_path / "report.html")
+    assert "<script" not in text and text.count("&lt;script&gt;") == 3
 
 
 def test_without_matplotlib_the_page_says_so(reports, tmp_path, monkeypatch):
