@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from repeng.activations import evaluation
 from repeng.data import encode, pad_rows
 from repeng.eval import Dial, Rewrite, evaluate
 from repeng.eval_report import ARMS, Budget
@@ -182,7 +183,7 @@ def kl_spender(
     dial: Dial,
     prompts: Sequence[str],
     budget: KLBudget,
-    batch_size: int,
+    batch_size: int = 128,
 ) -> Callable[[float], float]:
     """The share of a `KLBudget` that a coefficient spends."""
 
@@ -208,10 +209,8 @@ def generated_kl(
     The base is the dial at 0; it reads the same tokens.
     """
     prompts = list(prompts) * math.ceil(budget.sequences / len(prompts))
-    was_training = model.training
-    model.eval()
     found = []
-    try:
+    with evaluation(model):
         for start in range(0, len(prompts), batch_size):
             chunk = prompts[start : start + batch_size]
             with dial(coefficient) as rewrite:
@@ -224,8 +223,6 @@ def generated_kl(
                 base = logits_of(model, tokenizer, encoded(tokenizer, chunk, rewrite), written)
             logp, logq = steered.log_softmax(dim=-1), base.log_softmax(dim=-1)
             found.append((logp.exp() * (logp - logq)).sum(dim=-1).cpu())
-    finally:
-        model.train(was_training)
     return torch.cat(found)
 
 

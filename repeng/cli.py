@@ -9,7 +9,7 @@ from pathlib import Path
 from peft import PeftModel
 
 from repeng import tiny
-from repeng.calibrate import KLBudget, calibrate, generated_kl, store
+from repeng.calibrate import KLBudget, calibrate, kl_spender, store
 from repeng.control import steer
 from repeng.eval import Dial
 from repeng.eval_report import ARMS
@@ -121,9 +121,9 @@ def run_calibrate(options: argparse.Namespace, args: SteeringArguments, run: Run
         vector = vector.calibrated(found.to_dict())
         vector.save(place)
         dial = partial(steer, run.model, vector=vector)
+    spend = kl_spender(run.model, run.tokenizer, dial, checked, budget)
     for arm, sign in ARMS:
-        kl = generated_kl(run.model, run.tokenizer, dial, checked, float(sign), budget)
-        there = kl.quantile(budget.percentile / 100).item()
+        there = budget.nats * spend(float(sign))
         print(
             f"c = {sign:+d} is now {getattr(found, arm):.3g} of the former unit: on {len(checked)} other prompts, "
             f"percentile {budget.percentile:g} of the KL per token is {there:.3g} nats, of {budget.nats:g}"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from repeng.activations import evaluation
 from repeng.data import Encoded, encode, label_mask, pad_rows
 from repeng.eval_report import Budget, EvalReport
 from repeng.generate import THINK_CLOSE, draw_samples, think
@@ -75,10 +76,8 @@ def evaluate(
     if think_tokens and not all(q.prompt for q in asked):
         raise ValueError("with think_tokens every question needs a prompt: a suffix alone is no turn to think about")
     coefficients = sorted({0.0, *map(float, coefficients)})
-    was_training = model.training
-    model.eval()
     parts, samples = [], []
-    try:
+    with evaluation(model):
         for c in coefficients:
             with dial(c) as rewrite:
                 target = choice_logp(model, tokenizer, targets, rewrite, batch_size, think_tokens)
@@ -87,8 +86,6 @@ def evaluate(
                 prompts = sample_prompts if c in SAMPLED else ()
                 samples += draw_samples(model, tokenizer, prompts, rewrite, c, sample_tokens, accepts, batch_size)
             parts.append((target.odds, target.mass, control.logp[:, 0], control.odds, neutral, target.finished))
-    finally:
-        model.train(was_training)
     *measured, finished = (torch.stack(part) for part in zip(*parts, strict=True))
     return EvalReport(
         coefficients, *measured, tokens, groups=[q.group for q in targets], units=[q.unit for q in targets],

@@ -1,5 +1,6 @@
 """Generating from token ids: continuations, bounded thinking, and samples with what can be counted about them."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -93,9 +94,10 @@ def think(
     whole, closed = [], []
     for row, (ids, _) in zip(rows, thoughts, strict=True):
         # Batched generation pads what has ended, and a token may reach beyond the tag.
-        until = next((n for n in range(len(ids) + 1) if THINK_CLOSE in tokenizer.decode(ids[:n])), None)
-        closed.append(until is not None)
-        ending = f"{THINK_CLOSE}\n\n" if until is None else "\n\n"
+        lengths = range(len(ids) + 1)
+        until = bisect_left(lengths, True, key=lambda n, ids=ids: THINK_CLOSE in tokenizer.decode(ids[:n]))
+        closed.append(until in lengths)
+        ending = "\n\n" if closed[-1] else f"{THINK_CLOSE}\n\n"
         whole.append([*row, *ids[:until], *tokenizer(ending, add_special_tokens=False)["input_ids"]])
     return whole, closed
 

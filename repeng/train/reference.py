@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from repeng.activations import evaluation
 from repeng.control import steer
 from repeng.data import PairCollator, label_mask, last_tokens
 from repeng.logprob import next_token_logp
@@ -35,31 +36,27 @@ def add_reference(
     the next token after the prompts, `next_ids (k)`, `next_weight (k)`, `ref_gap (2)` and `gap_weight ()`.
     """
     collate, module = PairCollator(tokenizer), site_module(model, layer, site)
-    was_training, done = model.training, []
-    model.eval()
-    try:
-        with dial(model, 0.0):
-            for start in tqdm(range(0, len(examples), batch_size), desc="reference", leave=False):
-                chunk = examples[start : start + batch_size]
-                batch = {name: tensor.to(model.device) for name, tensor in collate(chunk).items()}
-                with capture([module]) as outputs:
-                    logits = model(**batch, use_cache=False).logits
-                mask = batch["attention_mask"]
-                index, exists = last_tokens(mask[: 2 * len(chunk)], last_n)
-                hs = gather_tokens(outputs[0][: 2 * len(chunk)], index).float()
-                hs, exists = (rearrange(x, "(p b) ... -> b p ...", p=2).cpu() for x in (hs, exists))
-                logp, labels = next_token_logp(logits, batch["input_ids"]).cpu(), label_mask(mask).cpu()
-                ends = last_tokens(mask[: 2 * len(chunk)], 1)[0]
-                disagreements = next_token_disagreement(
-                    rearrange(gather_tokens(logits[: 2 * len(chunk)], ends).float(), "(p b) 1 v -> p b v", p=2)
-                )
-                for i, example in enumerate(chunk):
-                    rows = range(i, 3 * len(chunk), len(chunk))
-                    kept = [logp[row][labels[row]] for row in rows]
-                    said = {name: tensor[i].cpu() for name, tensor in disagreements.items()}
-                    done.append({**example, "ref_hs": hs[i], "ref_mask": exists[i], "ref_logp": kept, **said})
-    finally:
-        model.train(was_training)
+    done = []
+    with evaluation(model), dial(model, 0.0):
+        for start in tqdm(range(0, len(examples), batch_size), desc="reference", leave=False):
+            chunk = examples[start : start + batch_size]
+            batch = {name: tensor.to(model.device) for name, tensor in collate(chunk).items()}
+            with capture([module]) as outputs:
+                logits = model(**batch, use_cache=False).logits
+            mask = batch["attention_mask"]
+            index, exists = last_tokens(mask[: 2 * len(chunk)], last_n)
+            hs = gather_tokens(outputs[0][: 2 * len(chunk)], index).float()
+            hs, exists = (rearrange(x, "(p b) ... -> b p ...", p=2).cpu() for x in (hs, exists))
+            logp, labels = next_token_logp(logits, batch["input_ids"]).cpu(), label_mask(mask).cpu()
+            ends = last_tokens(mask[: 2 * len(chunk)], 1)[0]
+            disagreements = next_token_disagreement(
+                rearrange(gather_tokens(logits[: 2 * len(chunk)], ends).float(), "(p b) 1 v -> p b v", p=2)
+            )
+            for i, example in enumerate(chunk):
+                rows = range(i, 3 * len(chunk), len(chunk))
+                kept = [logp[row][labels[row]] for row in rows]
+                said = {name: tensor[i].cpu() for name, tensor in disagreements.items()}
+                done.append({**example, "ref_hs": hs[i], "ref_mask": exists[i], "ref_logp": kept, **said})
     return done
 
 
