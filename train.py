@@ -14,6 +14,7 @@ from repeng.train.arguments import parse_arguments
 from repeng.train.build import build
 from repeng.train.checkpoints import CheckpointError, newest
 from repeng.train.report import ADAPTER, check_writable, compare, save_adapter, shortcomings, verdict, write_folder
+from repeng.train.sharding import adapter_state, is_sharded
 from repeng.train.trainer import NonFiniteError, SteeringTrainer
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny.yaml"
@@ -26,7 +27,8 @@ def main(argv: list[str]) -> None:
         run = build(args, tiny.task(args))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(run.model.base_model.describe())
+    if args.process_index == 0:
+        print(run.model.base_model.describe())
     trainer = SteeringTrainer(run.model, args, run.examples, run.tokenizer)
     try:
         trainer.train(resume_from_checkpoint=newest(args.output_dir) if args.resume else args.resume_from_checkpoint)
@@ -34,10 +36,13 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: {error}")
     if trainer.stop.received:
         sys.exit(f"stopped by SIGTERM after step {trainer.state.global_step}; continue with --resume true")
-    if trainer.is_world_process_zero():
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        save_adapter(model, args.output_dir)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    main_process, state = trainer.is_world_process_zero(), adapter_state(model)
+    if main_process:
+        save_adapter(model, args.output_dir, state)
+    if main_process or is_sharded(model):  # what the processes hold together they can only run together
         reports = compare(run)
+    if main_process:
         write_folder(args, run, trainer, reports)
         print_table(reports, ADAPTER)
         print(verdict(reports))

@@ -1,10 +1,14 @@
-"""Log-probabilities of given tokens without a full log-softmax."""
+"""Log-probabilities of given tokens without a full log-softmax, and without the logits of all tokens."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from repeng.sites import trunk
 
 CHUNK = 1 << 22  # logits upcast at a time
 
@@ -40,3 +44,75 @@ def head_logp(hs: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, chu
         for states, ids in zip(hs.split(chunk), targets.split(chunk), strict=True)
     ]
     return torch.cat(parts)
+
+
+def vocabulary_chunk(model: nn.Module) -> int:
+    """How many tokens' logits `CHUNK` allows at a time."""
+    return max(1, CHUNK // model.get_output_embeddings().weight.shape[0])
+
+
+def read_vocabulary(
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    read: Callable[[Tensor, Callable[[Tensor], Tensor]], Sequence[Tensor]],
+    *,
+    plain: bool,
+    forward: Callable[..., Any] | None = None,
+) -> list[Tensor]:
+    """What `read(states, head)` gives in one forward: final hidden states `(b t d)` and what makes logits of them.
+
+    `read` runs inside the model's forward, in place of the head, and its results leave as the forward's output: only
+    there are the weights of a sharded head together, in backward too. A head with something behind it (`plain` False)
+    gives whole logits, and `read` gets those with the identity for a head.
+
+    Args:
+        model: causal language model, PEFT or not.
+        batch: its inputs.
+        read: gives float32 tensors of any shapes.
+        plain: whether logits are the head of the final states; see `has_plain_head`.
+        forward: what to call, if `model` is wrapped by something (DDP).
+    """
+    forward = forward or model
+    if not plain:
+        return list(read(forward(**batch, use_cache=False).logits, nn.Identity()))
+    shapes: list[torch.Size] = []
+
+    def instead(head: nn.Module, _args: Any, _output: Any) -> Tensor:
+        parts = read(final[0], head.forward)
+        shapes.extend(part.shape for part in parts)
+        return torch.cat([part.reshape(1, 1, -1) for part in parts], dim=-1)
+
+    with final_states(model) as final:
+        # First of the hooks, so that those of a sharding wrapper see this output as the head's.
+        hook = model.get_output_embeddings().register_forward_hook(instead, prepend=True)
+        try:
+            packed = forward(**batch, use_cache=False, logits_to_keep=1).logits
+        finally:
+            hook.remove()
+    parts = packed.flatten().split([shape.numel() for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+@contextmanager
+def final_states(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Inside the context, the yielded list gets the hidden states `(b t d)` that the head reads, of each forward."""
+    seen: list[Tensor] = []
+
+    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+        seen.append(output[0])
+
+    hook = trunk(model).register_forward_hook(keep)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+@torch.no_grad()
+def has_plain_head(model: nn.Module, ids: Sequence[int]) -> bool:
+    """Whether logits are what the output embeddings make of the final states, without a cap or a factor behind."""
+    row = torch.tensor([ids], device=next(model.parameters()).device)
+    with final_states(model) as seen:
+        logits = model(input_ids=row, use_cache=False).logits
+    found = model.get_output_embeddings()(seen[0])
+    return found.shape == logits.shape and torch.allclose(found.float(), logits.float(), rtol=1e-3, atol=1e-3)

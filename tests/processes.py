@@ -4,23 +4,40 @@ Plain SGD, so that the adapter is a smooth function of the gradients; a start aw
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import torch
+from accelerate import DistributedType
+from accelerate.state import AcceleratorState
 
-from repeng import tiny
+from repeng import steer, tiny
 from repeng.train.arguments import parse_arguments
 from repeng.train.build import build
 from repeng.train.checkpoints import newest
 from repeng.train.report import save_adapter
+from repeng.train.sharding import adapter_state, is_sharded
 from repeng.train.trainer import SteeringTrainer
 
 CONFIG = Path(__file__).parent.parent / "configs" / "tiny.yaml"
 
 
+def shard_on_cpu() -> None:
+    """Let accelerate use its FSDP plugin on the CPU as well, where it otherwise ignores it."""
+    original = AcceleratorState.__init__
+
+    def init(self, *args, fsdp_plugin=None, **kwargs) -> None:
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+
+    AcceleratorState.__init__ = init
+
+
 def main(folder: str, *argv: str) -> None:
     torch.set_num_threads(1)
+    sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
     fixed = {
         "output_dir": folder, "use_cpu": "true", "num_pairs": 48, "r": 8, "optim": "sgd", "learning_rate": 0.05,
         "lr_scheduler_type": "constant", "warmup_steps": 0, "logging_steps": 1, "save_strategy": "no", "max_steps": 4,
@@ -29,19 +46,28 @@ def main(folder: str, *argv: str) -> None:
     args = parse_arguments(
         [word for key, value in fixed.items() for word in (f"--{key}", str(value))] + [*argv], CONFIG
     )
+    if sharded:
+        shard_on_cpu()
     run = build(args, tiny.task(args))
     generator = torch.Generator().manual_seed(0)
     for parameter in run.model.parameters():
         if parameter.requires_grad:
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
     trainer = SteeringTrainer(run.model, args, run.examples, run.tokenizer)
+    if sharded:
+        assert trainer.is_fsdp_enabled
     trainer.train(resume_from_checkpoint=newest(args.output_dir) if args.resume else None)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    state = adapter_state(model)
+    with torch.no_grad(), steer(model.eval(), 0.5):  # by all processes, as those of a sharded model must
+        logits = model(torch.tensor([run.examples[0]["chosen_ids"]])).logits
+    assert is_sharded(model) == sharded
     if trainer.is_world_process_zero():
-        save_adapter(trainer.accelerator.unwrap_model(trainer.model), args.output_dir)
+        save_adapter(model, args.output_dir, state)
         losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
         seen = {
             "world_size": args.world_size, "step": trainer.state.global_step, "stopped": trainer.stop.received,
-            "losses": losses,
+            "losses": losses, "logits": logits[0, -1].tolist(), "ids": run.examples[0]["chosen_ids"],
         }  # fmt: skip
         (Path(folder) / "seen.json").write_text(json.dumps(seen))
 

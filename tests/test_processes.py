@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,25 +11,37 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from peft import PeftModel
 from safetensors.torch import load_file
+
+from repeng import steer, tiny
 
 pytestmark = pytest.mark.processes
 SCRIPT = Path(__file__).parent / "processes.py"
 ROOT = SCRIPT.parent.parent
 
 
-def start(folder, *argv, world=1):
+# What `accelerate launch` sets for configs/accelerate/fsdp2.yaml.
+SHARDED = {
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}  # fmt: skip
+
+
+def start(folder, *argv, world=1, environment=None):
     launcher = [sys.executable] if world == 1 else [
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world), "--standalone"
     ]  # fmt: skip
     return subprocess.Popen(
         [*launcher, str(SCRIPT), str(folder), *map(str, argv)], cwd=ROOT, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})},
     )  # fmt: skip
 
 
-def run(folder, *argv, world=1):
-    process = start(folder, *argv, world=world)
+def run(folder, *argv, world=1, environment=None):
+    process = start(folder, *argv, world=world, environment=environment)
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output[-3000:]
     seen = json.loads((folder / "seen.json").read_text())
@@ -40,19 +53,47 @@ def digest(folder):
     return hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
-def test_two_processes_make_the_same_adapter_as_one(tmp_path):
-    """Over more than an epoch of pairs of unequal lengths, with and without accumulation: batches of 8 in all."""
-    one = run(tmp_path / "one", "--per_device_train_batch_size", 8, "--max_steps", 8)
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    for key, tensor in one.items():
+        assert (tensor - other[key]).abs().max() < 1e-5, key
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """More than an epoch of pairs of unequal lengths, in batches of 8, in one process."""
+    return run(tmp_path_factory.mktemp("one"), "--per_device_train_batch_size", 8, "--max_steps", 8)
+
+
+def test_two_processes_make_the_same_adapter_as_one(tmp_path, one):
+    """With and without accumulation: batches of 8 in all."""
     two = run(tmp_path / "two", "--per_device_train_batch_size", 4, "--max_steps", 8, world=2)
     four = run(
         tmp_path / "four", "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2, "--max_steps", 8,
         world=2,
     )  # fmt: skip
     assert len(list((tmp_path / "two").glob("reference-*-of-2.safetensors"))) == 2
-    for other in (two, four):
-        assert one.keys() == other.keys()
-        for key, tensor in one.items():
-            assert (tensor - other[key]).abs().max() < 1e-5, key
+    assert_same(one, two)
+    assert_same(one, four)
+
+
+def test_a_sharded_run_saves_the_whole_adapter_and_goes_on(tmp_path, one):
+    """FSDP2: the same adapter as one process makes, which loads there with equal logits; resumed, the same bytes."""
+    options = ("--per_device_train_batch_size", 4, "--max_steps", 8, "--save_strategy", "steps", "--save_steps", 4)
+    assert_same(one, run(tmp_path, *options, world=2, environment=SHARDED))
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    model = PeftModel.from_pretrained(tiny.load()[0], tmp_path).eval()
+    with torch.no_grad(), steer(model, 0.5):
+        logits = model(torch.tensor([seen["ids"]])).logits[0, -1]
+    assert torch.allclose(logits, torch.tensor(seen["logits"]), atol=1e-4)
+    for name in ("checkpoint-4", "checkpoint-8"):
+        assert load_file(tmp_path / name / "adapter_model.safetensors").keys() == one.keys()
+
+    before = digest(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoint-8")
+    (tmp_path / "adapter_model.safetensors").unlink()
+    run(tmp_path, *options, "--resume", "true", world=2, environment=SHARDED)
+    assert digest(tmp_path) == before
 
 
 def wait_for(folder, name, process, seconds=120):

@@ -10,13 +10,13 @@ from peft import PeftModel
 
 from repeng import steer, tiny
 from repeng.data import encode
-from repeng.logprob import head_logp
+from repeng.logprob import has_plain_head, head_logp
 from repeng.sites import capture, site_module
 from repeng.train.arguments import parse_arguments
 from repeng.train.build import build
 from repeng.train.inner_contrastive_loss import inner_contrastive_loss
 from repeng.train.reference import preference_direction
-from repeng.train.trainer import NonFiniteError, SteeringTrainer, has_plain_head
+from repeng.train.trainer import NonFiniteError, SteeringTrainer
 
 CONFIG = Path(__file__).parent.parent / "configs" / "tiny.yaml"
 

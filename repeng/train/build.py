@@ -14,6 +14,7 @@ from repeng.questions import Question, choice_id, choice_ids, load_questions
 from repeng.sites import decoder_layers, site_module
 from repeng.train.arguments import SteeringArguments
 from repeng.train.bases import pair_differences
+from repeng.train.sharding import check_parallelism
 from repeng.tuner import SvdSteeringConfig
 from repeng.tuner.targets import max_rank, resolve, select_layers
 
@@ -73,6 +74,7 @@ def build(args: SteeringArguments, task: Data | None = None, *, training: bool =
     """
     set_seed(args.seed)
     check_files(args)
+    check_parallelism(args)
     path = task.path if task else args.model_name_or_path
     tokenizer = AutoTokenizer.from_pretrained(path)
     pairs = training_pairs(args, tokenizer, task)

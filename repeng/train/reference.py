@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from einops import einsum, rearrange, reduce
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from repeng.activations import evaluation
 from repeng.control import steer
 from repeng.data import PairCollator, label_mask, last_tokens
-from repeng.logprob import next_token_logp
+from repeng.logprob import has_plain_head, head_logp, read_vocabulary, vocabulary_chunk
 from repeng.sites import capture, site_module
 
 NEXT_TOKENS = 32  # that either persona says most more often: the rest of a vocabulary hardly weighs
@@ -36,28 +37,48 @@ def add_reference(
     the next token after the prompts, `next_ids (k)`, `next_weight (k)`, `ref_gap (2)` and `gap_weight ()`.
     """
     collate, module = PairCollator(tokenizer), site_module(model, layer, site)
+    plain = has_plain_head(model, examples[0]["chosen_ids"])
     done = []
     with evaluation(model), dial(model, 0.0):
         for start in tqdm(range(0, len(examples), batch_size), desc="reference", leave=False):
-            chunk = examples[start : start + batch_size]
-            batch = {name: tensor.to(model.device) for name, tensor in collate(chunk).items()}
-            with capture([module]) as outputs:
-                logits = model(**batch, use_cache=False).logits
-            mask = batch["attention_mask"]
-            index, exists = last_tokens(mask[: 2 * len(chunk)], last_n)
-            hs = gather_tokens(outputs[0][: 2 * len(chunk)], index).float()
-            hs, exists = (rearrange(x, "(p b) ... -> b p ...", p=2).cpu() for x in (hs, exists))
-            logp, labels = next_token_logp(logits, batch["input_ids"]).cpu(), label_mask(mask).cpu()
-            ends = last_tokens(mask[: 2 * len(chunk)], 1)[0]
-            disagreements = next_token_disagreement(
-                rearrange(gather_tokens(logits[: 2 * len(chunk)], ends).float(), "(p b) 1 v -> p b v", p=2)
-            )
-            for i, example in enumerate(chunk):
-                rows = range(i, 3 * len(chunk), len(chunk))
-                kept = [logp[row][labels[row]] for row in rows]
-                said = {name: tensor[i].cpu() for name, tensor in disagreements.items()}
-                done.append({**example, "ref_hs": hs[i], "ref_mask": exists[i], "ref_logp": kept, **said})
+            part = examples[start : start + batch_size]
+            batch = {name: tensor.to(model.device) for name, tensor in collate(part).items()}
+            found = batch_reference(model, module, batch, last_n=last_n, plain=plain)
+            done += [{**example, **of_it} for example, of_it in zip(part, found, strict=True)]
     return done
+
+
+def batch_reference(
+    model: PreTrainedModel, module: nn.Module, batch: dict[str, Tensor], *, last_n: int, plain: bool
+) -> list[dict[str, Any]]:
+    """What `add_reference` adds to each example of a collated batch, on the CPU."""
+    mask = batch["attention_mask"]
+    n = mask.shape[0] // 3
+    labels, (ends, _), (index, exists) = (
+        label_mask(mask),
+        last_tokens(mask[: 2 * n], 1),
+        last_tokens(mask[: 2 * n], last_n),
+    )
+    said: dict[str, Tensor] = {}
+
+    def read(states: Tensor, head: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        last = head(gather_tokens(states[: 2 * n], ends)).float()
+        said.update(next_token_disagreement(rearrange(last, "(p b) 1 v -> p b v", p=2)))
+        return [head_logp(states[:, :-1][labels], head, batch["input_ids"][:, 1:][labels], vocabulary_chunk(model))]
+
+    with capture([module]) as outputs:
+        (logp,) = read_vocabulary(model, batch, read, plain=plain)
+    hs = gather_tokens(outputs[0][: 2 * n], index).float()
+    hs, exists = (rearrange(x, "(p b) ... -> b p ...", p=2).cpu() for x in (hs, exists))
+    rows = logp.cpu().split(labels.sum(dim=1).tolist())
+    said = {name: tensor.cpu() for name, tensor in said.items()}
+    return [
+        {
+            "ref_hs": hs[i], "ref_mask": exists[i], "ref_logp": [*rows[i::n]],
+            **{name: tensor[i] for name, tensor in said.items()},
+        }
+        for i in range(n)
+    ]  # fmt: skip
 
 
 def next_token_disagreement(logits: Tensor) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors import safe_open
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments
 
@@ -39,8 +40,13 @@ WRONG_WAY = 0.05  # share of items that may move against an arm
 ADAPTER, PROMPTS, MEAN_DIFF, RANDOM = "this adapter", "persona prompts", "mean difference", "random direction"
 
 
-def save_adapter(model: PeftModel, folder: str | Path) -> None:
+def save_adapter(model: PeftModel, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
     """Write the adapter whole or not at all: beside its place, read back and compared, then moved.
+
+    Args:
+        model: the PEFT model.
+        folder: where to.
+        state: the adapter's tensors, gathered by `adapter_state`, if the model is sharded.
 
     Raises:
         OSError: the folder cannot be written, or what was written differs from the adapter.
@@ -48,9 +54,9 @@ def save_adapter(model: PeftModel, folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, state_dict=state)
         written = Path(temporary) / "adapter_model.safetensors"
-        state = {key.removesuffix(".default"): tensor for key, tensor in model.state_dict().items()}
+        state = {key.removesuffix(".default"): tensor for key, tensor in (state or model.state_dict()).items()}
         with safe_open(written, framework="pt") as file:
             for key in file.keys():
                 if not torch.equal(file.get_tensor(key), state[key].cpu()):

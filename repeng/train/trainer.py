@@ -2,8 +2,8 @@
 
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,14 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from repeng.control import steer
 from repeng.data import PairCollator, label_mask, last_tokens
-from repeng.logprob import CHUNK, head_logp
-from repeng.sites import capture, decoder_layers, site_module, trunk
+from repeng.logprob import has_plain_head, head_logp, read_vocabulary, vocabulary_chunk
+from repeng.sites import capture, decoder_layers, site_module
 from repeng.train.arguments import SteeringArguments
 from repeng.train.checkpoints import STAGING, CheckpointError, StopOnSignal, newest, publish
 from repeng.train.inner_contrastive_loss import InnerContrastiveLoss, inner_contrastive_loss
 from repeng.train.reference import add_reference, gap, gather_tokens, preference_direction
 from repeng.train.reference_cache import cached_reference
+from repeng.train.sharding import adapter_state, load_adapter_state, local
 
 
 class NonFiniteError(FloatingPointError):
@@ -71,8 +72,7 @@ class SteeringTrainer(Trainer):
             )  # fmt: skip
         self.train_dataset = examples
         self.direction, self.scale = preference_direction(examples, args.num_directions)
-        vocabulary = model.get_output_embeddings().weight.shape[0]
-        self.chunk = max(1, CHUNK // vocabulary)
+        self.chunk = vocabulary_chunk(model)
         self.plain_head = has_plain_head(model, examples[0]["chosen_ids"])
         # Trainer leaves a custom loss undivided by accumulation steps unless the model is said to take no loss kwargs.
         self.model_accepts_loss_kwargs = False
@@ -109,32 +109,30 @@ class SteeringTrainer(Trainer):
         names = ("input_ids", "attention_mask", "position_ids")
         doubled = {name: repeat(inputs[name], "r t -> (c r) t", c=2) for name in names}
         base = self.accelerator.unwrap_model(model)
-        with capture([site_module(base, args.loss_layer, args.loss_site)]) as outputs, final_states(base) as final:
-            # Only for their side effects: the logits of all tokens would be the largest tensor of the step.
-            logits = model(**doubled, use_cache=False, logits_to_keep=1 if self.plain_head else 0).logits
-        hs = rearrange(outputs[0], "(c p b) t d -> c p b t d", c=2, p=3)[:, :2]
-        # From here on, what the vocabulary is read from: final hidden states, or the logits themselves.
-        states = rearrange(final[0] if self.plain_head else logits, "(c p b) t d -> c p b t d", c=2, p=3)
-        head = base.get_output_embeddings() if self.plain_head else nn.Identity()
         ids, mask, logp_ref = (
             rearrange(x, "(p b) t -> p b t", p=3)
             for x in (inputs["input_ids"], label_mask(inputs["attention_mask"]), inputs["ref_logp"])
         )
-        # Rows whose coherence counts: chosen at plus, rejected at minus, neutral at both.
-        counted, rows = mask[[0, 1, 2, 2]], [(0, 0), (1, 1), (0, 2), (1, 2)]
-        kept = torch.cat([states[c, p, :, :-1][mask[p]] for c, p in rows])
-        targets = ids[[0, 1, 2, 2], :, 1:][counted]
-        logp = torch.zeros(counted.shape, device=kept.device)
-        logp = logp.masked_scatter(counted, head_logp(kept, head, targets, self.chunk))
-
         index, exists = last_tokens(
             rearrange(inputs["attention_mask"], "(p b) t -> p b t", p=3)[:2].flatten(0, 1), args.last_n_tokens
         )
         index, exists = (rearrange(x, "(p b) n -> p b n", p=2) for x in (index, exists))
+        # Rows whose coherence counts: chosen at plus, rejected at minus, neutral at both.
+        counted, rows = mask[[0, 1, 2, 2]], [(0, 0), (1, 1), (0, 2), (1, 2)]
+
+        def read(states: Tensor, head: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+            states = rearrange(states, "(c p b) t d -> c p b t d", c=2, p=3)
+            kept = torch.cat([states[c, p, :, :-1][mask[p]] for c, p in rows])
+            c, p, b = (torch.arange(n, device=states.device) for n in (2, *index.shape[:2]))
+            ends = head(states[c[:, None, None], p[:, None], b, index[..., -1]]).float()  # (c p b v)
+            gaps = gap(rearrange(ends, "c p b v -> b c p v"), inputs["next_ids"], inputs["next_weight"])
+            return head_logp(kept, head, ids[[0, 1, 2, 2], :, 1:][counted], self.chunk), gaps
+
+        with capture([site_module(base, args.loss_layer, args.loss_site)]) as outputs:
+            kept, gap_pi = read_vocabulary(base, doubled, read, plain=self.plain_head, forward=model)
+        logp = torch.zeros(counted.shape, device=kept.device).masked_scatter(counted, kept)
+        hs = rearrange(outputs[0], "(c p b) t d -> c p b t d", c=2, p=3)[:, :2]
         hs = gather_tokens(hs.flatten(0, 2), repeat(index, "p b n -> (c p b) n", c=2))
-        c, p, b = (torch.arange(n, device=states.device) for n in (2, *index.shape[:2]))
-        ends = head(states[c[:, None, None], p[:, None], b, index[..., -1]]).float()  # (c p b v)
-        gap_pi = gap(rearrange(ends, "c p b v -> b c p v"), inputs["next_ids"], inputs["next_weight"])
         return self.loss_func(
             hs_pi=rearrange(hs, "(c p b) n d -> c p b n d", c=2, p=2).float(),
             hs_ref=inputs["ref_hs"],
@@ -195,36 +193,25 @@ class SteeringTrainer(Trainer):
         finally:
             self._staging = None
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        state = adapter_state(self.model)  # Trainer's own would gather the frozen base as well
+        if self.args.should_save:
+            self._save(output_dir or self.args.output_dir, state_dict=state)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            load_adapter_state(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         for name, values in self._terms.items():
             logs[name] = round(torch.stack(values).mean().item(), 5)
         self._terms.clear()
         super().log(logs, start_time)
-
-
-@contextmanager
-def final_states(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Inside the context, the yielded list gets the hidden states `(b t d)` that the head reads, of each forward."""
-    seen: list[Tensor] = []
-
-    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-        seen.append(output[0])
-
-    hook = trunk(model).register_forward_hook(keep)
-    try:
-        yield seen
-    finally:
-        hook.remove()
-
-
-@torch.no_grad()
-def has_plain_head(model: nn.Module, ids: Sequence[int]) -> bool:
-    """Whether logits are what the output embeddings make of the final states, without a cap or a factor behind."""
-    row = torch.tensor([ids], device=next(model.parameters()).device)
-    with final_states(model) as seen:
-        logits = model(input_ids=row, use_cache=False).logits
-    found = model.get_output_embeddings()(seen[0])
-    return found.shape == logits.shape and torch.allclose(found.float(), logits.float(), rtol=1e-3, atol=1e-3)
 
 
 class FiniteGradients(TrainerCallback):
@@ -234,5 +221,5 @@ class FiniteGradients(TrainerCallback):
         self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any
     ) -> None:
         for name, parameter in model.named_parameters():
-            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+            if parameter.grad is not None and not torch.isfinite(local(parameter.grad)).all():
                 raise NonFiniteError(f"the gradient of {name} is not finite at optimizer step {state.global_step + 1}")
