@@ -29,7 +29,9 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: {error}")
     if args.process_index == 0:
         print(run.model.base_model.describe())
-    trainer = SteeringTrainer(run.model, args, run.examples, run.tokenizer)
+    trainer = SteeringTrainer(
+        run.model, args, run.examples, run.tokenizer, eval_dataset=run.validation, neutral_texts=run.validation_texts
+    )
     try:
         trainer.train(resume_from_checkpoint=newest(args.output_dir) if args.resume else args.resume_from_checkpoint)
     except (NonFiniteError, CheckpointError) as error:

@@ -33,7 +33,7 @@ def step(variant: str, vocabulary: int, pairs: int) -> float:
             num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
         )
     )  # fmt: skip
-    building.AutoModelForCausalLM.from_pretrained = lambda *_: model
+    building.AutoModelForCausalLM.from_pretrained = lambda *_, **__: model
     with tempfile.TemporaryDirectory() as folder:
         argv = [
             "--output_dir",

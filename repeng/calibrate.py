@@ -15,6 +15,7 @@ from repeng.data import encode, pad_rows
 from repeng.eval import Dial, Rewrite, evaluate
 from repeng.eval_report import ARMS, Budget
 from repeng.generate import continuations
+from repeng.logprob import kl_divergence
 from repeng.questions import Question
 
 SMALLEST = 1 / 64  # coefficient at which the search begins
@@ -221,8 +222,7 @@ def generated_kl(
                 steered = logits_of(model, tokenizer, rows, written)
             with dial(0.0) as rewrite:
                 base = logits_of(model, tokenizer, encoded(tokenizer, chunk, rewrite), written)
-            logp, logq = steered.log_softmax(dim=-1), base.log_softmax(dim=-1)
-            found.append((logp.exp() * (logp - logq)).sum(dim=-1).cpu())
+            found.append(kl_divergence(steered, base).cpu())
     return torch.cat(found)
 
 

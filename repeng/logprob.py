@@ -46,6 +46,12 @@ def head_logp(hs: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, chu
     return torch.cat(parts)
 
 
+def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
+    """`KL(p ‖ q)` in nats, `(…)`, of the distributions with logits `p` and `q`, `(… v)`; exactly 0 of equal ones."""
+    logp, logq = p.log_softmax(dim=-1), q.log_softmax(dim=-1)
+    return (logp.exp() * (logp - logq)).sum(dim=-1)
+
+
 def vocabulary_chunk(model: nn.Module) -> int:
     """How many tokens' logits `CHUNK` allows at a time."""
     return max(1, CHUNK // model.get_output_embeddings().weight.shape[0])

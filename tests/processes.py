@@ -13,6 +13,7 @@ from accelerate import DistributedType
 from accelerate.state import AcceleratorState
 
 from repeng import steer, tiny
+from repeng.train import build as building
 from repeng.train.arguments import parse_arguments
 from repeng.train.build import build
 from repeng.train.checkpoints import newest
@@ -35,6 +36,13 @@ def shard_on_cpu() -> None:
     AcceleratorState.__init__ = init
 
 
+def disagree() -> None:
+    """Let this process draw other data and other bases than the first one."""
+    examples, differences = building.tokenize_examples, building.pair_differences
+    building.tokenize_examples = lambda *args: examples(*args)[::-1]
+    building.pair_differences = lambda *args: {name: rows.flip(1) for name, rows in differences(*args).items()}
+
+
 def main(folder: str, *argv: str) -> None:
     torch.set_num_threads(1)
     sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
@@ -48,12 +56,16 @@ def main(folder: str, *argv: str) -> None:
     )
     if sharded:
         shard_on_cpu()
+    if os.environ.get("RANK", "0") != "0":
+        disagree()
     run = build(args, tiny.task(args))
     generator = torch.Generator().manual_seed(0)
     for parameter in run.model.parameters():
         if parameter.requires_grad:
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
-    trainer = SteeringTrainer(run.model, args, run.examples, run.tokenizer)
+    trainer = SteeringTrainer(
+        run.model, args, run.examples, run.tokenizer, eval_dataset=run.validation, neutral_texts=run.validation_texts
+    )
     if sharded:
         assert trainer.is_fsdp_enabled
     trainer.train(resume_from_checkpoint=newest(args.output_dir) if args.resume else None)

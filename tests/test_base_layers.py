@@ -7,12 +7,14 @@ import tiny_models
 import torch
 from accelerate import dispatch_model
 from peft import PeftModel, get_peft_model
+from test_trainer import arguments, step, trainer_for
 from torch import nn
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from repeng import SteeringVector, SvdSteeringConfig, steer
+from repeng import SteeringVector, SvdSteeringConfig, steer, tiny
 from repeng.sites import capture
+from repeng.train import build as building
 from repeng.tuner.base import dense_weight, entries, is_quantised
 from repeng.tuner.layer import Linear
 
@@ -62,6 +64,28 @@ SCHEMES = {
 schemes = pytest.mark.parametrize(
     "scheme", [pytest.param(name, marks=pytest.mark.gpu if "GPU" in name else ()) for name in SCHEMES]
 )
+
+
+def test_training_in_four_bits_has_the_gradients_of_the_dense_weights(tmp_path, monkeypatch):
+    """Also after passes in evaluation mode, which building and the reference are."""
+    pytest.importorskip("bitsandbytes")
+    args = arguments(tmp_path / "four", load_in_4bit="true")
+    four = building.load_base(args, tiny.WEIGHTS)
+    dense = building.load_base(arguments(tmp_path), tiny.WEIGHTS)
+    for name, module in four.named_modules():
+        if hasattr(getattr(module, "weight", None), "quant_state"):
+            dense.get_submodule(name).weight.data = dense_weight(module)
+    gradients = []
+    for base in (four, dense):
+        monkeypatch.setattr(building, "load_base", lambda *_, base=base: base)
+        trainer = trainer_for(arguments(tmp_path / type(base).__name__))
+        step(trainer, trainer.train_dataset[:8])
+        gradients.append({name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and any(
+        grad.abs().max() > 1e-3 for grad in gradients[1].values()
+    )
+    for name, grad in gradients[1].items():
+        assert torch.allclose(gradients[0][name], grad, atol=1e-4), name
 
 
 @schemes

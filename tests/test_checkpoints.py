@@ -1,13 +1,19 @@
 """Checkpoints: whole or not at all, and the same run after one as without."""
 
+import json
 import os
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_trainer import arguments, trainer_for
 
+from repeng import tiny
+from repeng.train.build import build
 from repeng.train.checkpoints import STAGING, CheckpointError, check_whole, newest
+from repeng.train.trainer import SteeringTrainer
 
 
 def adapter(trainer):
@@ -74,3 +80,46 @@ def test_the_newest_checkpoint_is_of_the_last_step(tmp_path):
         (tmp_path / f"checkpoint-{step}").mkdir()
     (tmp_path / STAGING / "checkpoint-99").mkdir(parents=True)
     assert newest(tmp_path).endswith("checkpoint-10")
+
+
+def test_the_best_checkpoint_is_kept_and_ends_the_run(tmp_path, monkeypatch):
+    """Ranges 1, 3, 2, 2, … with a patience of two: training ends at the fourth, with the adapter of the second."""
+    ranges, seen = iter([1.0, 3.0, 2.0, 2.0, 9.0, 9.0]), []
+
+    def measure(model, tokenizer, questions, dial, coefficients, **_):
+        seen.append(questions)
+        return SimpleNamespace(range=next(ranges), arm=lambda sign: (0.5, None))
+
+    monkeypatch.setattr("repeng.train.trainer.evaluate", measure)
+    steps = {
+        "num_pairs": 48, "max_steps": 12, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2,
+        "eval_strategy": "steps", "eval_steps": 2, "early_stopping_patience": 2,
+    }  # fmt: skip
+    trainer = trainer_for(arguments(tmp_path, load_best_model_at_end="true", **steps))
+    trainer.train()
+    assert trainer.state.global_step == 8 and len(seen) == 4
+    kept = {path.name for path in tmp_path.glob("checkpoint-*")}
+    assert kept == {"checkpoint-4", "checkpoint-8"}
+    for name in kept:  # as written, wherever it was staged
+        state = json.loads((tmp_path / name / "trainer_state.json").read_text())
+        assert Path(state["best_model_checkpoint"]) == tmp_path / "checkpoint-4"
+    best = load_file(tmp_path / "checkpoint-4" / "adapter_model.safetensors")
+    last = load_file(tmp_path / "checkpoint-8" / "adapter_model.safetensors")
+    found = {name.removesuffix(".default"): tensor for name, tensor in adapter(trainer).items()}
+    assert all(torch.equal(best[name], tensor) for name, tensor in found.items())
+    assert any(not torch.equal(last[name], tensor) for name, tensor in found.items())
+
+
+def test_the_range_is_measured_on_pairs_that_are_held_back(tmp_path):
+    options = {"num_pairs": 60, "eval_strategy": "steps", "eval_steps": 8, "max_steps": 8, "learning_rate": 1e-2}
+    args = arguments(tmp_path, **options)
+    run = build(args, tiny.task(args))
+    assert len(run.pairs) == len(run.examples) == 54 and len(run.validation) == 12
+    sides = {pair.chosen + pair.suffix for pair in run.pairs}
+    assert not any(question.prompt + question.suffix in sides for question in run.validation)
+    trainer = SteeringTrainer(
+        run.model, args, run.examples, run.tokenizer, eval_dataset=run.validation, neutral_texts=run.validation_texts
+    )
+    trainer.train()
+    (row,) = [row for row in trainer.state.log_history if "eval_range" in row]
+    assert row["eval_range"] == pytest.approx(row["eval_plus"] + row["eval_minus"]) and row["eval_range"] > 0

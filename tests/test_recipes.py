@@ -82,7 +82,7 @@ def test_one_step_of_the_recipe(name, chat_tokenizer, tmp_path, monkeypatch):
     model = tiny_of(name, chat_tokenizer)
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(building.AutoTokenizer, "from_pretrained", lambda *_: chat_tokenizer)
-    monkeypatch.setattr(building.AutoModelForCausalLM, "from_pretrained", lambda *_: model)
+    monkeypatch.setattr(building.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: model)
     monkeypatch.setattr(building, "NEUTRAL_TRAIN", 8)
     monkeypatch.setattr(building, "NEUTRAL_TEST", 2)
     small = {

@@ -90,6 +90,14 @@ def test_a_broken_file_is_computed_again(run, tmp_path):
     assert path.read_bytes() == whole
 
 
+def test_files_of_other_keys_are_dropped(run, tmp_path):
+    cached(run, tmp_path, lambda share: fresh(run, share))
+    (old,) = tmp_path.glob("reference-*")
+    cached(run, tmp_path, lambda share: fresh(run, share), examples=run.examples[:4])
+    (new,) = tmp_path.glob("reference-*")
+    assert new != old
+
+
 def test_training_reads_the_file(tmp_path, monkeypatch):
     args = arguments(tmp_path, num_pairs=8)
     prepared = build(args, tiny.task(args))

@@ -11,7 +11,7 @@ from peft import PeftModel
 from repeng import steer, tiny
 from repeng.data import encode
 from repeng.logprob import has_plain_head, head_logp
-from repeng.sites import capture, site_module
+from repeng.sites import capture, decoder_layers, site_module
 from repeng.train.arguments import parse_arguments
 from repeng.train.build import build
 from repeng.train.inner_contrastive_loss import inner_contrastive_loss
@@ -30,13 +30,15 @@ def arguments(tmp_path, **changes):
     return parse_arguments(argv, CONFIG)
 
 
-def trainer_for(args, **kwargs):
+def trainer_for(args, change=lambda model: None, **kwargs):
     run = build(args, tiny.task(args))
+    change(run.model)
     # A start away from zero, so that both coefficients differ and every term is at work.
     generator = torch.Generator().manual_seed(0)
     for parameter in run.model.parameters():
         if parameter.requires_grad:
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+    kwargs = {"eval_dataset": run.validation, "neutral_texts": run.validation_texts, **kwargs}
     return SteeringTrainer(run.model, args, run.examples, run.tokenizer, **kwargs)
 
 
@@ -268,3 +270,26 @@ def gradients(trainer):
     trainer.model.zero_grad()
     step(trainer, trainer.train_dataset[:3])
     return {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_training_starts_at_the_base_model_exactly(tmp_path, plain):
+    """With dropout in the attention as well, which the policy must not have."""
+
+    def add_dropout(model):
+        for layer in decoder_layers(model):
+            layer.self_attn.attention_dropout = 0.5
+            layer.mlp.act_fn = torch.nn.Sequential(layer.mlp.act_fn, torch.nn.Dropout(0.5))
+
+    trainer = trainer_for(arguments(tmp_path), add_dropout)
+    trainer.plain_head = plain
+    trainer.train()
+    first = trainer.state.log_history[0]
+    assert first["step"] == 0 and first["start_kl"] == 0.0
+    assert sum("start_kl" in row for row in trainer.state.log_history) == 1
+
+
+def test_a_start_away_from_the_base_model_is_refused(tmp_path):
+    trainer = trainer_for(arguments(tmp_path), dial=lambda model, c: steer(model, c if torch.is_tensor(c) else 0.3))
+    with pytest.raises(ValueError, match=r"at c = 0 the policy is .* nats away"):
+        trainer.train()

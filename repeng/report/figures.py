@@ -117,9 +117,14 @@ def learning_curve(log: Sequence[Mapping[str, float]]) -> "Figure | None":
         for name in (name for name in names if name in rows[0]):
             axes.plot(steps, [row[name] for row in rows], marker=".", label=name.replace("_", " "))
         axes.set(xlabel="optimizer step")
+    measured = [row for row in log if "eval_range" in row]
+    if measured:
+        held_back = [row["eval_range"] for row in measured]
+        reached.plot([row["step"] for row in measured], held_back, "k--", label="range, held-back pairs")
+    for axes in (terms, reached):
         axes.legend(fontsize=8)
     terms.set(title="Terms of the loss")
-    reached.set(title="Shift in units, gap in nats")
+    reached.set(title="Shift in units, gap and range in nats")
     return figure
 
 

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
@@ -37,6 +37,7 @@ class SteeringArguments(TrainingArguments):
 
     output_dir: str = option("outputs/steering", "Folder for the adapter, the report and checkpoints.")
     model_name_or_path: str = option("tiny", "'tiny' (embedded), a local folder, or a hub id.")
+    load_in_4bit: bool = option(False, "Load the base model in 4 bits (NF4), by bitsandbytes.")
     pairs_file: str | None = option(None, "JSON Lines with chosen, rejected and, optionally, suffix.")
     positive: str | None = option(None, "Persona word of c = +1, instead of pairs_file.")
     negative: str | None = option(None, "Persona word of c = −1.")
@@ -89,6 +90,13 @@ class SteeringArguments(TrainingArguments):
     lr_scheduler_type: str = option("cosine", "Schedule of the learning rate, in optimizer steps.")
     logging_steps: float = option(10, "Log every so many optimizer steps.")
     save_steps: float = option(60, "Write a checkpoint every so many optimizer steps.")
+    metric_for_best_model: str | None = option(
+        "range",
+        "What eval_strategy measures on held-back pairs and makes a checkpoint the best: range, plus or minus.",
+    )
+    early_stopping_patience: int | None = option(
+        None, "End after so many evaluations without a better one; needs eval_strategy."
+    )
     save_total_limit: int | None = option(2, "Checkpoints to keep.")
     dataloader_drop_last: bool = option(True, "Drop the last partial batch: micro-batches must be equally large.")
     ddp_find_unused_parameters: bool | None = option(False, "Every parameter has a gradient at every step.")
@@ -112,6 +120,8 @@ class SteeringArguments(TrainingArguments):
             raise ValueError(f"give both positive and negative; got {self.positive!r} and {self.negative!r}")
         if (self.pairs_file is None) == (self.positive is None):
             raise ValueError("give either pairs_file, or positive and negative")
+        if self.early_stopping_patience is not None and self.eval_strategy == "no":
+            raise ValueError("early_stopping_patience needs evaluations: set eval_strategy and eval_steps")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must stay false: the trainer's examples are no model inputs")
 
@@ -131,23 +141,28 @@ def layer_request(given: object) -> list[int] | str:
 
 
 def parse_arguments(argv: Sequence[str], default_config: Path | None) -> SteeringArguments:
-    """Arguments from `--config FILE.yaml` (or `default_config`, if any), overridden by the rest of the command line.
+    """Arguments from `--config FILE.yaml …` (or `default_config`, if any), overridden by the rest of the command line.
+
+    Of several files, later ones override earlier ones.
 
     Raises:
         ValueError: an unknown key, with the nearest valid one.
         FileNotFoundError: there is no such configuration file.
     """
     before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    before.add_argument("--config", type=Path, default=default_config)
+    before.add_argument("--config", type=Path, nargs="+", default=[] if default_config is None else [default_config])
     known, rest = before.parse_known_args(list(argv))
     names = [f.name for f in fields(SteeringArguments) if f.init]
-    given = {} if known.config is None else yaml.safe_load(known.config.read_text(encoding="utf-8")) or {}
-    if not isinstance(given, dict):
-        raise ValueError(f"{known.config}: expected keys and values, got a {type(given).__name__}")
-    refuse_unknown(given, names, str(known.config))
+    given: dict[str, Any] = {}
+    for path in known.config:
+        keys = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        if not isinstance(keys, dict):
+            raise ValueError(f"{path}: expected keys and values, got a {type(keys).__name__}")
+        refuse_unknown(keys, names, str(path))
+        given |= keys
 
     parser = HfArgumentParser(SteeringArguments, allow_abbrev=False)
-    parser.add_argument("--config", help="YAML file with any of these keys")  # for --help; taken off above
+    parser.add_argument("--config", nargs="+", help="YAML files with any of these keys")  # for --help; taken off above
     parser.set_defaults(**given)
     arguments, _, unknown = parser.parse_args_into_dataclasses(
         rest, return_remaining_strings=True, look_for_args_file=False

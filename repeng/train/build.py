@@ -1,13 +1,24 @@
 """From arguments to what the trainer needs: model, data, adapter. Every check comes before any expensive work."""
 
+import importlib.util
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast, broadcast_object_list
 from peft import PeftModel, TaskType, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 
 from repeng.data import PLACEHOLDER, ContrastPair, encode, load_pairs, load_texts, make_pairs, pad_rows, require_sound
 from repeng.questions import Question, choice_id, choice_ids, load_questions
@@ -16,9 +27,11 @@ from repeng.train.arguments import SteeringArguments
 from repeng.train.bases import pair_differences
 from repeng.train.sharding import check_parallelism
 from repeng.tuner import SvdSteeringConfig
+from repeng.tuner.config import PREFIX
 from repeng.tuner.targets import max_rank, resolve, select_layers
 
 MAX_PAIRS = 1024
+MAX_VALIDATION = 32  # pairs and texts: an evaluation takes a small share of the time between two
 DEFAULT_RANK = 64
 NEUTRAL_TRAIN, NEUTRAL_TEST = 256, 64
 HELD_OUT_SHARE = 0.1
@@ -48,7 +61,7 @@ class Run:
     """Everything that training and evaluation need.
 
     `personas` are the openings of the prompt baseline, + and −; `accepts` says of a generated sentence whether it
-    belongs to the language, where that is known; `examples` are for the trainer.
+    belongs to the language, where that is known; `examples`, `validation` and `validation_texts` are for the trainer.
     """
 
     model: PreTrainedModel | PeftModel
@@ -59,6 +72,8 @@ class Run:
     personas: tuple[str, str] | None
     accepts: Callable[[str], bool] | None = None
     examples: list[dict] = field(default_factory=list)
+    validation: list[Question] | None = None
+    validation_texts: list[str] = field(default_factory=list)
 
 
 def build(args: SteeringArguments, task: Data | None = None, *, training: bool = True) -> Run:
@@ -78,7 +93,7 @@ def build(args: SteeringArguments, task: Data | None = None, *, training: bool =
     path = task.path if task else args.model_name_or_path
     tokenizer = AutoTokenizer.from_pretrained(path)
     pairs = training_pairs(args, tokenizer, task)
-    model = AutoModelForCausalLM.from_pretrained(path)
+    model = load_base(args, path)
     if training:
         resolve_defaults(args, model)
         site_module(model, args.loss_layer, args.loss_site)
@@ -89,8 +104,7 @@ def build(args: SteeringArguments, task: Data | None = None, *, training: bool =
     elif own_questions:
         questions = task.questions
     else:
-        n_held_out = max(1, round(HELD_OUT_SHARE * len(pairs)))
-        pairs, held_out = pairs[n_held_out:], pairs[:n_held_out]
+        pairs, held_out = hold_out(pairs)
         questions = questions_from_pairs(model, tokenizer, held_out)
     for question in questions:
         choice_ids(tokenizer, question)  # raises now what the evaluation would drop after the training
@@ -99,8 +113,44 @@ def build(args: SteeringArguments, task: Data | None = None, *, training: bool =
         model, tokenizer, pairs, unseen, questions, personas(args, task), task.accepts if own_questions else None
     )
     if training:
+        if args.eval_strategy != "no":
+            run.pairs, held_back = hold_out(pairs, MAX_VALIDATION)
+            run.validation = questions_from_pairs(model, tokenizer, held_back)
+            run.validation_texts = list(neutral[:MAX_VALIDATION])
         add_adapter(args, run, neutral)
+        agree(run)
     return run
+
+
+def load_base(args: SteeringArguments, path: str) -> PreTrainedModel:
+    """The base model on the device of this process, in its own precision or in 4 bits.
+
+    Raises:
+        ValueError: 4 bits without bitsandbytes.
+    """
+    options: dict[str, Any] = {}
+    if args.device.type != "cpu":
+        options["device_map"] = {"": args.device}  # else it would pass through main memory, once for each process
+    if args.load_in_4bit:
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ValueError("load_in_4bit needs bitsandbytes: pip install 'repeng[bnb]'")
+        compute = torch.bfloat16 if args.bf16 else torch.float32
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute,
+        )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(path, **options)
+    for module in model.modules():
+        # bitsandbytes would repack weights on some CPUs in the first evaluation, for a kernel without gradients.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def hold_out(pairs: list[ContrastPair], most: int = MAX_PAIRS) -> tuple[list[ContrastPair], list[ContrastPair]]:
+    """The pairs without a share of them, and that share, at least one pair and at most `most`."""
+    n = min(most, max(1, round(HELD_OUT_SHARE * len(pairs))))
+    return pairs[n:], pairs[:n]
 
 
 def add_adapter(args: SteeringArguments, run: Run, neutral: Sequence[str]) -> None:
@@ -116,6 +166,18 @@ def add_adapter(args: SteeringArguments, run: Run, neutral: Sequence[str]) -> No
         run.model.base_model.select_directions(
             pair_differences(run.model, run.tokenizer, run.examples, args.last_n_tokens)
         )
+
+
+def agree(run: Run) -> None:
+    """Give all processes the first one's data and bases: sampled texts and SVDs may differ in the last digit."""
+    if PartialState().num_processes == 1:
+        return
+    names = ("pairs", "neutral_texts", "questions", "examples", "validation", "validation_texts")
+    for name, value in zip(names, broadcast_object_list([getattr(run, name) for name in names]), strict=True):
+        setattr(run, name, value)
+    for name, buffer in run.model.named_buffers():
+        if f".{PREFIX}" in name:
+            buffer.copy_(broadcast(buffer.contiguous()))
 
 
 def check_files(args: SteeringArguments) -> None:

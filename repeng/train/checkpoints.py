@@ -19,8 +19,10 @@ class CheckpointError(OSError):
     """A checkpoint could not be written; those before it are whole."""
 
 
-def publish(staging: Path, folder: Path, args: TrainingArguments) -> None:
+def publish(staging: Path, folder: Path, args: TrainingArguments, best: str | None = None) -> None:
     """Move the one checkpoint in `staging`, after reading it back, to its place in `folder`; then delete old ones.
+
+    As many as `save_total_limit` says stay, among them the newest and the `best`.
 
     Raises:
         OSError: a tensor file was not written whole.
@@ -33,7 +35,7 @@ def publish(staging: Path, folder: Path, args: TrainingArguments) -> None:
         shutil.rmtree(place)
     os.replace(written, place)
     shutil.rmtree(staging, ignore_errors=True)
-    rotate_checkpoints(output_dir=str(folder), save_total_limit=args.save_total_limit, use_mtime=True)
+    rotate_checkpoints(str(folder), args.save_total_limit, best_model_checkpoint=best, use_mtime=True)
 
 
 def check_whole(path: Path) -> None:

@@ -72,7 +72,8 @@ def cached_reference(
 ) -> ReferenceExamples:
     """The examples with what `compute` finds on them, from files in `folder` if they fit, else computed and written.
 
-    Every process computes its share; a file of another model, tokenizer, data, precision or setting has another name.
+    Every process computes its share; a file of another model, tokenizer, data, precision or setting has another name,
+    and is deleted.
 
     Args:
         examples: training examples.
@@ -89,6 +90,9 @@ def cached_reference(
     if not readable(paths[rank]):
         write_part(compute(examples[rank::world]), paths[rank])
     accelerator.wait_for_everyone()
+    if rank == 0:
+        for stale in set(Path(folder).glob("reference-*-of-*.safetensors")) - set(paths):
+            stale.unlink()
     return ReferenceExamples(examples, paths)
 
 

@@ -10,16 +10,16 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from repeng.train.arguments import SteeringArguments
 from repeng.tuner.config import PREFIX
 from repeng.tuner.model import check_keys
 
 WHOLE = "the bases of the adapter and the reference are computed from the whole base weights on every process"
 
 
-def check_parallelism(args: TrainingArguments) -> None:
+def check_parallelism(args: SteeringArguments) -> None:
     """Raise ValueError for ways of splitting a model that this training cannot follow."""
     if is_deepspeed_zero3_enabled():
         raise ValueError(f"DeepSpeed ZeRO-3 loads the model in pieces, and {WHOLE}: use ZeRO-2, or FSDP2")
@@ -34,6 +34,11 @@ def check_parallelism(args: TrainingArguments) -> None:
     if plugin.cpu_ram_efficient_loading:
         raise ValueError(
             f"fsdp_cpu_ram_efficient_loading loads the model on one process only, and {WHOLE}: set it to false"
+        )
+    if args.load_in_4bit:
+        raise ValueError(
+            "FSDP does not shard 4-bit weights, so that nothing would be saved: use configs/accelerate/ddp.yaml for "
+            "load_in_4bit on several GPUs"
         )
 
 

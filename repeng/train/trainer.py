@@ -4,19 +4,26 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from einops import rearrange, repeat
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 
+from repeng.activations import evaluation
 from repeng.control import steer
 from repeng.data import PairCollator, label_mask, last_tokens
-from repeng.logprob import has_plain_head, head_logp, read_vocabulary, vocabulary_chunk
+from repeng.eval import evaluate
+from repeng.eval_report import ARMS
+from repeng.logprob import has_plain_head, head_logp, kl_divergence, read_vocabulary, vocabulary_chunk
+from repeng.questions import Question
 from repeng.sites import capture, decoder_layers, site_module
 from repeng.train.arguments import SteeringArguments
 from repeng.train.checkpoints import STAGING, CheckpointError, StopOnSignal, newest, publish
@@ -24,6 +31,9 @@ from repeng.train.inner_contrastive_loss import InnerContrastiveLoss, inner_cont
 from repeng.train.reference import add_reference, gap, gather_tokens, preference_direction
 from repeng.train.reference_cache import cached_reference
 from repeng.train.sharding import adapter_state, load_adapter_state, local
+
+EVAL_COEFFICIENTS = tuple(sign * step / 2 for sign in (-1, 1) for step in range(1, 5))
+START_KL = 1e-4  # nats; nothing but the order of additions may differ
 
 
 class NonFiniteError(FloatingPointError):
@@ -37,6 +47,8 @@ class SteeringTrainer(Trainer):
         model: the PEFT model.
         args: the arguments; `loss_layer` must be resolved.
         train_dataset: dicts with `chosen_ids`, `rejected_ids`, `neutral_ids`.
+        eval_dataset: questions on which the range is measured as `eval_strategy` says; see `evaluate`.
+        neutral_texts: texts that the evaluation's budget is measured on.
         processing_class: the tokenizer.
         loss_func: the loss, with the signature of `inner_contrastive_loss`.
         dial: sets the coefficient of `model`, one number or one for each row; another PEFT method brings its own.
@@ -49,6 +61,8 @@ class SteeringTrainer(Trainer):
         train_dataset: Sequence[dict],
         processing_class: PreTrainedTokenizerBase,
         *,
+        eval_dataset: Sequence[Question] | None = None,
+        neutral_texts: Sequence[str] = (),
         loss_func: Callable[..., InnerContrastiveLoss] = inner_contrastive_loss,
         dial: Callable[[nn.Module, float | Tensor], AbstractContextManager[None]] = steer,
         callbacks: list[TrainerCallback] | None = None,
@@ -57,10 +71,15 @@ class SteeringTrainer(Trainer):
         self._last_inputs: dict[str, Tensor] | None = None
         self._staging: Path | None = None  # where a checkpoint is written before it is moved to its place
         self.stop = StopOnSignal()
+        callbacks = [*(callbacks or []), FiniteGradients(), self.stop]
+        if args.early_stopping_patience is not None:
+            callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
         super().__init__(
-            model=model, args=args, train_dataset=train_dataset, data_collator=PairCollator(processing_class),
-            processing_class=processing_class, callbacks=[*(callbacks or []), FiniteGradients(), self.stop],
+            model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
+            data_collator=PairCollator(processing_class), processing_class=processing_class, callbacks=callbacks,
         )  # fmt: skip
+        self.neutral_texts, self.start_kl = neutral_texts, None
+        switch_off_dropout(model)
         # On the device and in the precision of training: the reference must be what the policy is at c = 0.
         place = {"site": args.loss_site, "layer": args.loss_layer, "last_n": args.last_n_tokens}
         size = args.per_device_train_batch_size
@@ -84,9 +103,71 @@ class SteeringTrainer(Trainer):
         base = self.accelerator.unwrap_model(model)
         # A hook inside a checkpointed layer would capture hidden states without a graph, or recomputed ones.
         decoder_layers(base)[self.args.loss_layer].gradient_checkpointing = False
+        if self.state.global_step == 0 and self.start_kl is None:
+            self.report_start(model, self._prepare_inputs(inputs))
         # Held until after backward: checkpointing recomputes the forward there, at whatever coefficient is set.
         with self.both_sides(base, inputs):
             return super().training_step(model, inputs, num_items_in_batch)
+
+    @torch.no_grad()
+    def report_start(self, model: nn.Module, inputs: dict[str, Tensor]) -> None:
+        """Log `start_kl`, in nats: KL(base ‖ policy at c = 0) over the vocabulary, the largest of a batch's tokens.
+
+        The base in evaluation mode with its adapters off, the policy as it trains.
+
+        Raises:
+            ValueError: it is not 0.
+        """
+        base = self.accelerator.unwrap_model(model)
+        batch = {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids")}
+        real = batch["attention_mask"].bool()
+        options = {"plain": self.plain_head, "forward": model}
+
+        def largest_kl(states: Tensor, head: Callable[[Tensor], Tensor]) -> list[Tensor]:
+            found = [
+                kl_divergence(head(p).float(), head(q).float()).max()
+                for p, q in zip(reference.split(self.chunk), states[real].split(self.chunk), strict=True)
+            ]
+            return [torch.stack(found).max()]
+
+        with self.compute_loss_context_manager():
+            with evaluation(base), base.disable_adapter():
+                (reference,) = read_vocabulary(base, batch, lambda states, _: [states[real].float()], **options)
+            model.train()
+            with self.dial(base, 0.0):
+                (kl,) = read_vocabulary(base, batch, largest_kl, **options)
+        self.start_kl = self.accelerator.gather(kl.reshape(1)).max().item()
+        self.log({"start_kl": self.start_kl})
+        if not self.start_kl <= START_KL:
+            raise ValueError(
+                f"at c = 0 the policy is {self.start_kl:.3g} nats away from the base model, which is to be 0: "
+                "something besides the coefficient acts in training (dropout, another adapter, modules_to_save)"
+            )
+
+    def evaluate(
+        self,
+        eval_dataset: Sequence[Question] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Range inside the budget, and the gain of each arm, in nats, on questions; all processes get the first one's.
+
+        Args:
+            eval_dataset: questions; by default those that the trainer was given.
+            ignore_keys: not used.
+            metric_key_prefix: begins the names: `eval_range`, `eval_plus`, `eval_minus`.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        with self.compute_loss_context_manager():
+            report = evaluate(
+                model, self.processing_class, eval_dataset or self.eval_dataset, partial(self.dial, model),
+                EVAL_COEFFICIENTS, neutral_texts=self.neutral_texts,
+            )  # fmt: skip
+        gains = {"range": report.range, **{arm: report.arm(sign)[0] for arm, sign in ARMS}}
+        (metrics,) = broadcast_object_list([{f"{metric_key_prefix}_{name}": gain for name, gain in gains.items()}])
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     def both_sides(self, model: nn.Module, inputs: dict[str, Tensor]):
         """The context in which the first half of the doubled rows stands at +1 and the second at −1."""
@@ -182,8 +263,14 @@ class SteeringTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
+            best = folder / f"checkpoint-{self.state.best_global_step}"  # not where it was staged
+            staged = self._staging / f"checkpoint-{self.state.global_step}"
+            if self.state.best_global_step and (best.exists() or (self._staging / best.name).exists()):
+                self.state.best_model_checkpoint = str(best)
+            self.accelerator.wait_for_everyone()  # before the staged one moves
             if self.args.should_save:
-                publish(self._staging, folder, self.args)
+                self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+                publish(self._staging, folder, self.args, self.state.best_model_checkpoint)
             self.accelerator.wait_for_everyone()
         except (OSError, SafetensorError, RuntimeError) as error:
             raise CheckpointError(
@@ -207,11 +294,27 @@ class SteeringTrainer(Trainer):
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled:
+            load_adapter_state(self.model, self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         for name, values in self._terms.items():
             logs[name] = round(torch.stack(values).mean().item(), 5)
         self._terms.clear()
         super().log(logs, start_time)
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    """Make training mode deterministic: with dropout the policy would not be the reference even at c = 0."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 class FiniteGradients(TrainerCallback):
