@@ -8,10 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -22,12 +25,17 @@ SCRIPT = Path(__file__).parent / "processes.py"
 ROOT = SCRIPT.parent.parent
 
 
-# What `accelerate launch` sets for configs/accelerate/fsdp2.yaml.
-SHARDED = {
-    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
-}  # fmt: skip
+def launched(name, prefixes):
+    """The variables that `accelerate launch` sets for one of the configurations."""
+    config = str(ROOT / "configs" / "accelerate" / f"{name}.yaml")
+    arguments = _validate_launch_command(launch_command_parser().parse_args(["--config_file", config, "train.py"]))[0]
+    environment = (
+        prepare_deepspeed_cmd_env(arguments)[1] if arguments.use_deepspeed else prepare_multi_gpu_env(arguments)
+    )
+    return {key: value for key, value in environment.items() if key.startswith(prefixes)}
+
+
+SHARDED = launched("fsdp2", ("ACCELERATE_USE_FSDP", "FSDP_"))
 
 
 def start(folder, *argv, world=1, environment=None):
@@ -94,6 +102,14 @@ def test_a_sharded_run_saves_the_whole_adapter_and_goes_on(tmp_path, one):
     (tmp_path / "adapter_model.safetensors").unlink()
     run(tmp_path, *options, "--resume", "true", world=2, environment=SHARDED)
     assert digest(tmp_path) == before
+
+
+@pytest.mark.skipif(not find_spec("deepspeed"), reason="needs deepspeed")
+def test_zero_2_makes_the_same_adapter(tmp_path, one):
+    environment = launched("zero2", ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_CONFIG_DS", "ACCELERATE_DEEPSPEED"))
+    assert environment["ACCELERATE_USE_DEEPSPEED"] == "true"
+    options = ("--per_device_train_batch_size", 4, "--max_steps", 8)
+    assert_same(one, run(tmp_path, *options, world=2, environment=environment))
 
 
 def wait_for(folder, name, process, seconds=120):

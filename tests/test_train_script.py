@@ -45,7 +45,7 @@ def test_the_folder_is_complete(outcome):
     kinds = ("this adapter", "persona prompts", "mean difference", "random direction")
     assert all(any(name.startswith(kind) for name in report["rows"]) for kind in kinds)
     log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
-    assert {"separation", "coherence", "neutral"} <= set(log[0])
+    assert log[0]["start_kl"] == 0.0 and {"separation", "coherence", "neutral"} <= set(log[1])
     for name in ("report.png", "learning_curve.png"):
         assert (folder / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert 'id="samples"' in (folder / "report.html").read_text() and (folder / "report.csv").stat().st_size > 1000
