@@ -105,7 +105,7 @@ def lora_dial(model: nn.Module, coefficient: float | Tensor) -> Iterator[None]:
         if name.rpartition(".")[0].endswith("lora_B"):
             scale = scales[name.rpartition(".")[2]]
             scale = scale if scale.ndim == 0 else scale[:, None, None]
-            hooks.append(module.register_forward_hook(lambda _m, _a, out, s=scale: out * s.to(out.device)))
+            hooks.append(module.register_forward_hook(lambda _m, _a, out, s=scale: out * s.to(out)))
     try:
         yield
     finally:

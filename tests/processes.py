@@ -47,7 +47,7 @@ def main(folder: str, *argv: str) -> None:
     torch.set_num_threads(1)
     sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
     fixed = {
-        "output_dir": folder, "use_cpu": "true", "num_pairs": 48, "r": 8, "optim": "sgd", "learning_rate": 0.05,
+        "output_dir": folder, "use_cpu": "true", "num_pairs": 46, "r": 8, "optim": "sgd", "learning_rate": 0.05,
         "lr_scheduler_type": "constant", "warmup_steps": 0, "logging_steps": 1, "save_strategy": "no", "max_steps": 4,
         "disable_tqdm": "true",
     }  # fmt: skip

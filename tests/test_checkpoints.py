@@ -12,7 +12,8 @@ from test_trainer import arguments, trainer_for
 
 from repeng import tiny
 from repeng.train.build import build
-from repeng.train.checkpoints import STAGING, CheckpointError, check_whole, newest
+from repeng.train.checkpoints import STAGING, CheckpointError, check_saved, check_whole, newest
+from repeng.train.sharding import adapter_state
 from repeng.train.trainer import SteeringTrainer
 
 
@@ -123,3 +124,27 @@ def test_the_range_is_measured_on_pairs_that_are_held_back(tmp_path):
     trainer.train()
     (row,) = [row for row in trainer.state.log_history if "eval_range" in row]
     assert row["eval_range"] == pytest.approx(row["eval_plus"] + row["eval_minus"]) and row["eval_range"] > 0
+
+
+def test_what_was_saved_is_compared_with_the_adapter(tmp_path):
+    trainer = trainer_for(arguments(tmp_path))
+    model, state = trainer.model, adapter_state(trainer.model)
+    model.save_pretrained(tmp_path)
+    check_saved(model, tmp_path, state)
+    key = next(key for key in state if "lambda" in key)
+    with pytest.raises(OSError, match="differs from the adapter"):
+        check_saved(model, tmp_path, {**state, key: state[key] + 1})
+    with pytest.raises(OSError, match="differs from the adapter"):
+        check_saved(model, tmp_path, {name: tensor for name, tensor in state.items() if name != key})
+
+
+@pytest.mark.parametrize("keys", [{"gradient_accumulation_steps": 2}, {"per_device_train_batch_size": 9}])
+def test_pairs_must_fill_an_optimizer_step(tmp_path, keys):
+    args = arguments(tmp_path, num_pairs=8, **keys)
+    with pytest.raises(ValueError, match=f"8 training pairs do not fill one optimizer step of {args.pairs_a_step}"):
+        build(args, tiny.task(args))
+
+
+def test_partial_batches_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="dataloader_drop_last must stay true"):
+        arguments(tmp_path, dataloader_drop_last="false")

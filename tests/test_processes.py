@@ -28,10 +28,13 @@ ROOT = SCRIPT.parent.parent
 def launched(name, prefixes):
     """The variables that `accelerate launch` sets for one of the configurations."""
     config = str(ROOT / "configs" / "accelerate" / f"{name}.yaml")
-    arguments = _validate_launch_command(launch_command_parser().parse_args(["--config_file", config, "train.py"]))[0]
-    environment = (
-        prepare_deepspeed_cmd_env(arguments)[1] if arguments.use_deepspeed else prepare_multi_gpu_env(arguments)
-    )
+    parsed = launch_command_parser().parse_args(["--config_file", config, "train.py"])
+    arguments, defaults, _ = _validate_launch_command(parsed)
+    if arguments.use_deepspeed:
+        arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        environment = prepare_deepspeed_cmd_env(arguments)[1]
+    else:
+        environment = prepare_multi_gpu_env(arguments)
     return {key: value for key, value in environment.items() if key.startswith(prefixes)}
 
 

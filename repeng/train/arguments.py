@@ -98,7 +98,7 @@ class SteeringArguments(TrainingArguments):
         None, "End after so many evaluations without a better one; needs eval_strategy."
     )
     save_total_limit: int | None = option(2, "Checkpoints to keep.")
-    dataloader_drop_last: bool = option(True, "Drop the last partial batch: micro-batches must be equally large.")
+    dataloader_drop_last: bool = option(True, "Must stay true: all batches are equally large.")
     ddp_find_unused_parameters: bool | None = option(False, "Every parameter has a gradient at every step.")
     remove_unused_columns: bool = option(False, "Must stay false: examples are no model inputs.")
 
@@ -122,8 +122,18 @@ class SteeringArguments(TrainingArguments):
             raise ValueError("give either pairs_file, or positive and negative")
         if self.early_stopping_patience is not None and self.eval_strategy == "no":
             raise ValueError("early_stopping_patience needs evaluations: set eval_strategy and eval_steps")
+        if not self.dataloader_drop_last:
+            raise ValueError(
+                "dataloader_drop_last must stay true: a smaller batch would weigh its pairs more, and several "
+                "processes would fill it with pairs that they have already seen"
+            )
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must stay false: the trainer's examples are no model inputs")
+
+    @property
+    def pairs_a_step(self) -> int:
+        """Pairs that one optimizer step sees, in all processes."""
+        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
 
 
 def layer_request(given: object) -> list[int] | str:

@@ -155,10 +155,11 @@ def hold_out(pairs: list[ContrastPair], most: int = MAX_PAIRS) -> tuple[list[Con
 
 def add_adapter(args: SteeringArguments, run: Run, neutral: Sequence[str]) -> None:
     """Put a fresh adapter around the run's model and make its training examples."""
-    if len(run.pairs) < args.per_device_train_batch_size:
+    if len(run.pairs) < args.pairs_a_step:
         raise ValueError(
-            f"{len(run.pairs)} training pairs do not fill one batch of per_device_train_batch_size="
-            f"{args.per_device_train_batch_size}; give more pairs or a smaller batch"
+            f"{len(run.pairs)} training pairs do not fill one optimizer step of {args.pairs_a_step} "
+            f"(per_device_train_batch_size={args.per_device_train_batch_size}, gradient_accumulation_steps="
+            f"{args.gradient_accumulation_steps}, {args.world_size} processes); give more pairs or a smaller batch"
         )
     run.model = get_peft_model(run.model, adapter_config(args))
     run.examples = tokenize_examples(run.tokenizer, run.pairs, neutral, args.seed)

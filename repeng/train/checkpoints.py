@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
@@ -36,6 +38,19 @@ def publish(staging: Path, folder: Path, args: TrainingArguments, best: str | No
     os.replace(written, place)
     shutil.rmtree(staging, ignore_errors=True)
     rotate_checkpoints(str(folder), args.save_total_limit, best_model_checkpoint=best, use_mtime=True)
+
+
+def check_saved(model: PeftModel, folder: str | Path, state: dict[str, Tensor]) -> None:
+    """Raise OSError unless the file of an adapter in `folder` holds exactly `state`, from `adapter_state`."""
+    path = Path(folder) / "adapter_model.safetensors"
+    check_whole(path)
+    expected = get_peft_model_state_dict(model, state_dict=state)
+    with safe_open(path, framework="pt") as file:
+        keys = set(file.keys())
+        wrong = keys ^ expected.keys()
+        wrong |= {key for key in keys & expected.keys() if not torch.equal(file.get_tensor(key), expected[key].cpu())}
+    if wrong:
+        raise OSError(f"{path} was not written whole: {min(wrong)} differs from the adapter")
 
 
 def check_whole(path: Path) -> None:

@@ -10,10 +10,8 @@ from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 
-import torch
 import yaml
 from peft import PeftModel
-from safetensors import safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments
@@ -30,6 +28,8 @@ from repeng.report.tables import ratio, write_csv
 from repeng.sites import RESIDUAL, decoder_layers
 from repeng.train.arguments import SteeringArguments
 from repeng.train.build import Run
+from repeng.train.checkpoints import check_saved
+from repeng.train.sharding import adapter_state
 from repeng.vector import SteeringVector
 
 ADAPTER_COEFFICIENTS = tuple(sign * step / 4 for sign in (-1, 1) for step in range(1, 9))
@@ -46,21 +46,17 @@ def save_adapter(model: PeftModel, folder: str | Path, state: dict[str, Tensor] 
     Args:
         model: the PEFT model.
         folder: where to.
-        state: the adapter's tensors, gathered by `adapter_state`, if the model is sharded.
+        state: what `adapter_state` gave, which all processes of a sharded model must have called.
 
     Raises:
         OSError: the folder cannot be written, or what was written differs from the adapter.
     """
     folder = Path(folder)
+    state = adapter_state(model) if state is None else state
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
         model.save_pretrained(temporary, state_dict=state)
-        written = Path(temporary) / "adapter_model.safetensors"
-        state = {key.removesuffix(".default"): tensor for key, tensor in (state or model.state_dict()).items()}
-        with safe_open(written, framework="pt") as file:
-            for key in file.keys():
-                if not torch.equal(file.get_tensor(key), state[key].cpu()):
-                    raise OSError(f"{written} was not written whole: {key} differs from the adapter")
+        check_saved(model, temporary, state)
         for name in ("adapter_model.safetensors", "adapter_config.json"):
             os.replace(Path(temporary) / name, folder / name)
 

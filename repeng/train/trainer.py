@@ -14,6 +14,7 @@ from einops import rearrange, repeat
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.data import RandomSampler
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -26,7 +27,7 @@ from repeng.logprob import has_plain_head, head_logp, kl_divergence, read_vocabu
 from repeng.questions import Question
 from repeng.sites import capture, decoder_layers, site_module
 from repeng.train.arguments import SteeringArguments
-from repeng.train.checkpoints import STAGING, CheckpointError, StopOnSignal, newest, publish
+from repeng.train.checkpoints import STAGING, CheckpointError, StopOnSignal, check_saved, newest, publish
 from repeng.train.inner_contrastive_loss import InnerContrastiveLoss, inner_contrastive_loss
 from repeng.train.reference import add_reference, gap, gather_tokens, preference_direction
 from repeng.train.reference_cache import cached_reference
@@ -99,6 +100,15 @@ class SteeringTrainer(Trainer):
         if args.gradient_checkpointing:
             model.enable_input_require_grads()
 
+    def _get_train_sampler(self, train_dataset: Sequence[dict] | None = None) -> torch.utils.data.Sampler | None:
+        """Whole optimizer steps an epoch: the pairs left over, others each time, would be a step of its own size."""
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, RandomSampler):
+            step = self.args.pairs_a_step
+            n = len(sampler.data_source) // step * step
+            return RandomSampler(sampler.data_source, generator=sampler.generator, num_samples=n)
+        return sampler
+
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
         base = self.accelerator.unwrap_model(model)
         # A hook inside a checkpointed layer would capture hidden states without a graph, or recomputed ones.
@@ -131,7 +141,8 @@ class SteeringTrainer(Trainer):
             return [torch.stack(found).max()]
 
         with self.compute_loss_context_manager():
-            with evaluation(base), base.disable_adapter():
+            bare = base.disable_adapter() if isinstance(base, PeftModel) else self.dial(base, 0.0)
+            with evaluation(base), bare:
                 (reference,) = read_vocabulary(base, batch, lambda states, _: [states[real].float()], **options)
             model.train()
             with self.dial(base, 0.0):
@@ -262,6 +273,8 @@ class SteeringTrainer(Trainer):
                 shutil.rmtree(self._staging, ignore_errors=True)  # what a killed run left
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
+            base = self.accelerator.unwrap_model(model)
+            state = adapter_state(base)
             self.accelerator.wait_for_everyone()
             best = folder / f"checkpoint-{self.state.best_global_step}"  # not where it was staged
             staged = self._staging / f"checkpoint-{self.state.global_step}"
@@ -270,6 +283,7 @@ class SteeringTrainer(Trainer):
             self.accelerator.wait_for_everyone()  # before the staged one moves
             if self.args.should_save:
                 self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+                check_saved(base, staged, state)
                 publish(self._staging, folder, self.args, self.state.best_model_checkpoint)
             self.accelerator.wait_for_everyone()
         except (OSError, SafetensorError, RuntimeError) as error:
