@@ -15,10 +15,10 @@ from torch import Tensor
 
 from benchmarks.training import train
 from repeng import EvalReport, evaluate, steer
+from repeng.eval import ADAPTER_COEFFICIENTS
 from repeng.train.arguments import SteeringArguments
 from repeng.train.bases import pair_differences
 from repeng.train.build import Run
-from repeng.train.report import ADAPTER_COEFFICIENTS
 from repeng.tuner.base import dense_weight
 
 Bases = tuple[Tensor, Tensor, Tensor]

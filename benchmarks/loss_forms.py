@@ -17,6 +17,7 @@ from torch import Tensor
 
 from benchmarks.training import train
 from repeng import EvalReport, evaluate, steer
+from repeng.eval import ADAPTER_COEFFICIENTS
 from repeng.train.inner_contrastive_loss import (
     InnerContrastiveLoss,
     inner_contrastive_loss,
@@ -24,7 +25,6 @@ from repeng.train.inner_contrastive_loss import (
     violation,
     where,
 )
-from repeng.train.report import ADAPTER_COEFFICIENTS
 
 
 def position(hs: Tensor, mask: Tensor, direction: Tensor, scale: Tensor) -> Tensor:

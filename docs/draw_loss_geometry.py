@@ -8,11 +8,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from repeng import evaluate, steer, tiny
+from repeng.eval import ADAPTER_COEFFICIENTS
 from repeng.report.figures import shade_outside
 from repeng.train.arguments import SteeringArguments, parse_arguments
 from repeng.train.build import build
 from repeng.train.inner_contrastive_loss import inner_contrastive_loss
-from repeng.train.report import ADAPTER_COEFFICIENTS
 from repeng.train.trainer import SteeringTrainer
 
 HERE = Path(__file__).parent

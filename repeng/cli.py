@@ -11,13 +11,12 @@ from peft import PeftModel
 from repeng import tiny
 from repeng.calibrate import KLBudget, calibrate, kl_spender, store
 from repeng.control import steer
-from repeng.eval import Dial
+from repeng.eval import ADAPTER_COEFFICIENTS, Dial
 from repeng.eval_report import ARMS
 from repeng.report.tables import print_doses, print_table
 from repeng.train.arguments import SteeringArguments, parse_arguments
 from repeng.train.build import Run, build
 from repeng.train.report import (
-    ADAPTER_COEFFICIENTS,
     VECTOR_COEFFICIENTS,
     behaviour,
     check_writable,

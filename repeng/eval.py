@@ -21,6 +21,7 @@ from repeng.questions import Question, choice_ids
 
 Rewrite = Callable[[str], str]
 Dial = Callable[[float], AbstractContextManager[Rewrite | None]]
+ADAPTER_COEFFICIENTS = tuple(sign * step / 4 for sign in (-1, 1) for step in range(1, 9))
 SAMPLED = (-1.0, 0.0, 1.0)
 NEUTRAL_REQUEST = "Write a short text."
 

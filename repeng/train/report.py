@@ -18,7 +18,7 @@ from transformers import Trainer, TrainingArguments
 
 from repeng.control import steer
 from repeng.data import ContrastPair
-from repeng.eval import Dial, evaluate, prompt_dial
+from repeng.eval import ADAPTER_COEFFICIENTS, Dial, evaluate, prompt_dial
 from repeng.eval_report import ARMS, EvalReport, bootstrap
 from repeng.extract import extract
 from repeng.questions import Question
@@ -32,7 +32,6 @@ from repeng.train.checkpoints import check_saved
 from repeng.train.sharding import adapter_state
 from repeng.vector import SteeringVector
 
-ADAPTER_COEFFICIENTS = tuple(sign * step / 4 for sign in (-1, 1) for step in range(1, 9))
 VECTOR_COEFFICIENTS = tuple(sign * size for sign in (-1, 1) for size in (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8))
 MAX_VECTOR_LAYERS = 8
 SAMPLES = 8

@@ -21,7 +21,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from repeng.activations import evaluation
 from repeng.control import steer
 from repeng.data import PairCollator, label_mask, last_tokens
-from repeng.eval import evaluate
+from repeng.eval import ADAPTER_COEFFICIENTS, evaluate
 from repeng.eval_report import ARMS
 from repeng.logprob import has_plain_head, head_logp, kl_divergence, read_vocabulary, vocabulary_chunk
 from repeng.questions import Question
@@ -33,7 +33,6 @@ from repeng.train.reference import add_reference, gap, gather_tokens, preference
 from repeng.train.reference_cache import cached_reference
 from repeng.train.sharding import adapter_state, load_adapter_state, local
 
-EVAL_COEFFICIENTS = tuple(sign * step / 2 for sign in (-1, 1) for step in range(1, 5))
 START_KL = 1e-4  # nats; nothing but the order of additions may differ
 
 
@@ -172,7 +171,7 @@ class SteeringTrainer(Trainer):
         with self.compute_loss_context_manager():
             report = evaluate(
                 model, self.processing_class, eval_dataset or self.eval_dataset, partial(self.dial, model),
-                EVAL_COEFFICIENTS, neutral_texts=self.neutral_texts,
+                ADAPTER_COEFFICIENTS, neutral_texts=self.neutral_texts,
             )  # fmt: skip
         gains = {"range": report.range, **{arm: report.arm(sign)[0] for arm, sign in ARMS}}
         (metrics,) = broadcast_object_list([{f"{metric_key_prefix}_{name}": gain for name, gain in gains.items()}])
