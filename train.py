@@ -10,12 +10,13 @@ from pathlib import Path
 
 from repeng import tiny
 from repeng.report.tables import print_table
+from repeng.sharded import is_sharded
 from repeng.train.arguments import parse_arguments
 from repeng.train.build import build
 from repeng.train.checkpoints import CheckpointError, newest
 from repeng.train.report import ADAPTER, check_writable, compare, save_adapter, shortcomings, verdict, write_folder
-from repeng.train.sharding import adapter_state, is_sharded
-from repeng.train.trainer import NonFiniteError, SteeringTrainer
+from repeng.train.sharding import adapter_state
+from repeng.train.trainer import NonFiniteError, StartError, SteeringTrainer
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny.yaml"
 
@@ -25,16 +26,17 @@ def main(argv: list[str]) -> None:
         args = parse_arguments(argv, DEFAULT_CONFIG)
         check_writable(args.output_dir)
         run = build(args, tiny.task(args))
+        if args.process_index == 0:
+            print(run.model.base_model.describe())
+        trainer = SteeringTrainer(
+            run.model, args, run.examples, run.tokenizer, eval_dataset=run.validation,
+            neutral_texts=run.validation_texts,
+        )  # fmt: skip
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    if args.process_index == 0:
-        print(run.model.base_model.describe())
-    trainer = SteeringTrainer(
-        run.model, args, run.examples, run.tokenizer, eval_dataset=run.validation, neutral_texts=run.validation_texts
-    )
     try:
         trainer.train(resume_from_checkpoint=newest(args.output_dir) if args.resume else args.resume_from_checkpoint)
-    except (NonFiniteError, CheckpointError) as error:
+    except (NonFiniteError, CheckpointError, StartError) as error:
         sys.exit(f"error: {error}")
     if trainer.stop.received:
         sys.exit(f"stopped by SIGTERM after step {trainer.state.global_step}; continue with --resume true")

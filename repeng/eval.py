@@ -16,7 +16,7 @@ from repeng.activations import evaluation
 from repeng.data import Encoded, encode, label_mask, pad_rows
 from repeng.eval_report import Budget, EvalReport
 from repeng.generate import THINK_CLOSE, draw_samples, think
-from repeng.logprob import next_token_logp
+from repeng.logprob import has_plain_head, head_logp, read_vocabulary
 from repeng.questions import Question, choice_ids
 
 Rewrite = Callable[[str], str]
@@ -175,12 +175,16 @@ def neutral_logp(
     for start in range(0, len(texts), batch_size):
         encoded: list[Encoded] = [encode(tokenizer, prompt, text) for text in texts[start : start + batch_size]]
         batch = pad_rows([e.ids for e in encoded], tokenizer, model.device, side="left")
-        logp = next_token_logp(model(**batch, use_cache=False).logits, batch["input_ids"])
-        own = torch.tensor([len(e.suffix) - skipped for e in encoded], device=logp.device)
-        width = logp.shape[1]
         mask = label_mask(batch["attention_mask"])
-        mask &= torch.arange(width, device=logp.device) >= width - own[:, None]
-        totals.append(torch.where(mask, logp, 0.0).sum(dim=1).cpu())
+        own = torch.tensor([len(e.suffix) - skipped for e in encoded], device=mask.device)
+        mask &= torch.arange(mask.shape[1], device=mask.device) >= mask.shape[1] - own[:, None]
+        ids = batch["input_ids"][:, 1:][mask]
+        if start == 0:
+            plain = has_plain_head(model, encoded[0].ids)
+        (logp,) = read_vocabulary(
+            model, batch, lambda hs, head, m=mask, i=ids: [head_logp(hs[:, :-1][m], head, i)], plain=plain
+        )
+        totals.append(torch.stack([row.sum() for row in logp.cpu().split(mask.sum(dim=1).tolist())]))
         counts.append(mask.sum(dim=1).cpu())
     return torch.cat(totals), torch.cat(counts)
 

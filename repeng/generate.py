@@ -10,6 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from repeng.data import encode, pad_rows
 from repeng.eval_report import Sample
 from repeng.questions import Question
+from repeng.sharded import is_sharded
 
 THINK_CLOSE = "</think>"
 NGRAM = 3
@@ -62,6 +63,8 @@ def continuations(
     ends = set(ends if isinstance(ends, list) else [ends]) - {None}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
     settings = {"do_sample": seed is not None, "pad_token_id": pad, "max_new_tokens": max_new_tokens}
+    if is_sharded(model):
+        settings["synced_gpus"] = True  # a process that ends earlier would leave the others waiting
     if seed is not None:
         settings |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
     if stop is not None:

@@ -28,17 +28,18 @@ def next_token_logp(logits: Tensor, input_ids: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def head_logp(hs: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, chunk: int) -> Tensor:
+def head_logp(hs: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, chunk: int | None = None) -> Tensor:
     """Log-probability `(n)`, float32, of the `targets (n)` that `head` gives from final hidden states `hs (n d)`.
 
-    Logits exist for `chunk` tokens at a time and are computed again in backward, so that memory does not grow with the
-    number of tokens times the vocabulary.
+    Logits exist for `chunk` tokens at a time, by default as many as `CHUNK` allows, and are made again in backward, so
+    that memory does not grow with the number of tokens times the vocabulary.
     """
 
     def some(states: Tensor, ids: Tensor) -> Tensor:
         logits = head(states).float()
         return logits.gather(-1, ids[:, None]).squeeze(-1) - logits.logsumexp(dim=-1)
 
+    chunk = chunk or tokens_at_once(hs, head)
     parts = [
         checkpoint(some, states, ids, use_reentrant=False) if states.requires_grad else some(states, ids)
         for states, ids in zip(hs.split(chunk), targets.split(chunk), strict=True)
@@ -52,9 +53,10 @@ def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
     return (logp.exp() * (logp - logq)).sum(dim=-1)
 
 
-def vocabulary_chunk(model: nn.Module) -> int:
-    """How many tokens' logits `CHUNK` allows at a time."""
-    return max(1, CHUNK // model.get_output_embeddings().weight.shape[0])
+@torch.no_grad()
+def tokens_at_once(hs: Tensor, head: Callable[[Tensor], Tensor]) -> int:
+    """How many tokens' logits `CHUNK` allows at a time, for final hidden states `hs (n d)`."""
+    return max(1, CHUNK // head(hs[:1]).shape[-1])
 
 
 def read_vocabulary(
@@ -117,8 +119,18 @@ def final_states(model: nn.Module) -> Iterator[list[Tensor]]:
 @torch.no_grad()
 def has_plain_head(model: nn.Module, ids: Sequence[int]) -> bool:
     """Whether logits are what the output embeddings make of the final states, without a cap or a factor behind."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None:
+        return False
     row = torch.tensor([ids], device=next(model.parameters()).device)
-    with final_states(model) as seen:
-        logits = model(input_ids=row, use_cache=False).logits
-    found = model.get_output_embeddings()(seen[0])
+    made: list[Tensor] = []
+    hook = head.register_forward_hook(lambda _head, _args, output: made.append(output))
+    try:
+        with final_states(model) as seen:
+            logits = model(input_ids=row, use_cache=False).logits
+        if not made:
+            return False  # the model uses the weights of its head, not the module
+        found = head(seen[0])
+    finally:
+        hook.remove()
     return found.shape == logits.shape and torch.allclose(found.float(), logits.float(), rtol=1e-3, atol=1e-3)

@@ -10,15 +10,16 @@ from pathlib import Path
 
 import torch
 from accelerate import DistributedType
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 
 from repeng import steer, tiny
+from repeng.sharded import is_sharded
 from repeng.train import build as building
 from repeng.train.arguments import parse_arguments
 from repeng.train.build import build
 from repeng.train.checkpoints import newest
 from repeng.train.report import save_adapter
-from repeng.train.sharding import adapter_state, is_sharded
+from repeng.train.sharding import adapter_state
 from repeng.train.trainer import SteeringTrainer
 
 CONFIG = Path(__file__).parent.parent / "configs" / "tiny.yaml"
@@ -31,7 +32,10 @@ def shard_on_cpu() -> None:
     def init(self, *args, fsdp_plugin=None, **kwargs) -> None:
         original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None:
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            PartialState._shared_state["distributed_type"] = self.distributed_type  # as for a GPU
 
     AcceleratorState.__init__ = init
 
@@ -76,10 +80,11 @@ def main(folder: str, *argv: str) -> None:
     assert is_sharded(model) == sharded
     if trainer.is_world_process_zero():
         save_adapter(model, args.output_dir, state)
+        ranges = [row["eval_range"] for row in trainer.state.log_history if "eval_range" in row]
         losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
         seen = {
             "world_size": args.world_size, "step": trainer.state.global_step, "stopped": trainer.stop.received,
-            "losses": losses, "logits": logits[0, -1].tolist(), "ids": run.examples[0]["chosen_ids"],
+            "losses": losses, "ranges": ranges, "logits": logits[0, -1].tolist(), "ids": run.examples[0]["chosen_ids"],
         }  # fmt: skip
         (Path(folder) / "seen.json").write_text(json.dumps(seen))
 

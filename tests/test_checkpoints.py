@@ -75,11 +75,15 @@ def test_files_are_read_back(tmp_path):
         check_whole(path)
 
 
-def test_the_newest_checkpoint_is_of_the_last_step(tmp_path):
+def test_the_newest_checkpoint_is_the_one_written_last(tmp_path):
+    """Not one that an earlier run in the same folder wrote at a later step."""
     assert newest(tmp_path / "nowhere") is None and newest(tmp_path) is None
-    for step in (2, 10, 9):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    (tmp_path / STAGING / "checkpoint-99").mkdir(parents=True)
+    for time, name in enumerate(("checkpoint-120", "checkpoint-9", "checkpoint-10", f"{STAGING}/checkpoint-11")):
+        (tmp_path / name).mkdir(parents=True)
+        state = tmp_path / name / "trainer_state.json"
+        state.write_text("{}")
+        os.utime(state, (time, time))
+    (tmp_path / "checkpoint-11").mkdir()  # without a state
     assert newest(tmp_path).endswith("checkpoint-10")
 
 
@@ -115,9 +119,10 @@ def test_the_range_is_measured_on_pairs_that_are_held_back(tmp_path):
     options = {"num_pairs": 60, "eval_strategy": "steps", "eval_steps": 8, "max_steps": 8, "learning_rate": 1e-2}
     args = arguments(tmp_path, **options)
     run = build(args, tiny.task(args))
-    assert len(run.pairs) == len(run.examples) == 54 and len(run.validation) == 12
-    sides = {pair.chosen + pair.suffix for pair in run.pairs}
-    assert not any(question.prompt + question.suffix in sides for question in run.validation)
+    assert 40 < len(run.pairs) == len(run.examples) < 60 and len(run.validation) == 12
+    assert not {question.suffix for question in run.validation} & {pair.suffix for pair in run.pairs}
+    trained = {run.tokenizer.decode(example["neutral_ids"], skip_special_tokens=True) for example in run.examples}
+    assert len(run.validation_texts) == 32 and not trained & set(run.validation_texts)
     trainer = SteeringTrainer(
         run.model, args, run.examples, run.tokenizer, eval_dataset=run.validation, neutral_texts=run.validation_texts
     )
@@ -143,6 +148,11 @@ def test_pairs_must_fill_an_optimizer_step(tmp_path, keys):
     args = arguments(tmp_path, num_pairs=8, **keys)
     with pytest.raises(ValueError, match=f"8 training pairs do not fill one optimizer step of {args.pairs_a_step}"):
         build(args, tiny.task(args))
+
+
+def test_what_is_measured_must_be_named(tmp_path):
+    with pytest.raises(ValueError, match="must be one of range, plus, minus; got 'loss'"):
+        arguments(tmp_path, metric_for_best_model="loss")
 
 
 def test_partial_batches_are_refused(tmp_path):

@@ -88,23 +88,38 @@ def test_two_processes_make_the_same_adapter_as_one(tmp_path, one):
     assert_same(one, four)
 
 
-def test_a_sharded_run_saves_the_whole_adapter_and_goes_on(tmp_path, one):
-    """FSDP2: the same adapter as one process makes, which loads there with equal logits; resumed, the same bytes."""
-    options = ("--per_device_train_batch_size", 4, "--max_steps", 8, "--save_strategy", "steps", "--save_steps", 4)
+def test_a_sharded_run_saves_the_whole_adapter(tmp_path, one):
+    """FSDP2: the same adapter as one process makes, which loads there with equal logits."""
+    options = ("--per_device_train_batch_size", 4, "--max_steps", 8, "--gradient_checkpointing", "true")
     assert_same(one, run(tmp_path, *options, world=2, environment=SHARDED))
     seen = json.loads((tmp_path / "seen.json").read_text())
     model = PeftModel.from_pretrained(tiny.load()[0], tmp_path).eval()
     with torch.no_grad(), steer(model, 0.5):
         logits = model(torch.tensor([seen["ids"]])).logits[0, -1]
     assert torch.allclose(logits, torch.tensor(seen["logits"]), atol=1e-4)
-    for name in ("checkpoint-4", "checkpoint-8"):
-        assert load_file(tmp_path / name / "adapter_model.safetensors").keys() == one.keys()
 
-    before = digest(tmp_path)
+
+REAL = ("--optim", "adamw_torch", "--lr_scheduler_type", "cosine", "--learning_rate", "1e-3")
+
+
+def test_a_sharded_run_goes_on_to_the_same_bytes(tmp_path, one):
+    """As recipes do it: bf16, with checkpointing, AdamW and cosine; the best checkpoint of two is loaded."""
+    options = (
+        *REAL, "--per_device_train_batch_size", 4, "--max_steps", 8, "--save_strategy", "steps", "--save_steps", 4,
+        "--bf16", "true", "--gradient_checkpointing", "true", "--eval_strategy", "steps", "--eval_steps", 4,
+        "--load_best_model_at_end", "true",
+    )  # fmt: skip
+    run(tmp_path, *options, world=2, environment=SHARDED)
+    before, seen = digest(tmp_path), json.loads((tmp_path / "seen.json").read_text())
+    assert len(seen["ranges"]) == 2
+    for name in ("checkpoint-4", "checkpoint-8"):
+        saved = load_file(tmp_path / name / "adapter_model.safetensors")
+        assert saved.keys() == one.keys() and {tensor.dtype for tensor in saved.values()} == {torch.float32}
     shutil.rmtree(tmp_path / "checkpoint-8")
     (tmp_path / "adapter_model.safetensors").unlink()
     run(tmp_path, *options, "--resume", "true", world=2, environment=SHARDED)
     assert digest(tmp_path) == before
+    assert json.loads((tmp_path / "seen.json").read_text())["ranges"] == seen["ranges"]
 
 
 @pytest.mark.skipif(not find_spec("deepspeed"), reason="needs deepspeed")
@@ -122,7 +137,7 @@ def wait_for(folder, name, process, seconds=120):
         time.sleep(0.05)
 
 
-STEPS = ("--max_steps", 30, "--save_strategy", "steps", "--save_steps", 3, "--per_device_train_batch_size", 8)
+STEPS = (*REAL, "--max_steps", 30, "--save_strategy", "steps", "--save_steps", 3, "--per_device_train_batch_size", 8)
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path):
@@ -139,7 +154,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path):
 
 
 def test_sigterm_writes_a_checkpoint_and_ends(tmp_path):
-    process = start(tmp_path, *STEPS[:2], "--save_strategy", "steps", "--save_steps", 3, *STEPS[6:])
+    process = start(tmp_path, *STEPS)
     wait_for(tmp_path, "checkpoint-3", process)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)

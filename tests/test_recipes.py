@@ -66,7 +66,7 @@ def tiny_of(name, tokenizer):
         model = tiny_models.build(CLASSES[name])
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = tokenizer.eos_token_id, 0
-    return model
+    return model.bfloat16()  # as the published weights are
 
 
 def test_there_is_a_class_for_every_recipe():
@@ -138,7 +138,7 @@ def test_one_step_of_the_recipe(name, chat_tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(building, "NEUTRAL_TEST", 2)
     small = {
         "output_dir": tmp_path, "num_pairs": 20, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2,
-        "max_steps": 1, "bf16": "false", "use_cpu": "true", "save_strategy": "no", "disable_tqdm": "true", "r": 8,
+        "max_steps": 1, "use_cpu": "true", "save_strategy": "no", "disable_tqdm": "true", "r": 8,
         "warmup_steps": 0,
     }  # fmt: skip
     argv = [word for key, value in small.items() for word in (f"--{key}", str(value))]

@@ -16,7 +16,7 @@ from repeng.train.arguments import parse_arguments
 from repeng.train.build import build
 from repeng.train.inner_contrastive_loss import inner_contrastive_loss
 from repeng.train.reference import preference_direction
-from repeng.train.trainer import NonFiniteError, SteeringTrainer
+from repeng.train.trainer import NonFiniteError, StartError, SteeringTrainer
 
 CONFIG = Path(__file__).parent.parent / "configs" / "tiny.yaml"
 
@@ -290,6 +290,19 @@ def test_training_starts_at_the_base_model_exactly(tmp_path, plain):
 
 
 def test_a_start_away_from_the_base_model_is_refused(tmp_path):
-    trainer = trainer_for(arguments(tmp_path), dial=lambda model, c: steer(model, c if torch.is_tensor(c) else 0.3))
-    with pytest.raises(ValueError, match=r"at c = 0 the policy is .* nats away"):
+    trainer = trainer_for(arguments(tmp_path), dial=lambda model, c: steer(model, c if torch.is_tensor(c) else 1.0))
+    with pytest.raises(StartError, match=r"at c = 0 the policy is .* nats away"):
         trainer.train()
+
+
+def test_the_reference_is_computed_in_the_precision_of_training(tmp_path):
+    """On a float32 base under bf16 autocast: what the policy, as it trains, says at c = 0 on the same texts."""
+    trainer = trainer_for(arguments(tmp_path, bf16="true"))
+    trainer.train()
+    seen = {}
+    trainer.loss_func = lambda **tensors: seen.update(tensors) or inner_contrastive_loss(**tensors)
+    with torch.no_grad(), steer(trainer.model, 0.0):
+        trainer.policy_loss(trainer.model_wrapped, trainer._last_inputs)
+    mask = seen["logp_mask"]
+    off = (seen["logp_pi"] - seen["logp_ref"])[mask].abs().mean()
+    assert mask.sum() > 50 and off < 1e-4, off

@@ -10,6 +10,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from repeng.data import nearest
+from repeng.eval_report import ARMS
 from repeng.train.inner_contrastive_loss import (
     COHERENCE_MARGIN,
     COHERENCE_WEIGHT,
@@ -97,13 +98,19 @@ class SteeringArguments(TrainingArguments):
     early_stopping_patience: int | None = option(
         None, "End after so many evaluations without a better one; needs eval_strategy."
     )
+    restore_callback_states_from_checkpoint: bool = option(
+        True, "A resumed run counts evaluations without a better one from where it was."
+    )
     save_total_limit: int | None = option(2, "Checkpoints to keep.")
     dataloader_drop_last: bool = option(True, "Must stay true: all batches are equally large.")
+    ddp_broadcast_buffers: bool | None = option(False, "The buffers never change, and all processes have the same.")
     ddp_find_unused_parameters: bool | None = option(False, "Every parameter has a gradient at every step.")
     remove_unused_columns: bool = option(False, "Must stay false: examples are no model inputs.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.n_gpu > 1:
+            self._n_gpu = 1  # one process, one GPU; DataParallel would hand each replica other rows
         for name, least, open_end in (
             ("separation_target", 0, True), ("order_target", 0, True), ("order_weight", 0, False),
             ("coherence_margin", 0, False), ("coherence_weight", 0, False),
@@ -120,6 +127,12 @@ class SteeringArguments(TrainingArguments):
             raise ValueError(f"give both positive and negative; got {self.positive!r} and {self.negative!r}")
         if (self.pairs_file is None) == (self.positive is None):
             raise ValueError("give either pairs_file, or positive and negative")
+        self.metric_for_best_model = str(self.metric_for_best_model).removeprefix("eval_")
+        measured = ("range", *(arm for arm, _ in ARMS))
+        if self.metric_for_best_model not in measured:
+            raise ValueError(
+                f"metric_for_best_model must be one of {', '.join(measured)}; got {self.metric_for_best_model!r}"
+            )
         if self.early_stopping_patience is not None and self.eval_strategy == "no":
             raise ValueError("early_stopping_patience needs evaluations: set eval_strategy and eval_steps")
         if not self.dataloader_drop_last:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,7 +117,8 @@ def build(args: SteeringArguments, task: Data | None = None, *, training: bool =
         if args.eval_strategy != "no":
             run.pairs, held_back = hold_out(pairs, MAX_VALIDATION)
             run.validation = questions_from_pairs(model, tokenizer, held_back)
-            run.validation_texts = list(neutral[:MAX_VALIDATION])
+            n_texts = min(MAX_VALIDATION, len(neutral) // 2)
+            run.validation_texts, neutral = list(neutral[:n_texts]), neutral[n_texts:]
         add_adapter(args, run, neutral)
         agree(run)
     return run
@@ -148,9 +150,21 @@ def load_base(args: SteeringArguments, path: str) -> PreTrainedModel:
 
 
 def hold_out(pairs: list[ContrastPair], most: int = MAX_PAIRS) -> tuple[list[ContrastPair], list[ContrastPair]]:
-    """The pairs without a share of them, and that share, at least one pair and at most `most`."""
+    """The pairs without a share of them, and that share, at least one pair and at most `most`.
+
+    No suffix is on both sides, unless all pairs have the same.
+    """
     n = min(most, max(1, round(HELD_OUT_SHARE * len(pairs))))
-    return pairs[n:], pairs[:n]
+    counts = Counter(pair.suffix for pair in pairs)
+    if len(counts) == 1:
+        return pairs[n:], pairs[:n]
+    held_back: set[str] = set()
+    for pair in pairs:
+        if sum(counts[suffix] for suffix in held_back) >= n:
+            break
+        held_back.add(pair.suffix)
+    held = [pair for pair in pairs if pair.suffix in held_back]
+    return [pair for pair in pairs if pair.suffix not in held_back], held[:n]
 
 
 def add_adapter(args: SteeringArguments, run: Run, neutral: Sequence[str]) -> None:

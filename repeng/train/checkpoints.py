@@ -12,7 +12,8 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import rotate_checkpoints
 
 STAGING = ".saving-checkpoint"
 
@@ -68,8 +69,10 @@ def check_whole(path: Path) -> None:
 
 
 def newest(folder: str | Path) -> str | None:
-    """The checkpoint of the last step in a folder, if there is one."""
-    return get_last_checkpoint(str(folder)) if Path(folder).is_dir() else None
+    """The checkpoint that was written last into a folder, if there is one; an earlier run may have gone further."""
+    states = Path(folder).glob(f"checkpoint-*/{TRAINER_STATE_NAME}")
+    found = max(states, key=lambda path: path.stat().st_mtime_ns, default=None)
+    return None if found is None else str(found.parent)
 
 
 class StopOnSignal(TrainerCallback):

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from repeng.activations import evaluation
 from repeng.control import steer
 from repeng.data import PairCollator, label_mask, last_tokens
-from repeng.logprob import has_plain_head, head_logp, read_vocabulary, vocabulary_chunk
+from repeng.logprob import has_plain_head, head_logp, read_vocabulary
 from repeng.sites import capture, site_module
 
 NEXT_TOKENS = 32  # that either persona says most more often: the rest of a vocabulary hardly weighs
@@ -64,7 +64,7 @@ def batch_reference(
     def read(states: Tensor, head: Callable[[Tensor], Tensor]) -> list[Tensor]:
         last = head(gather_tokens(states[: 2 * n], ends)).float()
         said.update(next_token_disagreement(rearrange(last, "(p b) 1 v -> p b v", p=2)))
-        return [head_logp(states[:, :-1][labels], head, batch["input_ids"][:, 1:][labels], vocabulary_chunk(model))]
+        return [head_logp(states[:, :-1][labels], head, batch["input_ids"][:, 1:][labels])]
 
     with capture([module]) as outputs:
         (logp,) = read_vocabulary(model, batch, read, plain=plain)

@@ -19,7 +19,7 @@ from repeng.tuner.config import PREFIX
 
 STACKED = ("ref_hs", "ref_mask", "next_ids", "next_weight", "ref_gap", "gap_weight")
 SAMPLES = 64  # entries of each parameter in a key
-VERSION = 1
+VERSION = 2
 
 
 class ReferenceExamples(Sequence):

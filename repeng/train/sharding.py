@@ -8,10 +8,11 @@ from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils import str_to_bool
 from peft import PeftModel
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from repeng.sharded import whole
 from repeng.train.arguments import SteeringArguments
 from repeng.tuner.config import PREFIX
 from repeng.tuner.model import check_keys
@@ -42,26 +43,11 @@ def check_parallelism(args: SteeringArguments) -> None:
         )
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether the processes hold parameters of `model` in pieces."""
-    return any(isinstance(tensor, DTensor) for tensor in model.state_dict().values())
-
-
 def adapter_state(model: PeftModel) -> dict[str, Tensor]:
     """What an adapter's file is made of, whole, on the CPU, by its names in the model; all processes must call."""
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     kept = {key: tensor for key, tensor in model.state_dict().items() if key in trained or f".{PREFIX}" in key}
     return {key: whole(tensor).detach().cpu() for key, tensor in kept.items()}
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor, gathered from all processes if they share it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def local(tensor: Tensor) -> Tensor:
-    """What this process holds of the tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from einops import rearrange, repeat
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.data import RandomSampler
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
@@ -23,25 +24,32 @@ from repeng.control import steer
 from repeng.data import PairCollator, label_mask, last_tokens
 from repeng.eval import ADAPTER_COEFFICIENTS, evaluate
 from repeng.eval_report import ARMS
-from repeng.logprob import has_plain_head, head_logp, kl_divergence, read_vocabulary, vocabulary_chunk
+from repeng.logprob import has_plain_head, head_logp, kl_divergence, read_vocabulary, tokens_at_once
 from repeng.questions import Question
+from repeng.sharded import local
 from repeng.sites import capture, decoder_layers, site_module
 from repeng.train.arguments import SteeringArguments
 from repeng.train.checkpoints import STAGING, CheckpointError, StopOnSignal, check_saved, newest, publish
 from repeng.train.inner_contrastive_loss import InnerContrastiveLoss, inner_contrastive_loss
 from repeng.train.reference import add_reference, gap, gather_tokens, preference_direction
 from repeng.train.reference_cache import cached_reference
-from repeng.train.sharding import adapter_state, load_adapter_state, local
+from repeng.train.sharding import adapter_state, load_adapter_state
 
-START_KL = 1e-4  # nats; nothing but the order of additions may differ
+START_KL = 1e-3  # nats; kernels need not be bitwise reproducible
 
 
 class NonFiniteError(FloatingPointError):
     """A loss term, gradient or parameter became NaN or infinite."""
 
 
+class StartError(ValueError):
+    """Training would not start at the base model."""
+
+
 class SteeringTrainer(Trainer):
     """`transformers.Trainer` for a PEFT model with a steering adapter and pairs that `tokenize_examples` prepared.
+
+    Switches the model's dropout off, for good.
 
     Args:
         model: the PEFT model.
@@ -80,10 +88,10 @@ class SteeringTrainer(Trainer):
         )  # fmt: skip
         self.neutral_texts, self.start_kl = neutral_texts, None
         switch_off_dropout(model)
-        # On the device and in the precision of training: the reference must be what the policy is at c = 0.
+        # On the device and under the autocast of training: the reference must be what the policy is at c = 0.
         place = {"site": args.loss_site, "layer": args.loss_layer, "last_n": args.last_n_tokens}
         size = args.per_device_train_batch_size
-        with self.compute_loss_context_manager():
+        with self.accelerator.autocast():
             examples = cached_reference(
                 train_dataset,
                 lambda share: add_reference(model, processing_class, share, batch_size=size, dial=dial, **place),
@@ -91,7 +99,6 @@ class SteeringTrainer(Trainer):
             )  # fmt: skip
         self.train_dataset = examples
         self.direction, self.scale = preference_direction(examples, args.num_directions)
-        self.chunk = vocabulary_chunk(model)
         self.plain_head = has_plain_head(model, examples[0]["chosen_ids"])
         # Trainer leaves a custom loss undivided by accumulation steps unless the model is said to take no loss kwargs.
         self.model_accepts_loss_kwargs = False
@@ -108,11 +115,17 @@ class SteeringTrainer(Trainer):
             return RandomSampler(sampler.data_source, generator=sampler.generator, num_samples=n)
         return sampler
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled:
+            # With bf16 it would round the adapter's parameters and all outputs; autocast rounds what may be rounded.
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
+
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
         base = self.accelerator.unwrap_model(model)
         # A hook inside a checkpointed layer would capture hidden states without a graph, or recomputed ones.
         decoder_layers(base)[self.args.loss_layer].gradient_checkpointing = False
-        if self.state.global_step == 0 and self.start_kl is None:
+        if self.start_kl is None:
             self.report_start(model, self._prepare_inputs(inputs))
         # Held until after backward: checkpointing recomputes the forward there, at whatever coefficient is set.
         with self.both_sides(base, inputs):
@@ -125,31 +138,35 @@ class SteeringTrainer(Trainer):
         The base in evaluation mode with its adapters off, the policy as it trains.
 
         Raises:
-            ValueError: it is not 0.
+            StartError: it is not 0.
         """
         base = self.accelerator.unwrap_model(model)
         batch = {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids")}
         real = batch["attention_mask"].bool()
         options = {"plain": self.plain_head, "forward": model}
 
+        reference: list[Tensor] = []
+
+        def keep(states: Tensor, _: Callable[[Tensor], Tensor]) -> list[Tensor]:
+            reference.append(states[real])
+            return [states.new_zeros(1)]
+
         def largest_kl(states: Tensor, head: Callable[[Tensor], Tensor]) -> list[Tensor]:
-            found = [
-                kl_divergence(head(p).float(), head(q).float()).max()
-                for p, q in zip(reference.split(self.chunk), states[real].split(self.chunk), strict=True)
-            ]
+            pair = (reference[0], states[real])
+            parts = zip(*(hs.split(tokens_at_once(hs, head)) for hs in pair), strict=True)
+            found = [kl_divergence(head(p).float(), head(q).float()).max() for p, q in parts]
             return [torch.stack(found).max()]
 
-        with self.compute_loss_context_manager():
-            bare = base.disable_adapter() if isinstance(base, PeftModel) else self.dial(base, 0.0)
-            with evaluation(base), bare:
-                (reference,) = read_vocabulary(base, batch, lambda states, _: [states[real].float()], **options)
-            model.train()
-            with self.dial(base, 0.0):
-                (kl,) = read_vocabulary(base, batch, largest_kl, **options)
+        bare = base.disable_adapter() if isinstance(base, PeftModel) else self.dial(base, 0.0)
+        with evaluation(base), bare:
+            read_vocabulary(base, batch, keep, **options)
+        model.train()
+        with self.dial(base, 0.0):
+            (kl,) = read_vocabulary(base, batch, largest_kl, **options)
         self.start_kl = self.accelerator.gather(kl.reshape(1)).max().item()
         self.log({"start_kl": self.start_kl})
         if not self.start_kl <= START_KL:
-            raise ValueError(
+            raise StartError(
                 f"at c = 0 the policy is {self.start_kl:.3g} nats away from the base model, which is to be 0: "
                 "something besides the coefficient acts in training (dropout, another adapter, modules_to_save)"
             )
@@ -168,14 +185,16 @@ class SteeringTrainer(Trainer):
             metric_key_prefix: begins the names: `eval_range`, `eval_plus`, `eval_minus`.
         """
         model = self.accelerator.unwrap_model(self.model)
-        with self.compute_loss_context_manager():
-            report = evaluate(
-                model, self.processing_class, eval_dataset or self.eval_dataset, partial(self.dial, model),
-                ADAPTER_COEFFICIENTS, neutral_texts=self.neutral_texts,
-            )  # fmt: skip
+        report = evaluate(
+            model, self.processing_class, eval_dataset or self.eval_dataset, partial(self.dial, model),
+            ADAPTER_COEFFICIENTS, neutral_texts=self.neutral_texts,
+        )  # fmt: skip
         gains = {"range": report.range, **{arm: report.arm(sign)[0] for arm, sign in ARMS}}
         (metrics,) = broadcast_object_list([{f"{metric_key_prefix}_{name}": gain for name, gain in gains.items()}])
         self.log(metrics)
+        reached, best = metrics.get(f"eval_{self.args.metric_for_best_model}"), self.state.best_metric
+        if self.is_in_train and reached is not None and self.args.save_strategy != "no":
+            self.control.should_save |= best is None or reached > best  # else there would be nothing to keep of it
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -217,7 +236,7 @@ class SteeringTrainer(Trainer):
             c, p, b = (torch.arange(n, device=states.device) for n in (2, *index.shape[:2]))
             ends = head(states[c[:, None, None], p[:, None], b, index[..., -1]]).float()  # (c p b v)
             gaps = gap(rearrange(ends, "c p b v -> b c p v"), inputs["next_ids"], inputs["next_weight"])
-            return head_logp(kept, head, ids[[0, 1, 2, 2], :, 1:][counted], self.chunk), gaps
+            return head_logp(kept, head, ids[[0, 1, 2, 2], :, 1:][counted]), gaps
 
         with capture([site_module(base, args.loss_layer, args.loss_site)]) as outputs:
             kept, gap_pi = read_vocabulary(base, doubled, read, plain=self.plain_head, forward=model)
@@ -286,6 +305,8 @@ class SteeringTrainer(Trainer):
                 publish(self._staging, folder, self.args, self.state.best_model_checkpoint)
             self.accelerator.wait_for_everyone()
         except (OSError, SafetensorError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "writ" not in str(error).lower():
+                raise  # torch.save says so of a full disk; anything else is no matter of files
             raise CheckpointError(
                 f"the checkpoint of step {self.state.global_step} could not be written ({error}); the last whole one "
                 f"is {newest(folder) or 'none'}. Make room, then continue with --resume true"
@@ -314,19 +335,20 @@ class SteeringTrainer(Trainer):
             super()._load_best_model()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        for name, values in self._terms.items():
-            logs[name] = round(torch.stack(values).mean().item(), 5)
-        self._terms.clear()
+        if "loss" in logs:  # of the same steps
+            for name, values in self._terms.items():
+                logs[name] = round(torch.stack(values).mean().item(), 5)
+            self._terms.clear()
         super().log(logs, start_time)
 
 
 def switch_off_dropout(model: nn.Module) -> None:
     """Make training mode deterministic: with dropout the policy would not be the reference even at c = 0."""
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, _DropoutNd):
             module.p = 0.0
         for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
+            if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
 
 
