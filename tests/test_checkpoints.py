@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from test_trainer import arguments, trainer_for
 
 from repeng import tiny
-from repeng.train.build import build
+from repeng.data import ContrastPair
+from repeng.train.build import build, hold_out
 from repeng.train.checkpoints import STAGING, CheckpointError, check_saved, check_whole, newest
 from repeng.train.sharding import adapter_state
 from repeng.train.trainer import SteeringTrainer
@@ -21,19 +22,23 @@ def adapter(trainer):
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
+def stop_at(trainer, step):
+    """Let the trainer see a SIGTERM at this step."""
+    original = trainer.stop.on_step_end
+
+    def on_step_end(args, state, control, **_):
+        trainer.stop.received = state.global_step == step
+        return original(args, state, control)
+
+    trainer.stop.on_step_end = on_step_end
+
+
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     steps = {"num_pairs": 32, "max_steps": 6, "save_strategy": "steps", "save_steps": 2}
     whole = trainer_for(arguments(tmp_path / "whole", **steps))
     whole.train()
     first = trainer_for(arguments(tmp_path / "parts", **steps))
-    first.stop.on_step_end_ = first.stop.on_step_end
-    limit = first.stop
-
-    def stop_after_three(args, state, control, **_):
-        limit.received = state.global_step == 3
-        return limit.on_step_end_(args, state, control)
-
-    limit.on_step_end = stop_after_three
+    stop_at(first, 3)
     first.train()
     assert first.state.global_step == 3 and newest(tmp_path / "parts").endswith("checkpoint-3")
     second = trainer_for(arguments(tmp_path / "parts", **steps))
@@ -63,6 +68,17 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole_and_says_so(tmp_path, monk
     assert again.state.global_step == 6
 
 
+def test_what_is_no_matter_of_files_is_not_called_one(tmp_path, monkeypatch):
+    trainer = trainer_for(arguments(tmp_path, max_steps=1, save_strategy="steps", save_steps=1))
+
+    def fail(self, output_dir):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(type(trainer), "_save_optimizer_and_scheduler", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.train()
+
+
 def test_files_are_read_back(tmp_path):
     path = tmp_path / "x.safetensors"
     save_file({}, path)
@@ -87,32 +103,61 @@ def test_the_newest_checkpoint_is_the_one_written_last(tmp_path):
     assert newest(tmp_path).endswith("checkpoint-10")
 
 
-def test_the_best_checkpoint_is_kept_and_ends_the_run(tmp_path, monkeypatch):
-    """Ranges 1, 3, 2, 2, … with a patience of two: training ends at the fourth, with the adapter of the second."""
-    ranges, seen = iter([1.0, 3.0, 2.0, 2.0, 9.0, 9.0]), []
+BEST = {
+    "num_pairs": 48, "max_steps": 12, "save_strategy": "steps", "save_steps": 6, "save_total_limit": 2,
+    "eval_strategy": "steps", "eval_steps": 2, "early_stopping_patience": 2, "load_best_model_at_end": "true",
+}  # fmt: skip
 
-    def measure(model, tokenizer, questions, dial, coefficients, **_):
-        seen.append(questions)
-        return SimpleNamespace(range=next(ranges), arm=lambda sign: (0.5, None))
 
-    monkeypatch.setattr("repeng.train.trainer.evaluate", measure)
-    steps = {
-        "num_pairs": 48, "max_steps": 12, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2,
-        "eval_strategy": "steps", "eval_steps": 2, "early_stopping_patience": 2,
-    }  # fmt: skip
-    trainer = trainer_for(arguments(tmp_path, load_best_model_at_end="true", **steps))
-    trainer.train()
-    assert trainer.state.global_step == 8 and len(seen) == 4
-    kept = {path.name for path in tmp_path.glob("checkpoint-*")}
-    assert kept == {"checkpoint-4", "checkpoint-8"}
-    for name in kept:  # as written, wherever it was staged
-        state = json.loads((tmp_path / name / "trainer_state.json").read_text())
-        assert Path(state["best_model_checkpoint"]) == tmp_path / "checkpoint-4"
-    best = load_file(tmp_path / "checkpoint-4" / "adapter_model.safetensors")
-    last = load_file(tmp_path / "checkpoint-8" / "adapter_model.safetensors")
+def give_ranges(monkeypatch, *ranges):
+    """What the evaluations of a run find, in turn."""
+    left = iter(ranges)
+    report = SimpleNamespace(arm=lambda sign: (0.5, None))
+    monkeypatch.setattr(
+        "repeng.train.trainer.evaluate", lambda *_, **__: SimpleNamespace(range=next(left), **vars(report))
+    )
+
+
+def check_best(trainer, folder):
+    """Ended at step 8 with the adapter of step 4, which is kept beside the last checkpoint."""
+    assert trainer.state.global_step == 8
+    best = load_file(folder / "checkpoint-4" / "adapter_model.safetensors")
+    last = load_file(folder / "checkpoint-6" / "adapter_model.safetensors")
     found = {name.removesuffix(".default"): tensor for name, tensor in adapter(trainer).items()}
     assert all(torch.equal(best[name], tensor) for name, tensor in found.items())
     assert any(not torch.equal(last[name], tensor) for name, tensor in found.items())
+    for name in ("checkpoint-4", "checkpoint-6"):  # as written, wherever it was staged
+        state = json.loads((folder / name / "trainer_state.json").read_text())
+        assert Path(state["best_model_checkpoint"]) == folder / "checkpoint-4"
+
+
+def test_the_best_checkpoint_is_kept_and_ends_the_run(tmp_path, monkeypatch):
+    """A checkpoint at every new best, though one is due at every sixth step; the second evaluation is the best."""
+    give_ranges(monkeypatch, 1.0, 3.0, 2.0, 2.0, 9.0, 9.0)
+    trainer = trainer_for(arguments(tmp_path, **BEST))
+    trainer.train()
+    check_best(trainer, tmp_path)
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-6"}
+
+
+def test_a_resumed_run_remembers_the_best_and_how_long_ago_it_was(tmp_path, monkeypatch):
+    give_ranges(monkeypatch, 1.0, 3.0, 2.0)
+    first = trainer_for(arguments(tmp_path, **BEST))
+    stop_at(first, 6)
+    first.train()
+    give_ranges(monkeypatch, 2.0, 9.0, 9.0)
+    second = trainer_for(arguments(tmp_path, **BEST))
+    second.train(resume_from_checkpoint=newest(tmp_path))
+    check_best(second, tmp_path)
+
+
+def test_no_suffix_is_on_both_sides():
+    pairs = [ContrastPair(f"yes {index}", "no", f"suffix {index % 12}") for index in range(60)]
+    kept, held = hold_out(pairs)
+    assert len(held) == 6 and len(kept) == 50  # of two suffixes, as one has five pairs only
+    assert not {pair.suffix for pair in kept} & {pair.suffix for pair in held}
+    kept, held = hold_out([ContrastPair(f"yes {index}", "no", "") for index in range(60)], most=4)
+    assert len(held) == 4 and len(kept) == 56
 
 
 def test_the_range_is_measured_on_pairs_that_are_held_back(tmp_path):
@@ -128,6 +173,7 @@ def test_the_range_is_measured_on_pairs_that_are_held_back(tmp_path):
     )
     trainer.train()
     (row,) = [row for row in trainer.state.log_history if "eval_range" in row]
+    assert "separation" not in row  # the terms of the loss stand beside the loss of the same steps
     assert row["eval_range"] == pytest.approx(row["eval_plus"] + row["eval_minus"]) and row["eval_range"] > 0
 
 

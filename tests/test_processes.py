@@ -103,7 +103,7 @@ REAL = ("--optim", "adamw_torch", "--lr_scheduler_type", "cosine", "--learning_r
 
 
 def test_a_sharded_run_goes_on_to_the_same_bytes(tmp_path, one):
-    """As recipes do it: bf16, with checkpointing, AdamW and cosine; the best checkpoint of two is loaded."""
+    """As recipes do it: bf16, with checkpointing, AdamW and cosine; of two checkpoints the better one, the first."""
     options = (
         *REAL, "--per_device_train_batch_size", 4, "--max_steps", 8, "--save_strategy", "steps", "--save_steps", 4,
         "--bf16", "true", "--gradient_checkpointing", "true", "--eval_strategy", "steps", "--eval_steps", 4,
@@ -115,6 +115,8 @@ def test_a_sharded_run_goes_on_to_the_same_bytes(tmp_path, one):
     for name in ("checkpoint-4", "checkpoint-8"):
         saved = load_file(tmp_path / name / "adapter_model.safetensors")
         assert saved.keys() == one.keys() and {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    best, found = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("checkpoint-4", "."))
+    assert all(torch.equal(tensor, found[key]) for key, tensor in best.items())
     shutil.rmtree(tmp_path / "checkpoint-8")
     (tmp_path / "adapter_model.safetensors").unlink()
     run(tmp_path, *options, "--resume", "true", world=2, environment=SHARDED)

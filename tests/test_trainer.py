@@ -7,6 +7,7 @@ import pytest
 import tiny_models
 import torch
 from peft import PeftModel
+from transformers.modeling_outputs import CausalLMOutput
 
 from repeng import steer, tiny
 from repeng.data import encode
@@ -262,7 +263,16 @@ def test_a_head_with_something_behind_it_is_read_as_logits(tmp_path):
     for name, grad in gradients(trainer).items():
         assert torch.allclose(grad, plain[name], atol=1e-6, rtol=1e-4), name
     model = tiny_models.build("gemma2")
-    assert not has_plain_head(model, [1, 5, 6]) and has_plain_head(tiny_models.build("gemma3-text"), [1, 5, 6])
+    assert not has_plain_head(model, [1, 5, 6])
+    functional = tiny_models.build("llama")
+
+    class Functional(type(functional)):
+        def forward(self, input_ids, **_):
+            hs = self.model(input_ids=input_ids).last_hidden_state
+            return CausalLMOutput(logits=hs @ self.lm_head.weight.mT)
+
+    functional.__class__ = Functional  # the head's weight is used, the head never called
+    assert not has_plain_head(functional, [1, 5, 6]) and has_plain_head(tiny_models.build("gemma3-text"), [1, 5, 6])
 
 
 def gradients(trainer):
