@@ -41,12 +41,15 @@ def main(argv: list[str]) -> None:
     if trainer.stop.received:
         sys.exit(f"stopped by SIGTERM after step {trainer.state.global_step}; continue with --resume true")
     model = trainer.accelerator.unwrap_model(trainer.model)
-    main_process, state = trainer.is_world_process_zero(), adapter_state(model)
+    main_process, sharded, state = trainer.is_world_process_zero(), is_sharded(model), adapter_state(model)
     if main_process:
         save_adapter(model, args.output_dir, state)
-    if main_process or is_sharded(model):  # what the processes hold together they can only run together
+    if sharded:  # what the processes hold together they can only run together
         reports = compare(run)
+    # The others end here. One that left its group behind could crash in leaving, and take the first one along.
+    trainer.accelerator.end_training()
     if main_process:
+        reports = reports if sharded else compare(run)
         write_folder(args, run, trainer, reports)
         print_table(reports, ADAPTER)
         print(verdict(reports))

@@ -1,20 +1,21 @@
-"""Models and tensors that several processes hold in pieces (FSDP2)."""
+"""Models and tensors that several processes hold in pieces (FSDP2), told without importing what shards them."""
+
+import sys
 
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether processes hold parameters of `model` in pieces, so that they can run it only together."""
-    return any(isinstance(module, FSDPModule) for module in model.modules())
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # what was never imported has sharded nothing
+    return fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules())
 
 
 def whole(tensor: Tensor) -> Tensor:
     """The tensor, gathered from all processes if they share it; all must call."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def local(tensor: Tensor) -> Tensor:
     """What this process holds of the tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

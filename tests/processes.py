@@ -87,6 +87,7 @@ def main(folder: str, *argv: str) -> None:
     with torch.no_grad(), steer(model.eval(), 0.5):  # by all processes, as those of a sharded model must
         logits = model(torch.tensor([run.examples[0]["chosen_ids"]])).logits
     assert is_sharded(model) == sharded
+    trainer.accelerator.end_training()
     if trainer.is_world_process_zero():
         save_adapter(model, args.output_dir, state)
         ranges = [row["eval_range"] for row in trainer.state.log_history if "eval_range" in row]

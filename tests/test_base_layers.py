@@ -88,6 +88,17 @@ def test_training_in_four_bits_has_the_gradients_of_the_dense_weights(tmp_path, 
         assert torch.allclose(gradients[0][name], grad, atol=1e-4), name
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_training_in_four_bits_on_a_gpu(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    keys = {"load_in_4bit": "true", "bf16": "true", "use_cpu": "false", "max_steps": 8, "learning_rate": 1e-2}
+    trainer = trainer_for(arguments(tmp_path, num_pairs=32, logging_steps=1, **keys))
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert trainer.model.device.type == "cuda" and losses[-1] < losses[0]
+
+
 @schemes
 def test_a_quantised_base_runs_untouched(scheme, tmp_path):
     base = SCHEMES[scheme](tmp_path)

@@ -9,7 +9,6 @@ from accelerate.utils import str_to_bool
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from repeng.sharded import whole
@@ -62,6 +61,8 @@ def load_adapter_state(model: PeftModel, folder: str | Path) -> None:
     check_keys(set(here), {key for key in given if f".{PREFIX}" in key}, name)
     for key, tensor in here.items():
         value = given[key].to(tensor.device, tensor.dtype)
-        if isinstance(tensor, DTensor):
+        if hasattr(tensor, "device_mesh"):
+            from torch.distributed.tensor import distribute_tensor  # not in every build of PyTorch
+
             value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
         tensor.copy_(value)
