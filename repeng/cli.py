@@ -72,7 +72,6 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 def load(path: Path, args: SteeringArguments, run: Run) -> tuple[Dial, Sequence[float], SteeringVector | None]:
     """The dial at `path` on the run's model, where to measure it, and the vector if it is one."""
-    run.model = run.model.to(args.device)
     if path.is_dir():
         run.model = PeftModel.from_pretrained(run.model, path)
         return partial(steer, run.model), ADAPTER_COEFFICIENTS, None

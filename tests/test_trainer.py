@@ -316,3 +316,14 @@ def test_the_reference_is_computed_in_the_precision_of_training(tmp_path):
     mask = seen["logp_mask"]
     off = (seen["logp_pi"] - seen["logp_ref"])[mask].abs().mean()
     assert mask.sum() > 50 and off < 1e-4, off
+
+
+def test_the_schedule_counts_optimizer_steps(tmp_path):
+    def rates(**changes):
+        args = arguments(tmp_path, max_steps=3, num_pairs=24, logging_steps=1, warmup_steps=1, **changes)
+        trainer = trainer_for(args)
+        trainer.train()
+        return [row["learning_rate"] for row in trainer.state.log_history if "loss" in row]
+
+    whole = rates()
+    assert len(set(whole)) == 3 and whole == rates(per_device_train_batch_size=2, gradient_accumulation_steps=4)
