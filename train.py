@@ -10,12 +10,10 @@ from pathlib import Path
 
 from repeng import tiny
 from repeng.report.tables import print_table
-from repeng.sharded import is_sharded
 from repeng.train.arguments import parse_arguments
 from repeng.train.build import build
 from repeng.train.checkpoints import CheckpointError, newest
-from repeng.train.report import ADAPTER, check_writable, compare, save_adapter, shortcomings, verdict, write_folder
-from repeng.train.sharding import adapter_state
+from repeng.train.report import ADAPTER, check_writable, finish, shortcomings, verdict
 from repeng.train.trainer import NonFiniteError, StartError, SteeringTrainer
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny.yaml"
@@ -40,17 +38,8 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: {error}")
     if trainer.stop.received:
         sys.exit(f"stopped by SIGTERM after step {trainer.state.global_step}; continue with --resume true")
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    main_process, sharded, state = trainer.is_world_process_zero(), is_sharded(model), adapter_state(model)
-    if main_process:
-        save_adapter(model, args.output_dir, state)
-    if sharded:  # what the processes hold together they can only run together
-        reports = compare(run)
-    # The others end here. One that left its group behind could crash in leaving, and take the first one along.
-    trainer.accelerator.end_training()
-    if main_process:
-        reports = reports if sharded else compare(run)
-        write_folder(args, run, trainer, reports)
+    reports = finish(args, run, trainer)
+    if reports is not None:
         print_table(reports, ADAPTER)
         print(verdict(reports))
         print(f"adapter and report: {args.output_dir} (open report.html)")

@@ -16,11 +16,12 @@ from accelerate.state import AcceleratorState, PartialState
 from repeng import steer, tiny
 from repeng.sharded import is_sharded
 from repeng.train import build as building
+from repeng.train import report
 from repeng.train import trainer as training
 from repeng.train.arguments import parse_arguments
 from repeng.train.build import build
 from repeng.train.checkpoints import newest
-from repeng.train.report import save_adapter
+from repeng.train.report import finish, save_adapter
 from repeng.train.sharding import adapter_state
 from repeng.train.trainer import SteeringTrainer
 
@@ -87,6 +88,9 @@ def main(folder: str, *argv: str) -> None:
     with torch.no_grad(), steer(model.eval(), 0.5):  # by all processes, as those of a sharded model must
         logits = model(torch.tensor([run.examples[0]["chosen_ids"]])).logits
     assert is_sharded(model) == sharded
+    if args.require_steering:  # as train.py does it, on few questions
+        run.questions, report.MAX_VECTOR_LAYERS, report.VECTOR_COEFFICIENTS = run.questions[::16], 1, (-1, 1)
+        finish(args, run, trainer)
     trainer.accelerator.end_training()
     if trainer.is_world_process_zero():
         save_adapter(model, args.output_dir, state)

@@ -70,6 +70,16 @@ def assert_same(one, other):
         assert (tensor - other[key]).abs().max() < 1e-5, key
 
 
+REPORT = ("--require_steering", "true")
+
+
+def check_report(folder):
+    """The first process has compared the adapter and written everything."""
+    report = json.loads((folder / "report.json").read_text())
+    assert set(report["rows"]) >= {"this adapter", "persona prompts", "random direction"}
+    assert (folder / "config.yaml").exists() and (folder / "report.html").exists()
+
+
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     """More than an epoch of pairs of unequal lengths, in batches of 8, in one process."""
@@ -78,7 +88,8 @@ def one(tmp_path_factory):
 
 def test_two_processes_make_the_same_adapter_as_one(tmp_path, one):
     """With and without accumulation: batches of 8 in all."""
-    two = run(tmp_path / "two", "--per_device_train_batch_size", 4, "--max_steps", 8, world=2)
+    two = run(tmp_path / "two", "--per_device_train_batch_size", 4, "--max_steps", 8, *REPORT, world=2)
+    check_report(tmp_path / "two")
     four = run(
         tmp_path / "four", "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2, "--max_steps", 8,
         world=2,
@@ -90,8 +101,9 @@ def test_two_processes_make_the_same_adapter_as_one(tmp_path, one):
 
 def test_a_sharded_run_saves_the_whole_adapter(tmp_path, one):
     """FSDP2: the same adapter as one process makes, which loads there with equal logits."""
-    options = ("--per_device_train_batch_size", 4, "--max_steps", 8, "--gradient_checkpointing", "true")
+    options = ("--per_device_train_batch_size", 4, "--max_steps", 8, "--gradient_checkpointing", "true", *REPORT)
     assert_same(one, run(tmp_path, *options, world=2, environment=SHARDED))
+    check_report(tmp_path)
     seen = json.loads((tmp_path / "seen.json").read_text())
     model = PeftModel.from_pretrained(tiny.load()[0], tmp_path).eval()
     with torch.no_grad(), steer(model, 0.5):

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 
+import torch
 import yaml
 from peft import PeftModel
 from torch import Tensor
@@ -25,6 +26,7 @@ from repeng.questions import Question
 from repeng.report import figures
 from repeng.report.page import write_page
 from repeng.report.tables import ratio, write_csv
+from repeng.sharded import is_sharded
 from repeng.sites import RESIDUAL, decoder_layers
 from repeng.train.arguments import SteeringArguments
 from repeng.train.build import Run
@@ -161,10 +163,27 @@ def shortcomings(reports: dict[str, EvalReport], name: str = ADAPTER) -> list[st
     return found
 
 
+def finish(args: SteeringArguments, run: Run, trainer: Trainer) -> dict[str, EvalReport] | None:
+    """Save the adapter, compare it, write the report; all processes must call, and the first one gets the reports."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    first, sharded, state = trainer.is_world_process_zero(), is_sharded(model), adapter_state(model)
+    if first:
+        save_adapter(model, args.output_dir, state)
+        config = yaml.safe_dump(resolved(args), sort_keys=False)
+        (Path(args.output_dir) / "config.yaml").write_text(config, encoding="utf-8")
+    reports = compare(run) if sharded else None  # what the processes hold together they can only run together
+    # The others end here. One that left its group behind could crash in leaving, and take the first one along.
+    trainer.accelerator.end_training()
+    if not first:
+        return None
+    reports = reports or compare(run)
+    write_folder(args, run, trainer, reports)
+    return reports
+
+
 def write_folder(args: SteeringArguments, run: Run, trainer: Trainer, reports: dict[str, EvalReport]) -> None:
-    """Everything beside the adapter: configuration, training log, the report as JSON, CSV, PNG and HTML, README."""
+    """The training log, the report as JSON, CSV, PNG and HTML, README."""
     folder = Path(args.output_dir)
-    (folder / "config.yaml").write_text(yaml.safe_dump(resolved(args), sort_keys=False), encoding="utf-8")
     log = [json.dumps(row) for row in trainer.state.log_history]
     (folder / "training_log.jsonl").write_text("\n".join(log) + "\n", encoding="utf-8")
     curve = figures.learning_curve(trainer.state.log_history) if figures.available() else None
@@ -204,10 +223,16 @@ def behaviour(args: SteeringArguments) -> str:
     return f"{args.positive} (+1) / {args.negative} (−1)" if args.positive else f"the pairs of {args.pairs_file}"
 
 
+class Defaults(SteeringArguments):
+    """The default arguments, without setting up devices: that would reset those of the run, and its processes."""
+
+    _setup_devices, _n_gpu = torch.device("cpu"), 0
+
+
 def resolved(args: SteeringArguments) -> dict:
     """The arguments that `--config` takes: all of this package's, and others where they differ from the defaults."""
     own = {f.name for f in fields(SteeringArguments)} - {f.name for f in fields(TrainingArguments)}
-    default = SteeringArguments(positive="a", negative="b").to_dict()
+    default = Defaults(positive="a", negative="b").to_dict()
     given = args.to_dict()
     chosen = {
         f.name: given[f.name]
