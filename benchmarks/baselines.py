@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from repeng.data import pad_rows
+from repeng.logprob import kl_divergence
 from repeng.sites import decoder_layers, edit_outputs
 from repeng.tiny import lexicon
 from repeng.tiny.world import FACT_FORMS, MOOD_FORMS, SPLITS, World
@@ -137,8 +138,8 @@ class DistillationTrainer(SteeringTrainer):
         student = model(**student_rows, use_cache=False).logits
         losses = []
         for index, text in enumerate(bare * 2):
-            p, q = (logits[index, -len(text) :].log_softmax(dim=-1) for logits in (teacher, student))
-            losses.append((p.exp() * (p - q)).sum(dim=-1).mean())
+            own = slice(-len(text), None)
+            losses.append(kl_divergence(teacher[index, own], student[index, own]).mean())
         return torch.stack(losses).mean()
 
     def both_sides(self, model, inputs):

@@ -57,7 +57,7 @@ def step(method: str, options: argparse.Namespace) -> tuple[float, float]:
             baselines.use_lora(run, args)
             dial = {"dial": baselines.lora_dial}
         examples = run.examples[: options.pairs]
-        trainer = SteeringTrainer(run.model.to(args.device), args, examples, run.tokenizer, **dial)
+        trainer = SteeringTrainer(run.model, args, examples, run.tokenizer, **dial)
         trainer.create_optimizer()
         trainer.current_gradient_accumulation_steps = 1
         batch = trainer.data_collator([trainer.train_dataset[i] for i in range(options.pairs)])

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from repeng.data import last_tokens, pad_rows
+from repeng.logprob import kl_divergence
 from repeng.sites import Place, decoder_layers, edit_outputs, site_modules
 
 Tokens = int | str
@@ -142,12 +143,7 @@ def persona_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
 
     Lowering it makes the rejected prompt continue like the chosen one, and the chosen one less like the rejected one.
     """
-    logp, logq = chosen.log_softmax(dim=-1), rejected.log_softmax(dim=-1)
-
-    def kl(fixed: Tensor, moving: Tensor) -> Tensor:
-        return (fixed.detach().exp() * (fixed.detach() - moving)).sum(dim=-1)
-
-    return kl(logp, logq) - kl(logq, logp)
+    return kl_divergence(chosen.detach(), rejected) - kl_divergence(rejected.detach(), chosen)
 
 
 def checked(loss: Tensor, b: int) -> Tensor:

@@ -79,11 +79,12 @@ def evaluate(
     coefficients = sorted({0.0, *map(float, coefficients)})
     parts, samples = [], []
     with evaluation(model):
+        plain = bool(neutral_texts) and has_plain_head(model, encode(tokenizer, "", neutral_texts[0]).ids)
         for c in coefficients:
             with dial(c) as rewrite:
                 target = choice_logp(model, tokenizer, targets, rewrite, batch_size, think_tokens)
                 control = choice_logp(model, tokenizer, controls, rewrite, batch_size, think_tokens)
-                neutral, tokens = neutral_logp(model, tokenizer, neutral_texts, rewrite, batch_size)
+                neutral, tokens = neutral_logp(model, tokenizer, neutral_texts, rewrite, batch_size, plain)
                 prompts = sample_prompts if c in SAMPLED else ()
                 samples += draw_samples(model, tokenizer, prompts, rewrite, c, sample_tokens, accepts, batch_size)
             parts.append((target.odds, target.mass, control.logp[:, 0], control.odds, neutral, target.finished))
@@ -162,6 +163,7 @@ def neutral_logp(
     texts: Sequence[str],
     rewrite: Rewrite | None,
     batch_size: int,
+    plain: bool,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability `(q)` of each text's own tokens, and how many they are `(q)`, the same ones for every dial.
 
@@ -179,8 +181,6 @@ def neutral_logp(
         own = torch.tensor([len(e.suffix) - skipped for e in encoded], device=mask.device)
         mask &= torch.arange(mask.shape[1], device=mask.device) >= mask.shape[1] - own[:, None]
         ids = batch["input_ids"][:, 1:][mask]
-        if start == 0:
-            plain = has_plain_head(model, encoded[0].ids)
         (logp,) = read_vocabulary(
             model, batch, lambda hs, head, m=mask, i=ids: [head_logp(hs[:, :-1][m], head, i)], plain=plain
         )

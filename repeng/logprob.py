@@ -13,21 +13,6 @@ from repeng.sites import trunk
 CHUNK = 1 << 22  # logits upcast at a time
 
 
-def next_token_logp(logits: Tensor, input_ids: Tensor) -> Tensor:
-    """Log-probability `(b t−1)`, float32, of each token given those before it: gather − logsumexp, in chunks of rows.
-
-    Args:
-        logits: `(b t v)`.
-        input_ids: `(b t)`.
-    """
-    rows = max(1, CHUNK // (logits.shape[1] * logits.shape[2]))
-    parts = []
-    for part, ids in zip(logits[:, :-1].split(rows), input_ids[:, 1:].split(rows), strict=True):
-        part = part.float()
-        parts.append(part.gather(-1, ids[..., None]).squeeze(-1) - part.logsumexp(dim=-1))
-    return torch.cat(parts)
-
-
 def head_logp(hs: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, chunk: int | None = None) -> Tensor:
     """Log-probability `(n)`, float32, of the `targets (n)` that `head` gives from final hidden states `hs (n d)`.
 

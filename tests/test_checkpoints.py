@@ -68,6 +68,21 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole_and_says_so(tmp_path, monk
     assert again.state.global_step == 6
 
 
+def test_a_checkpoint_that_holds_another_adapter_is_not_kept(tmp_path, monkeypatch):
+    trainer = trainer_for(arguments(tmp_path, max_steps=1, save_strategy="steps", save_steps=1))
+    save = type(trainer)._save
+
+    def wrong(self, output_dir=None, state_dict=None):
+        save(self, output_dir, state_dict)
+        path = Path(output_dir) / "adapter_model.safetensors"
+        save_file({key: torch.zeros_like(tensor) for key, tensor in load_file(path).items()}, path)
+
+    monkeypatch.setattr(type(trainer), "_save", wrong)
+    with pytest.raises(CheckpointError, match="differs from the adapter"):
+        trainer.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
 def test_what_is_no_matter_of_files_is_not_called_one(tmp_path, monkeypatch):
     trainer = trainer_for(arguments(tmp_path, max_steps=1, save_strategy="steps", save_steps=1))
 
@@ -199,6 +214,11 @@ def test_pairs_must_fill_an_optimizer_step(tmp_path, keys):
 def test_what_is_measured_must_be_named(tmp_path):
     with pytest.raises(ValueError, match="must be one of range, plus, minus; got 'loss'"):
         arguments(tmp_path, metric_for_best_model="loss")
+
+
+def test_early_stopping_needs_evaluations(tmp_path):
+    with pytest.raises(ValueError, match="set eval_strategy and eval_steps"):
+        arguments(tmp_path, early_stopping_patience=2)
 
 
 def test_partial_batches_are_refused(tmp_path):

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from repeng import Question, evaluate, steer, tiny
 from repeng.eval import prompt_dial
-from repeng.logprob import next_token_logp
+from repeng.logprob import head_logp
 from repeng.questions import load_questions
 
 
@@ -117,8 +118,8 @@ def test_prompts_are_rewritten_and_neutral_text_counts_its_own_tokens_only(embed
     model, tokenizer = embedded
     ids = torch.tensor([tokenizer("the speaker is honest . the train moves along the rails .")["input_ids"]])
     with torch.no_grad():
-        logp = next_token_logp(model(ids).logits, ids)
-    assert report.neutral_nll[report.at(1.0)].item() == pytest.approx(-logp[0, -7:].mean().item(), abs=1e-4)
+        logp = head_logp(model(ids).logits[0, :-1], nn.Identity(), ids[0, 1:])
+    assert report.neutral_nll[report.at(1.0)].item() == pytest.approx(-logp[-7:].mean().item(), abs=1e-4)
     with prompt_dial("plus .", "minus .")(0.0) as rewrite:
         assert rewrite is None
 
@@ -129,7 +130,8 @@ def test_log_probabilities_are_those_of_a_log_softmax(monkeypatch):
     expected = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
     for chunk in (1, 1 << 22):
         monkeypatch.setattr("repeng.logprob.CHUNK", chunk)
-        assert torch.allclose(next_token_logp(logits, ids), expected, atol=1e-6)
+        found = head_logp(logits[:, :-1].flatten(0, 1), nn.Identity(), ids[:, 1:].flatten())
+        assert torch.allclose(found.view_as(expected), expected, atol=1e-6)
 
 
 def test_bad_questions_are_refused(tmp_path, embedded, tokenizer):
@@ -246,8 +248,8 @@ def test_neutral_text_is_scored_on_the_same_tokens_whatever_the_dial(embedded, f
     assert report.neutral_tokens.tolist() == [7]
     ids = [i for part in ("Write a short text.", text) for i in chat(part, add_special_tokens=False)["input_ids"]]
     with torch.no_grad():
-        logp = next_token_logp(embedded[0](torch.tensor([ids])).logits, torch.tensor([ids]))
-    assert report.neutral_logp[report.at(0.0), 0].item() == pytest.approx(logp[0, -7:].sum().item(), abs=1e-3)
+        logp = head_logp(embedded[0](torch.tensor([ids])).logits[0, :-1], nn.Identity(), torch.tensor(ids[1:]))
+    assert report.neutral_logp[report.at(0.0), 0].item() == pytest.approx(logp[-7:].sum().item(), abs=1e-3)
 
 
 def test_generation_settings_of_the_model_do_not_leak_in(base, tokenizer):

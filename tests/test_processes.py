@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from launches import launch_environment
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -23,22 +22,6 @@ from repeng import steer, tiny
 pytestmark = pytest.mark.processes
 SCRIPT = Path(__file__).parent / "processes.py"
 ROOT = SCRIPT.parent.parent
-
-
-def launched(name, prefixes):
-    """The variables that `accelerate launch` sets for one of the configurations."""
-    config = str(ROOT / "configs" / "accelerate" / f"{name}.yaml")
-    parsed = launch_command_parser().parse_args(["--config_file", config, "train.py"])
-    arguments, defaults, _ = _validate_launch_command(parsed)
-    if arguments.use_deepspeed:
-        arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
-        environment = prepare_deepspeed_cmd_env(arguments)[1]
-    else:
-        environment = prepare_multi_gpu_env(arguments)
-    return {key: value for key, value in environment.items() if key.startswith(prefixes)}
-
-
-SHARDED = launched("fsdp2", ("ACCELERATE_USE_FSDP", "FSDP_"))
 
 
 def start(folder, *argv, world=1, environment=None):
@@ -102,7 +85,7 @@ def test_two_processes_make_the_same_adapter_as_one(tmp_path, one):
 def test_a_sharded_run_saves_the_whole_adapter(tmp_path, one):
     """FSDP2: the same adapter as one process makes, which loads there with equal logits."""
     options = ("--per_device_train_batch_size", 4, "--max_steps", 8, "--gradient_checkpointing", "true", *REPORT)
-    assert_same(one, run(tmp_path, *options, world=2, environment=SHARDED))
+    assert_same(one, run(tmp_path, *options, world=2, environment=launch_environment("fsdp2")))
     check_report(tmp_path)
     seen = json.loads((tmp_path / "seen.json").read_text())
     model = PeftModel.from_pretrained(tiny.load()[0], tmp_path).eval()
@@ -121,7 +104,7 @@ def test_a_sharded_run_goes_on_to_the_same_bytes(tmp_path, one):
         "--bf16", "true", "--gradient_checkpointing", "true", "--eval_strategy", "steps", "--eval_steps", 4,
         "--load_best_model_at_end", "true",
     )  # fmt: skip
-    run(tmp_path, *options, world=2, environment=SHARDED)
+    run(tmp_path, *options, world=2, environment=launch_environment("fsdp2"))
     before, seen = digest(tmp_path), json.loads((tmp_path / "seen.json").read_text())
     assert len(seen["ranges"]) == 2
     for name in ("checkpoint-4", "checkpoint-8"):
@@ -131,14 +114,14 @@ def test_a_sharded_run_goes_on_to_the_same_bytes(tmp_path, one):
     assert all(torch.equal(tensor, found[key]) for key, tensor in best.items())
     shutil.rmtree(tmp_path / "checkpoint-8")
     (tmp_path / "adapter_model.safetensors").unlink()
-    run(tmp_path, *options, "--resume", "true", world=2, environment=SHARDED)
+    run(tmp_path, *options, "--resume", "true", world=2, environment=launch_environment("fsdp2"))
     assert digest(tmp_path) == before
     assert json.loads((tmp_path / "seen.json").read_text())["ranges"] == seen["ranges"]
 
 
 @pytest.mark.skipif(not find_spec("deepspeed"), reason="needs deepspeed")
 def test_zero_2_makes_the_same_adapter(tmp_path, one):
-    environment = launched("zero2", ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_CONFIG_DS", "ACCELERATE_DEEPSPEED"))
+    environment = launch_environment("zero2")
     assert environment["ACCELERATE_USE_DEEPSPEED"] == "true"
     options = ("--per_device_train_batch_size", 4, "--max_steps", 8)
     assert_same(one, run(tmp_path, *options, world=2, environment=environment))

@@ -8,8 +8,7 @@ import tiny_models
 import torch
 import transformers as tf
 from accelerate import FullyShardedDataParallelPlugin
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_multi_gpu_env
+from launches import CONFIGS, launch_arguments, launch_environment
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from repeng import check_pairs
@@ -26,7 +25,6 @@ CLASSES = {
     "gemma-3-1b": "gemma3-text", "gemma-3-4b": "gemma3-multimodal", "gemma-3-12b": "gemma3-multimodal",
     "llama-3.2-1b": "llama", "llama-3.1-8b": "llama", "smollm2-135m": "llama", "olmo-3-7b": "olmo3",
 }  # fmt: skip
-ACCELERATE = ROOT / "configs" / "accelerate"
 TRAITS = sorted((ROOT / "configs" / "traits").glob("*.yaml"))
 RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml") if path.stem != "tiny")
 TEMPLATE = (
@@ -84,24 +82,17 @@ def test_the_suffixes_are_what_the_script_writes():
     assert not any(line.endswith((".", "!", "?")) for line in lines)
 
 
-def launched(name):
-    """What `accelerate launch` makes of a configuration."""
-    arguments = launch_command_parser().parse_args(["--config_file", str(ACCELERATE / f"{name}.yaml"), "train.py"])
-    return _validate_launch_command(arguments)[0]
-
-
 def test_accelerate_reads_its_configurations(monkeypatch):
-    assert {path.stem for path in ACCELERATE.glob("*.yaml")} == {"one_gpu", "ddp", "fsdp2", "zero2"}
-    assert launched("one_gpu").num_processes == 1 and not launched("one_gpu").multi_gpu
-    assert launched("ddp").multi_gpu and launched("ddp").num_processes > 1
-    for key, value in prepare_multi_gpu_env(launched("fsdp2")).items():
-        if key.startswith(("FSDP_", "ACCELERATE_USE_FSDP")):
-            monkeypatch.setenv(key, value)
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {"one_gpu", "ddp", "fsdp2", "zero2"}
+    assert launch_arguments("one_gpu").num_processes == 1 and not launch_arguments("one_gpu").multi_gpu
+    assert launch_arguments("ddp").multi_gpu and launch_arguments("ddp").num_processes > 1
+    for key, value in launch_environment("fsdp2").items():
+        monkeypatch.setenv(key, value)
     check_parallelism(SteeringArguments(positive="a", negative="b"))
     plugin = FullyShardedDataParallelPlugin()
-    assert plugin.fsdp_version == 2 and plugin.reshard_after_forward and launched("fsdp2").use_fsdp
-    assert launched("zero2").use_deepspeed
-    settings = json.loads((ROOT / launched("zero2").deepspeed_config_file).read_text())
+    assert plugin.fsdp_version == 2 and plugin.reshard_after_forward and launch_arguments("fsdp2").use_fsdp
+    assert launch_arguments("zero2").use_deepspeed
+    settings = json.loads((ROOT / launch_arguments("zero2").deepspeed_config_file).read_text())
     assert settings["zero_optimization"]["stage"] == 2
 
 
@@ -116,7 +107,8 @@ def test_the_command_of_a_recipe_names_files_that_are_there(name):
 def test_every_trait_makes_sound_pairs_for_a_chat_model(chat_tokenizer):
     assert len(TRAITS) >= 6
     for path in TRAITS:
-        args = parse_arguments(["--bf16", "false"], [ROOT / "configs" / "qwen3-4b.yaml", path])
+        configs = ["--config", str(ROOT / "configs" / "qwen3-4b.yaml"), str(path)]
+        args = parse_arguments([*configs, "--bf16", "false"], None)
         assert args.model_name_or_path == "Qwen/Qwen3-4B" and len(set(args.templates)) >= 3
         pairs = make_pairs(
             args.positive, args.negative, templates=args.templates, suffixes=load_texts(SUFFIXES)[::40],

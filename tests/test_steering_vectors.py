@@ -370,7 +370,10 @@ def test_every_architecture_is_steered_and_generates_alike_with_and_without_cach
         assert torch.equal(cached, plain), positions
     with steer(model, torch.tensor([0.0, 1.0]), vector=vector):
         moved = logits(model, input_ids=ids)
-    assert torch.equal(moved[0], clean[0]) and not torch.allclose(moved[1], clean[1], atol=1e-3)
+    # All rows of a batch share the matrix products of routed experts, and some CPUs round those by their size.
+    tolerance = 1e-5 if name in ("mixtral", "qwen3-moe") else 0.0
+    assert torch.allclose(moved[0], clean[0], rtol=0, atol=tolerance)
+    assert not torch.allclose(moved[1], clean[1], atol=1e-3)
 
 
 def test_offloaded_models_are_extracted_and_steered(tmp_path, tokenizer):

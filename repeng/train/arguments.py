@@ -163,7 +163,7 @@ def layer_request(given: object) -> list[int] | str:
     return [int(word) for word in words]
 
 
-def parse_arguments(argv: Sequence[str], default_config: Path | Sequence[Path] | None) -> SteeringArguments:
+def parse_arguments(argv: Sequence[str], default_config: Path | None) -> SteeringArguments:
     """Arguments from `--config FILE.yaml …` (or `default_config`, if any), overridden by the rest of the command line.
 
     Of several files, later ones override earlier ones.
@@ -172,9 +172,8 @@ def parse_arguments(argv: Sequence[str], default_config: Path | Sequence[Path] |
         ValueError: an unknown key, with the nearest valid one.
         FileNotFoundError: there is no such configuration file.
     """
-    default = [default_config] if isinstance(default_config, Path) else list(default_config or ())
     before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    before.add_argument("--config", type=Path, nargs="+", default=default)
+    before.add_argument("--config", type=Path, nargs="+", default=[] if default_config is None else [default_config])
     known, rest = before.parse_known_args(list(argv))
     names = [f.name for f in fields(SteeringArguments) if f.init]
     given: dict[str, Any] = {}

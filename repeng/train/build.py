@@ -159,10 +159,12 @@ def hold_out(pairs: list[ContrastPair], most: int = MAX_PAIRS) -> tuple[list[Con
     if len(counts) == 1:
         return pairs[n:], pairs[:n]
     held_back: set[str] = set()
-    for pair in pairs:
-        if sum(counts[suffix] for suffix in held_back) >= n:
+    total = 0
+    for suffix, count in counts.items():
+        if total >= n:
             break
-        held_back.add(pair.suffix)
+        held_back.add(suffix)
+        total += count
     held = [pair for pair in pairs if pair.suffix in held_back]
     return [pair for pair in pairs if pair.suffix not in held_back], held[:n]
 

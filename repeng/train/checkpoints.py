@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -44,12 +45,13 @@ def publish(staging: Path, folder: Path, args: TrainingArguments, best: str | No
 def check_saved(model: PeftModel, folder: str | Path, state: dict[str, Tensor]) -> None:
     """Raise OSError unless the file of an adapter in `folder` holds exactly `state`, from `adapter_state`."""
     path = Path(folder) / "adapter_model.safetensors"
-    check_whole(path)
     expected = get_peft_model_state_dict(model, state_dict=state)
-    with safe_open(path, framework="pt") as file:
-        keys = set(file.keys())
-        wrong = keys ^ expected.keys()
-        wrong |= {key for key in keys & expected.keys() if not torch.equal(file.get_tensor(key), expected[key].cpu())}
+    try:
+        found = load_file(path)
+    except SafetensorError as error:
+        raise OSError(f"{path} was not written whole: {error}") from error
+    wrong = found.keys() ^ expected.keys()
+    wrong |= {key for key in found.keys() & expected.keys() if not torch.equal(found[key], expected[key].cpu())}
     if wrong:
         raise OSError(f"{path} was not written whole: {min(wrong)} differs from the adapter")
 

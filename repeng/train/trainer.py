@@ -291,17 +291,13 @@ class SteeringTrainer(Trainer):
                 shutil.rmtree(self._staging, ignore_errors=True)  # what a killed run left
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
-            base = self.accelerator.unwrap_model(model)
-            state = adapter_state(base)
-            self.accelerator.wait_for_everyone()
             best = folder / f"checkpoint-{self.state.best_global_step}"  # not where it was staged
-            staged = self._staging / f"checkpoint-{self.state.global_step}"
             if self.state.best_global_step and (best.exists() or (self._staging / best.name).exists()):
                 self.state.best_model_checkpoint = str(best)
             self.accelerator.wait_for_everyone()  # before the staged one moves
             if self.args.should_save:
+                staged = self._staging / f"checkpoint-{self.state.global_step}"
                 self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
-                check_saved(base, staged, state)
                 publish(self._staging, folder, self.args, self.state.best_model_checkpoint)
             self.accelerator.wait_for_everyone()
         except (OSError, SafetensorError, RuntimeError) as error:
@@ -315,12 +311,13 @@ class SteeringTrainer(Trainer):
             self._staging = None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        folder, state = output_dir or self.args.output_dir, adapter_state(self.model)
         if not self.is_fsdp_enabled:
-            super().save_model(output_dir, _internal_call)
-            return
-        state = adapter_state(self.model)  # Trainer's own would gather the frozen base as well
+            super().save_model(folder, _internal_call)
+        elif self.args.should_save:
+            self._save(folder, state_dict=state)  # Trainer's own would gather the frozen base as well
         if self.args.should_save:
-            self._save(output_dir or self.args.output_dir, state_dict=state)
+            check_saved(self.model, folder, state)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:
