@@ -40,10 +40,14 @@ def main() -> None:
     torch.manual_seed(0)
     base = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=1000, hidden_size=args.width, intermediate_size=3 * args.width, num_hidden_layers=args.depth,
-            num_attention_heads=args.width // 64, num_key_value_heads=args.width // 128,
+            vocab_size=1000,
+            hidden_size=args.width,
+            intermediate_size=3 * args.width,
+            num_hidden_layers=args.depth,
+            num_attention_heads=args.width // 64,
+            num_key_value_heads=args.width // 128,
         )
-    )  # fmt: skip
+    )
     ids, rows = torch.randint(3, 900, (2, 16)), torch.randint(3, 900, (16, 64))
     signs = torch.tensor([1.0, -1.0]).repeat_interleave(8)
     lora = get_peft_model(copy.deepcopy(base), LoraConfig(r=args.r, target_modules=SITES))

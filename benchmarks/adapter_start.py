@@ -24,9 +24,13 @@ SITES = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_p
 def model(width: int) -> nn.Module:
     """One decoder layer of Qwen3-0.6B-like proportions whose singular values decay as those of trained weights do."""
     config = LlamaConfig(
-        vocab_size=32, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=1,
-        num_attention_heads=width // 64, num_key_value_heads=max(1, width // 128),
-    )  # fmt: skip
+        vocab_size=32,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=1,
+        num_attention_heads=width // 64,
+        num_key_value_heads=max(1, width // 128),
+    )
     torch.manual_seed(0)
     result = LlamaForCausalLM(config)
     for name, module in result.named_modules():
@@ -78,9 +82,12 @@ def main() -> None:
         row["share_of_full_svd"] = row["seconds"] / full
         rows[niter] = row
         table.add_row(
-            f"{niter}{' (exact)' if niter == 0 else ''}", f"{row['seconds']:.2f}", f"1/{full / row['seconds']:.1f}",
-            f"{100 * row['excess_error']:.3f}", f"{row['subspace_distance']:.4f}",
-        )  # fmt: skip
+            f"{niter}{' (exact)' if niter == 0 else ''}",
+            f"{row['seconds']:.2f}",
+            f"1/{full / row['seconds']:.1f}",
+            f"{100 * row['excess_error']:.3f}",
+            f"{row['subspace_distance']:.4f}",
+        )
     Console().print(table)
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:

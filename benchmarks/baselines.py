@@ -9,9 +9,9 @@ from einops import repeat
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from repeng.data import pad_rows
-from repeng.logprob import kl_divergence
-from repeng.sites import decoder_layers, edit_outputs
+from repeng.data.tokens import pad_rows
+from repeng.model.logprob import kl_divergence
+from repeng.model.sites import decoder_layers, edit_outputs
 from repeng.tiny import lexicon
 from repeng.tiny.world import FACT_FORMS, MOOD_FORMS, SPLITS, World
 from repeng.train.arguments import SteeringArguments
@@ -80,15 +80,18 @@ def dial_of(model: nn.Module, coefficient: float | Tensor):
 
 def use_biases(run: Run, args: SteeringArguments) -> None:
     """Replace the adapter by learned biases on the same layers."""
-    run.model = Biased(run.model.unload(), args.layers)
+    run.model = Biased(run.model.unload(), run.sites.layers)
 
 
 def use_lora(run: Run, args: SteeringArguments, names: tuple[str, ...] = ("default",)) -> None:
     """Replace the adapter by LoRA on the same sites and layers."""
     config = LoraConfig(
-        r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=list(args.target_modules), layers_to_transform=args.layers,
+        r=LORA_RANK,
+        lora_alpha=LORA_RANK,
+        target_modules=list(args.target_modules),
+        layers_to_transform=run.sites.layers,
         task_type="CAUSAL_LM",
-    )  # fmt: skip
+    )
     model = get_peft_model(run.model.unload(), config, adapter_name=names[0])
     for name in names[1:]:
         model.add_adapter(name, config)
@@ -132,7 +135,7 @@ class DistillationTrainer(SteeringTrainer):
         taught = [opening + text for side in openings for opening, text in zip(side * 2, bare, strict=True)]
         bos = [self.processing_class.bos_token_id]
         base, device = self.accelerator.unwrap_model(model), inputs["input_ids"].device
-        with torch.no_grad(), self.dial(base, 0.0):
+        with torch.no_grad(), self.steer_fn(base, 0.0):
             teacher = base(**pad_rows(taught, self.processing_class, device, side="left"), use_cache=False).logits
         student_rows = pad_rows([bos + text for text in bare] * 2, self.processing_class, device, side="left")
         student = model(**student_rows, use_cache=False).logits
@@ -144,4 +147,4 @@ class DistillationTrainer(SteeringTrainer):
 
     def both_sides(self, model, inputs):
         rows = inputs["input_ids"].shape[0] // 3 * 2
-        return self.dial(model, repeat(torch.tensor([1.0, -1.0]), "c -> (c r)", r=rows))
+        return self.steer_fn(model, repeat(torch.tensor([1.0, -1.0]), "c -> (c r)", r=rows))

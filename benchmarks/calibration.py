@@ -9,8 +9,8 @@ from functools import partial
 
 from benchmarks.training import train
 from repeng import Budget, KLBudget, calibrate, evaluate, extract, steer, tiny
-from repeng.calibrate import kl_spender
-from repeng.report.tables import markdown
+from repeng.eval.calibrate import kl_spender
+from repeng.eval.report.tables import markdown
 from repeng.tiny import lexicon
 
 LAYER = 2  # of the mean difference: its best on both traits

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from benchmarks.training import train
 from repeng import EvalReport, evaluate, steer
-from repeng.eval import ADAPTER_COEFFICIENTS
+from repeng.eval.evaluate import ADAPTER_COEFFICIENTS
 from repeng.train.arguments import SteeringArguments
-from repeng.train.bases import pair_differences
 from repeng.train.build import Run
+from repeng.train.reference import pair_differences
 from repeng.tuner.base import dense_weight
 
 Bases = tuple[Tensor, Tensor, Tensor]
@@ -50,7 +50,7 @@ def put_bases(prepared: Run, args: SteeringArguments, choice: str) -> None:
     model = prepared.model
     for key, dx in pair_differences(model, prepared.tokenizer, prepared.examples, args.last_n_tokens).items():
         site = model.get_base_model().get_submodule(key)
-        bases = CHOICES[choice](dense_weight(site.base_layer), dx, args.r)
+        bases = CHOICES[choice](dense_weight(site.base_layer), dx, prepared.sites.r)
         for name, tensor in zip("usv", bases, strict=True):
             getattr(site, f"svd_steering_{name}")["default"].copy_(tensor)
 
@@ -59,9 +59,13 @@ def run(choice: str, seed: int, extra: Sequence[str]) -> EvalReport:
     """Train once with these bases and evaluate on held-out questions."""
     prepared = train(seed, extra, prepare=partial(put_bases, choice=choice))
     return evaluate(
-        prepared.model, prepared.tokenizer, prepared.questions, lambda c: steer(prepared.model, c),
-        ADAPTER_COEFFICIENTS, neutral_texts=prepared.neutral_texts,
-    )  # fmt: skip
+        prepared.model,
+        prepared.tokenizer,
+        prepared.task.questions,
+        lambda c: steer(prepared.model, c),
+        ADAPTER_COEFFICIENTS,
+        neutral_texts=prepared.task.unseen_neutral_texts,
+    )
 
 
 def main() -> None:

@@ -46,9 +46,13 @@ def save_model(folder: Path, width: int, depth: int, pairs: list[ContrastPair]) 
     """A random Llama with a vocabulary of usual size, the embedded tokenizer, and the pairs as texts."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=32_000, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=depth,
-        num_attention_heads=width // 64, num_key_value_heads=width // 128,
-    )  # fmt: skip
+        vocab_size=32_000,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=depth,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 128,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     tiny.load()[1].save_pretrained(folder)
     texts = [[f"{side} {pair.suffix}" for side in (pair.chosen, pair.rejected)] for pair in pairs]
@@ -74,8 +78,11 @@ def main() -> None:
             command += ["--with", f"{package}=={number}"]
         done = subprocess.run(
             [*command, "python", str(folder / "theirs.py"), name, str(args.repeats), str(threads)],
-            stdout=subprocess.PIPE, text=True, cwd=name, check=False,
-        )  # fmt: skip
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=name,
+            check=False,
+        )
     if done.returncode:
         sys.exit("vgel/repeng 0.4.0 could not be run")
     theirs = json.loads(done.stdout.splitlines()[-1])

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.training import train
 from repeng import EvalReport, evaluate, steer
-from repeng.eval import ADAPTER_COEFFICIENTS
+from repeng.eval.evaluate import ADAPTER_COEFFICIENTS
 from repeng.train.inner_contrastive_loss import (
     InnerContrastiveLoss,
     inner_contrastive_loss,
@@ -138,9 +138,13 @@ def run(form: Form, seed: int, extra: Sequence[str] = ()) -> EvalReport:
     """Train once and evaluate on held-out questions."""
     prepared = train(seed, [*form.argv, *extra], loss_func=form.loss)
     return evaluate(
-        prepared.model, prepared.tokenizer, prepared.questions, lambda c: steer(prepared.model, c),
-        ADAPTER_COEFFICIENTS, neutral_texts=prepared.neutral_texts,
-    )  # fmt: skip
+        prepared.model,
+        prepared.tokenizer,
+        prepared.task.questions,
+        lambda c: steer(prepared.model, c),
+        ADAPTER_COEFFICIENTS,
+        neutral_texts=prepared.task.unseen_neutral_texts,
+    )
 
 
 def main() -> None:

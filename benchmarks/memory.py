@@ -9,6 +9,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,9 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.training import CONFIG
 from repeng import tiny
-from repeng.report.tables import markdown
-from repeng.train import build as building
+from repeng.eval.report.tables import markdown
 from repeng.train.arguments import parse_arguments
+from repeng.train.build import build
 from repeng.train.trainer import SteeringTrainer
 
 VARIANTS = ("whole logits", "chunks")
@@ -29,11 +30,17 @@ def step(variant: str, vocabulary: int, pairs: int) -> float:
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=vocabulary, hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-            num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            vocab_size=vocabulary,
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
         )
-    )  # fmt: skip
-    building.AutoModelForCausalLM.from_pretrained = lambda *_, **__: model
+    )
     with tempfile.TemporaryDirectory() as folder:
         argv = [
             "--output_dir",
@@ -47,16 +54,15 @@ def step(variant: str, vocabulary: int, pairs: int) -> float:
             "--r",
             "8",
         ]
-        args = parse_arguments([*argv, "--per_device_train_batch_size", str(pairs)], CONFIG)
-        run = building.build(args, tiny.task(args))
+        task_args, args = parse_arguments([*argv, "--per_device_train_batch_size", str(pairs)], CONFIG)
+        run = build(task_args, args, tiny.task(task_args, args.seed), model=model)
         for example in run.examples:  # one length, as long as an answer
             for name in ("chosen_ids", "rejected_ids", "neutral_ids"):
                 example[name] = (example[name] * 20)[:128]
         # The reference is computed pair by pair, so that it is not what makes the peak.
-        args.per_device_train_batch_size = 1
+        single = replace(args, per_device_train_batch_size=1)
+        SteeringTrainer(run.model, single, run.examples[: 4 * pairs], run.tokenizer)
         trainer = SteeringTrainer(run.model, args, run.examples[: 4 * pairs], run.tokenizer)
-        args.per_device_train_batch_size = pairs
-        trainer._train_batch_size = pairs
         trainer.plain_head = variant == "chunks"
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()

@@ -14,21 +14,43 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from benchmarks import baselines
 from benchmarks.timing import seconds
 from benchmarks.training import CONFIG
-from repeng import tiny
-from repeng.report.tables import markdown
-from repeng.train import build as building
+from repeng import steer, tiny
+from repeng.eval.report.tables import markdown
 from repeng.train.arguments import parse_arguments
+from repeng.train.build import build
 from repeng.train.trainer import SteeringTrainer
 
 # Widths and depths of the published configurations of Qwen3; "small" is for a CPU.
 SHAPES = {
-    "small": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "num_attention_heads": 4,
-              "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 32_000},
-    "qwen3-0.6b": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
-                   "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936, "tie_word_embeddings": True},
-    "qwen3-8b": {"hidden_size": 4096, "intermediate_size": 12_288, "num_hidden_layers": 36, "num_attention_heads": 32,
-                 "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936},
-}  # fmt: skip
+    "small": {
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "vocab_size": 32_000,
+    },
+    "qwen3-0.6b": {
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151_936,
+        "tie_word_embeddings": True,
+    },
+    "qwen3-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 12_288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151_936,
+    },
+}
 METHODS = ("LoRA", "this adapter")
 
 
@@ -45,19 +67,19 @@ def step(method: str, options: argparse.Namespace) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         argv = ["--output_dir", folder, "--per_device_train_batch_size", str(options.pairs), "--disable_tqdm", "true"]
         argv += ["--bf16", str(torch.cuda.is_available()), "--gradient_checkpointing", str(options.checkpointing)]
-        args = parse_arguments([*argv, "--layers", "0.3-0.7", "--directions", "top"], CONFIG)
-        building.AutoModelForCausalLM.from_pretrained = lambda *_, **__: random_model(options.shape, args.device)
-        run = building.build(args, tiny.task(args))
+        task_args, args = parse_arguments([*argv, "--layers", "0.3-0.7", "--directions", "top"], CONFIG)
+        model = random_model(options.shape, args.device)
+        run = build(task_args, args, tiny.task(task_args, args.seed), model=model)
         rng, vocabulary = random.Random(0), run.model.config.vocab_size
         for example in run.examples:
             for side in ("chosen_ids", "rejected_ids", "neutral_ids"):
                 example[side] = [rng.randrange(3, vocabulary) for _ in range(options.tokens)]
-        dial = {}
+        steer_fn = steer
         if method == "LoRA":
             baselines.use_lora(run, args)
-            dial = {"dial": baselines.lora_dial}
+            steer_fn = baselines.lora_dial
         examples = run.examples[: options.pairs]
-        trainer = SteeringTrainer(run.model, args, examples, run.tokenizer, **dial)
+        trainer = SteeringTrainer(run.model, args, examples, run.tokenizer, steer_fn=steer_fn)
         trainer.create_optimizer()
         trainer.current_gradient_accumulation_steps = 1
         batch = trainer.data_collator([trainer.train_dataset[i] for i in range(options.pairs)])

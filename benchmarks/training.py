@@ -10,7 +10,7 @@ from repeng.train.build import Run, build
 from repeng.train.trainer import SteeringTrainer
 
 ROOT = Path(__file__).parent.parent
-CONFIG = ROOT / "configs" / "tiny.yaml"
+CONFIG = "tiny"
 
 
 def train(
@@ -21,14 +21,14 @@ def train(
     trainer: Callable[..., SteeringTrainer] = SteeringTrainer,
     **options,
 ) -> Run:
-    """Train by configs/tiny.yaml and `argv`.
+    """Train by the configuration `tiny` and `argv`.
 
     `prepare` changes what was built before training; `options` go to `trainer`.
     """
     with tempfile.TemporaryDirectory() as folder:
         fixed = ["--output_dir", folder, "--save_strategy", "no", "--disable_tqdm", "true", "--seed", str(seed)]
-        args = parse_arguments([*fixed, *argv], CONFIG)
-        run = build(args, tiny.task(args))
+        task_args, args = parse_arguments(["--config", CONFIG, *fixed, *argv])
+        run = build(task_args, args, tiny.task(task_args, args.seed))
         prepare(run, args)
         trainer(run.model, args, run.examples, run.tokenizer, **options).train()
     return run

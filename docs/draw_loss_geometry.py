@@ -8,8 +8,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from repeng import evaluate, steer, tiny
-from repeng.eval import ADAPTER_COEFFICIENTS
-from repeng.report.figures import shade_outside
+from repeng.eval.evaluate import ADAPTER_COEFFICIENTS
+from repeng.eval.report.figures import shade_outside
 from repeng.train.arguments import SteeringArguments, parse_arguments
 from repeng.train.build import build
 from repeng.train.inner_contrastive_loss import inner_contrastive_loss
@@ -24,27 +24,42 @@ def loss_at(shift: float, lost: float, args: SteeringArguments) -> float:
     hs = torch.tensor([shift, -shift])[:, None, None, None, None].expand(2, 2, 1, 1, 1)
     logp = torch.full((2, 1, 1), -lost)
     return inner_contrastive_loss(
-        hs_pi=hs, hs_ref=torch.zeros(2, 1, 1, 1), hs_mask=ones.expand(2, 1, 1), logp_pi=logp,
-        logp_ref=torch.zeros(2, 1, 1), logp_mask=ones.expand(2, 1, 1), neutral_logp_pi=torch.zeros(2, 1, 1),
-        neutral_logp_ref=torch.zeros(1, 1), neutral_mask=ones, direction=torch.ones(1, 1), scale=torch.ones(1),
-        gap_pi=torch.zeros(2, 2, 1), gap_ref=torch.zeros(2, 1), gap_weight=torch.zeros(1),
-        separation_target=args.separation_target, coherence_margin=args.coherence_margin,
+        hs_pi=hs,
+        hs_ref=torch.zeros(2, 1, 1, 1),
+        hs_mask=ones.expand(2, 1, 1),
+        logp_pi=logp,
+        logp_ref=torch.zeros(2, 1, 1),
+        logp_mask=ones.expand(2, 1, 1),
+        neutral_logp_pi=torch.zeros(2, 1, 1),
+        neutral_logp_ref=torch.zeros(1, 1),
+        neutral_mask=ones,
+        direction=torch.ones(1, 1),
+        scale=torch.ones(1),
+        gap_pi=torch.zeros(2, 2, 1),
+        gap_ref=torch.zeros(2, 1),
+        gap_weight=torch.zeros(1),
+        separation_target=args.separation_target,
+        coherence_margin=args.coherence_margin,
         coherence_weight=args.coherence_weight,
-    ).loss.item()  # fmt: skip
+    ).loss.item()
 
 
 def train() -> tuple[SteeringArguments, list[dict], object]:
     """One run with every step logged, and its evaluation."""
     with tempfile.TemporaryDirectory() as folder:
         argv = ["--output_dir", folder, "--save_strategy", "no", "--logging_steps", "1"]
-        args = parse_arguments(argv, HERE.parent / "configs" / "tiny.yaml")
-        run = build(args, tiny.task(args))
+        task_args, args = parse_arguments(["--config", "tiny", *argv])
+        run = build(task_args, args, tiny.task(task_args, args.seed))
         trainer = SteeringTrainer(run.model, args, run.examples, run.tokenizer)
         trainer.train()
     report = evaluate(
-        run.model, run.tokenizer, run.questions, lambda c: steer(run.model, c), ADAPTER_COEFFICIENTS,
-        neutral_texts=run.neutral_texts,
-    )  # fmt: skip
+        run.model,
+        run.tokenizer,
+        run.task.questions,
+        lambda c: steer(run.model, c),
+        ADAPTER_COEFFICIENTS,
+        neutral_texts=run.task.unseen_neutral_texts,
+    )
     return args, [row for row in trainer.state.log_history if "separation" in row], report
 
 

@@ -1,14 +1,25 @@
 """Steer language models from the inside. Importing registers the PEFT method `SVD_STEERING`."""
 
-from repeng.calibrate import Calibration, KLBudget, calibrate
-from repeng.control import steer
-from repeng.data import ContrastPair, PairCollator, check_pairs, load_pairs, make_pairs
-from repeng.eval import evaluate
-from repeng.eval_report import Budget, EvalReport, bootstrap
-from repeng.extract import extract
-from repeng.questions import Question, load_questions
-from repeng.tuner import SvdSteeringConfig, SvdSteeringModel
-from repeng.vector import SteeringVector
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from repeng._imports import OldPaths, lazily, when_imported
+
+if TYPE_CHECKING:
+    from repeng.control.steer import steer
+    from repeng.data.pairs import ContrastPair, check_pairs, load_pairs, make_pairs
+    from repeng.data.questions import Question, load_questions
+    from repeng.eval.calibrate import Calibration, KLBudget, calibrate
+    from repeng.eval.eval_report import Budget, EvalReport, bootstrap
+    from repeng.eval.evaluate import evaluate
+    from repeng.train.arguments import SteeringArguments
+    from repeng.train.collator import PairCollator
+    from repeng.train.inner_contrastive_loss import inner_contrastive_loss
+    from repeng.train.trainer import SteeringTrainer
+    from repeng.tuner import SvdSteeringConfig, SvdSteeringModel
+    from repeng.vectors.extract import extract
+    from repeng.vectors.vector import SteeringVector
 
 __version__ = "0.1.0"
 
@@ -20,6 +31,8 @@ __all__ = [
     "KLBudget",
     "PairCollator",
     "Question",
+    "SteeringArguments",
+    "SteeringTrainer",
     "SteeringVector",
     "SvdSteeringConfig",
     "SvdSteeringModel",
@@ -28,8 +41,42 @@ __all__ = [
     "check_pairs",
     "evaluate",
     "extract",
+    "inner_contrastive_loss",
     "load_pairs",
     "load_questions",
     "make_pairs",
     "steer",
 ]
+
+__getattr__, __dir__ = lazily(
+    __name__,
+    {
+        "Budget": "repeng.eval.eval_report",
+        "Calibration": "repeng.eval.calibrate",
+        "ContrastPair": "repeng.data.pairs",
+        "EvalReport": "repeng.eval.eval_report",
+        "KLBudget": "repeng.eval.calibrate",
+        "PairCollator": "repeng.train.collator",
+        "Question": "repeng.data.questions",
+        "SteeringArguments": "repeng.train.arguments",
+        "SteeringTrainer": "repeng.train.trainer",
+        "SteeringVector": "repeng.vectors.vector",
+        "SvdSteeringConfig": "repeng.tuner.config",
+        "SvdSteeringModel": "repeng.tuner.model",
+        "bootstrap": "repeng.eval.eval_report",
+        "calibrate": "repeng.eval.calibrate",
+        "check_pairs": "repeng.data.pairs",
+        "evaluate": "repeng.eval.evaluate",
+        "extract": "repeng.vectors.extract",
+        "inner_contrastive_loss": "repeng.train.inner_contrastive_loss",
+        "load_pairs": "repeng.data.pairs",
+        "load_questions": "repeng.data.questions",
+        "make_pairs": "repeng.data.pairs",
+        "steer": "repeng.control.steer",
+    },
+    packages=("control", "data", "eval", "model", "tiny", "train", "tuner", "vectors"),
+)
+
+# PEFT takes seconds to import, so `import repeng` does not import it. Once somebody does, PEFT knows the method.
+when_imported("peft", lambda: import_module("repeng.tuner"))
+sys.meta_path.append(OldPaths())

@@ -1,145 +1,151 @@
-"""`repeng evaluate PATH` and `repeng calibrate PATH`, for the folder of an adapter or the file of a vector."""
+"""The command line: `repeng train`, `repeng evaluate PATH` and `repeng calibrate PATH`.
+
+It is parsed, and the names in it are checked, before anything slow is imported.
+"""
 
 import argparse
 import sys
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from peft import PeftModel
-
-from repeng import tiny
-from repeng.calibrate import KLBudget, calibrate, kl_spender, store
-from repeng.control import steer
-from repeng.eval import ADAPTER_COEFFICIENTS, Dial
-from repeng.eval_report import ARMS
-from repeng.report.tables import print_doses, print_table
-from repeng.train.arguments import SteeringArguments, parse_arguments
-from repeng.train.build import Run, build
-from repeng.train.report import (
-    VECTOR_COEFFICIENTS,
-    behaviour,
-    check_writable,
-    compare,
-    save_adapter,
-    shortcomings,
-    verdict,
-    write_report,
+from repeng.data.arguments import TaskArguments
+from repeng.data.configuration import (
+    add_keys,
+    config_file,
+    flags_of,
+    names_of,
+    parse_keys,
+    read_configs,
+    refuse_unknown,
+    shipped_configs,
 )
-from repeng.vector import SteeringVector
+from repeng.train.recipe import Recipe
 
-OWN = "this dial"
-LARGEST = 4.0  # coefficient of an adapter, which is trained at 1: far beyond, effects fade while costs may not
-TOLERANCE = 0.1
-USAGE = """Keys of train.py may follow, such as --questions_file, --pairs_file, --positive and --negative; the folder
-of an adapter that train.py wrote says them all. For a vector, give --config or the keys that name model and pairs."""
+
+@dataclass
+class EvaluateArguments:
+    """Keys of `repeng evaluate` beside those of the task."""
+
+    output: str | None = field(
+        default=None,
+        metadata={"help": "Folder of the report; None = PATH/evaluation for an adapter, else PATH-report."},
+    )
+    require_steering: bool = field(
+        default=False,
+        metadata={
+            "help": "Exit with an error unless both arms gain more than a random direction, "
+            "and 95 percent of the items move along."
+        },
+    )
+    seed: int = field(default=42, metadata={"help": "Draws pairs and neutral texts, as in training."})
+    use_cpu: bool = field(default=False, metadata={"help": "Leave a GPU alone."})
+
+
+@dataclass
+class CalibrateArguments:
+    """Keys of `repeng calibrate` beside those of the task."""
+
+    nats: float = field(default=1.0, metadata={"help": "KL to the base that a token may have."})
+    sequences: int = field(default=512, metadata={"help": "Continuations to draw."})
+    percentile: float = field(default=95.0, metadata={"help": "Percentile of the tokens' KL that must stay below."})
+    seed: int = field(default=42, metadata={"help": "Draws pairs, as in training."})
+    use_cpu: bool = field(default=False, metadata={"help": "Leave a GPU alone."})
+
+
+MEASURES = {"evaluate": EvaluateArguments, "calibrate": CalibrateArguments}
+TRAIN_USAGE = "repeng train [--config NAME_OR_FILE ...] [--KEY VALUE ...] [FLAGS OF accelerate launch]"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: exits with a sentence on bad input."""
-    options, rest = parse(argv)
+    argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        args = parse_arguments(rest, options.config)
-        run = build(args, tiny.task(args), training=False)
-        options.run(options, args, run)
+        if argv[:1] == ["train"]:
+            train(argv[1:])
+        else:
+            measure(argv)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
 
 
-def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(prog="repeng", description=__doc__, epilog=USAGE)
-    commands = parser.add_subparsers(required=True)
-    measure = commands.add_parser("evaluate", help="what it does and what it costs, beside baselines", epilog=USAGE)
-    measure.set_defaults(run=run_evaluate)
-    measure.add_argument("--output", type=Path, help="folder of the report; default PATH/evaluation, or PATH-report")
-    scale = commands.add_parser("calibrate", help="make c = ±1 spend a stated budget, and store that", epilog=USAGE)
-    scale.set_defaults(run=run_calibrate)
-    scale.add_argument("--nats", type=float, default=KLBudget.nats, help="KL to the base that a token may have")
-    scale.add_argument("--sequences", type=int, default=KLBudget.sequences, help="continuations to draw")
-    scale.add_argument("--percentile", type=float, default=KLBudget.percentile, help="of the tokens' KL")
-    for command in (measure, scale):
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands, with every key as text."""
+    parser = argparse.ArgumentParser(prog="repeng", description="Steer language models from the inside.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    helps = {
+        "evaluate": "what an adapter or a vector does and what it costs, beside baselines",
+        "calibrate": "make c = ±1 spend a stated budget, and store that",
+    }
+    for name, kind in MEASURES.items():
+        command = commands.add_parser(name, help=helps[name], description=helps[name], allow_abbrev=False)
         command.add_argument("path", type=Path, metavar="PATH", help="folder of an adapter, or file of a vector")
         command.add_argument(
-            "--config", type=Path, help="YAML file with keys of train.py; by default PATH/config.yaml"
+            "--config",
+            nargs="+",
+            metavar="NAME_OR_FILE",
+            help="YAML files or names of configurations; by default PATH/config.yaml, which training writes. "
+            "Keys of training in them are left aside.",
         )
-    options, rest = parser.parse_known_args(argv)
-    if not options.path.exists():
-        sys.exit(f"error: there is no adapter and no vector at {str(options.path)!r}")
-    if options.config is None and (options.path / "config.yaml").is_file():
-        options.config = options.path / "config.yaml"
-    return options, rest
+        add_keys(command, [kind], "keys of this command")
+        add_keys(command, [TaskArguments], "keys of the task: which model, behaviour and data")
+    training = commands.add_parser(
+        "train",
+        help="train an adapter",
+        usage=TRAIN_USAGE,
+        allow_abbrev=False,
+        description="Train an adapter, save it, and print what it does. Every key of transformers.TrainingArguments "
+        "and every flag of `accelerate launch` is taken as well.",
+        epilog=f"configurations in the package: {', '.join(shipped_configs())}",
+    )
+    training.add_argument(
+        "--config",
+        nargs="+",
+        metavar="NAME_OR_FILE",
+        help="YAML files or names of configurations; later ones override earlier ones",
+    )
+    add_keys(training, [TaskArguments], "keys of the task: which model, behaviour and data")
+    add_keys(training, [Recipe], "keys of the training")
+    return parser
 
 
-def load(path: Path, args: SteeringArguments, run: Run) -> tuple[Dial, Sequence[float], SteeringVector | None]:
-    """The dial at `path` on the run's model, where to measure it, and the vector if it is one."""
-    if path.is_dir():
-        run.model = PeftModel.from_pretrained(run.model, path)
-        return partial(steer, run.model), ADAPTER_COEFFICIENTS, None
-    vector = SteeringVector.load_gguf(path) if path.suffix == ".gguf" else SteeringVector.load(path)
-    vector.check(run.model)
-    coefficients = ADAPTER_COEFFICIENTS if "calibration" in vector.metadata else VECTOR_COEFFICIENTS
-    return partial(steer, run.model, vector=vector), coefficients, vector
+def train(argv: list[str]) -> None:
+    """Check the configurations' names, then launch."""
+    options, _ = make_parser().parse_known_args(["train", *argv])
+    for word in options.config or ():
+        config_file(word)
+    from repeng.train.launch import launch
+
+    launch(argv)
 
 
-def run_evaluate(options: argparse.Namespace, args: SteeringArguments, run: Run) -> None:
-    """Print the table and the verdict, and write the report."""
-    path = options.path
-    folder = options.output or (path / "evaluation" if path.is_dir() else path.with_name(f"{path.stem}-report"))
-    check_writable(folder)
-    dial, coefficients, _ = load(path, args, run)
-    reports = compare(run, dial, coefficients, OWN)
-    print_doses(reports[OWN], f"{path}: {behaviour(args)}")
-    print_table(reports, OWN)
-    write_report(reports, folder, title=f"{path.name}: {behaviour(args)}", name=OWN)
-    print(verdict(reports, OWN))
-    print(f"report: {folder / 'report.html'}")
-    failed = shortcomings(reports, OWN)
-    if failed and args.require_steering:
-        sys.exit("error: this does not steer: " + "; ".join(failed))
+def measure(argv: list[str]) -> None:
+    """Evaluate or calibrate what lies at a path."""
+    options, unknown = make_parser().parse_known_args(argv)
+    given, command, path = vars(options), options.command, options.path
+    kinds = (MEASURES[command], TaskArguments)
+    refuse_unknown(flags_of(unknown) or unknown, names_of(kinds), "the command line")
+    if not path.exists():
+        raise ValueError(f"there is no adapter and no vector at {str(path)!r}")
+    configs = options.config
+    if configs is None:
+        configs = [str(path / "config.yaml")] if (path / "config.yaml").is_file() else []
+    for word in configs:
+        config_file(word)
+    words = [
+        word
+        for name in names_of(kinds)
+        if name in given
+        for word in (f"--{name}", *(given[name] if isinstance(given[name], list) else filter(None, [given[name]])))
+    ]
 
+    from repeng.train.arguments import SteeringArguments
 
-def run_calibrate(options: argparse.Namespace, args: SteeringArguments, run: Run) -> None:
-    """Find and store the calibration, and check it on other prompts of the training set."""
-    place = options.path if options.path.suffix != ".gguf" else options.path.with_suffix(".safetensors")
-    if place != options.path and place.exists():
-        raise ValueError(f"a GGUF file holds no calibration, and {place} exists: move it, or calibrate that file")
-    budget = KLBudget(options.nats, options.percentile, sequences=options.sequences)
-    prompts = training_prompts(run)
-    if len(prompts) < 2:
-        raise ValueError(
-            f"the pairs have {len(prompts)} prompt to continue; a calibration and its check need two or more"
-        )
-    dial, _, vector = load(options.path, args, run)
-    chosen, checked = prompts[::2], prompts[1::2]
-    found = calibrate(run.model, run.tokenizer, dial, chosen, budget, largest=LARGEST if vector is None else 8.0)
-    if vector is None:
-        store(run.model, found)
-        save_adapter(run.model, place)
-    else:
-        vector = vector.calibrated(found.to_dict())
-        vector.save(place)
-        dial = partial(steer, run.model, vector=vector)
-    spend = kl_spender(run.model, run.tokenizer, dial, checked, budget)
-    for arm, sign in ARMS:
-        there = budget.nats * spend(float(sign))
-        print(
-            f"c = {sign:+d} is now {getattr(found, arm):.3g} of the former unit: on {len(checked)} other prompts, "
-            f"percentile {budget.percentile:g} of the KL per token is {there:.3g} nats, of {budget.nats:g}"
-        )
-        if found.spent[arm] < 1 - TOLERANCE:
-            print(
-                f"  this arm does not spend the whole budget at any coefficient that was tried: {found.spent[arm]:.0%}"
-            )
-    print(f"stored: {place}")
+    keys = read_configs(configs, {*names_of(kinds), *names_of([SteeringArguments])})
+    arguments, task_args = parse_keys(kinds, words, {name: keys[name] for name in names_of(kinds) if name in keys})
+    from repeng import commands
 
-
-def training_prompts(run: Run) -> list[str]:
-    """What is continued: the persona-free ends of the pairs; with a chat template or without such ends, both sides."""
-    if run.tokenizer.chat_template or not all(pair.suffix for pair in run.pairs):
-        texts = [side for pair in run.pairs for side in (pair.chosen, pair.rejected)]
-    else:
-        texts = [pair.suffix for pair in run.pairs]
-    return list(dict.fromkeys(texts))
+    getattr(commands, command)(path, task_args, **vars(arguments))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import torch
 from benchmarks import baselines, loss_forms
 from benchmarks.training import CONFIG
 from repeng import tiny
-from repeng.data import encode, pad_rows
+from repeng.data.tokens import encode, pad_rows
 from repeng.tiny.world import World
 from repeng.train.arguments import parse_arguments
 from repeng.train.build import build
@@ -21,13 +21,26 @@ def test_every_form_of_the_loss_pushes_from_the_start(name):
     logp = torch.randn(3, 5, generator=generator)
     ones = torch.ones(3, 5, dtype=torch.bool)
     result = loss_forms.FORMS[name].loss(
-        hs_pi=hs_pi, hs_ref=hs_ref, hs_mask=torch.ones(2, 3, 4, dtype=torch.bool),
-        logp_pi=logp.expand(2, 3, 5), logp_ref=logp.expand(2, 3, 5), logp_mask=ones.expand(2, 3, 5),
-        neutral_logp_pi=logp.expand(2, 3, 5), neutral_logp_ref=logp, neutral_mask=ones,
-        direction=torch.eye(8)[:, :1], scale=torch.ones(1), gap_pi=torch.zeros(2, 2, 3), gap_ref=torch.zeros(2, 3),
-        gap_weight=torch.ones(3), separation_target=20.0, order_target=8.0, order_weight=3.0, coherence_margin=0.1,
+        hs_pi=hs_pi,
+        hs_ref=hs_ref,
+        hs_mask=torch.ones(2, 3, 4, dtype=torch.bool),
+        logp_pi=logp.expand(2, 3, 5),
+        logp_ref=logp.expand(2, 3, 5),
+        logp_mask=ones.expand(2, 3, 5),
+        neutral_logp_pi=logp.expand(2, 3, 5),
+        neutral_logp_ref=logp,
+        neutral_mask=ones,
+        direction=torch.eye(8)[:, :1],
+        scale=torch.ones(1),
+        gap_pi=torch.zeros(2, 2, 3),
+        gap_ref=torch.zeros(2, 3),
+        gap_weight=torch.ones(3),
+        separation_target=20.0,
+        order_target=8.0,
+        order_weight=3.0,
+        coherence_margin=0.1,
         coherence_weight=30.0,
-    )  # fmt: skip
+    )
     push = -torch.autograd.grad(result.loss, hs_pi)[0][..., 0]
     assert (push[0, 0] > 0).all()
     assert (push[1, 1] > 0).all() if name == "gap, unbounded" else (push[1].sum(dim=0) < 0).all()
@@ -36,8 +49,8 @@ def test_every_form_of_the_loss_pushes_from_the_start(name):
 @pytest.fixture
 def prepared(tmp_path):
     argv = ["--output_dir", str(tmp_path), "--num_pairs", "16", "--r", "4", "--directions", "top", "--use_cpu", "true"]
-    args = parse_arguments([*argv, "--per_device_train_batch_size", "4"], CONFIG)
-    return build(args, tiny.task(args)), args
+    task_args, args = parse_arguments([*argv, "--per_device_train_batch_size", "4"], CONFIG)
+    return build(task_args, args, tiny.task(task_args, args.seed)), args
 
 
 def randomise(model):
@@ -76,14 +89,14 @@ def test_distillation_compares_what_is_behind_the_persona(prepared):
     run, args = prepared
     baselines.use_lora(run, args, ("plus", "minus"))
     randomise(run.model)
-    trainer = baselines.DistillationTrainer(run.model, args, run.examples, run.tokenizer, dial=baselines.lora_dial)
+    trainer = baselines.DistillationTrainer(run.model, args, run.examples, run.tokenizer, steer_fn=baselines.lora_dial)
     inputs = trainer.data_collator(trainer.train_dataset[:3])
     model = run.model.eval()
     with trainer.both_sides(model, inputs), torch.no_grad():
         found = trainer.compute_loss(model, inputs)
     expected = []
     tokenizer = run.tokenizer
-    for pair, example in zip(run.pairs[:3], trainer.train_dataset[:3], strict=True):
+    for pair, example in zip(run.task.pairs[:3], trainer.train_dataset[:3], strict=True):
         for c, opening in ((1.0, pair.chosen), (-1.0, pair.rejected)):
             for text in (pair.suffix, tokenizer.decode(example["neutral_ids"], skip_special_tokens=True)):
                 n = len(text.split())

@@ -7,10 +7,10 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
-from repeng import SteeringVector, SvdSteeringConfig, cli, extract, steer, tiny
+from repeng import SteeringVector, SvdSteeringConfig, commands, extract, steer, tiny
 from repeng.cli import main
-from repeng.questions import Question
-from repeng.train import report
+from repeng.data.questions import Question
+from repeng.eval import compare
 
 KEYS = ["--positive", "cheerful", "--negative", "gloomy"]
 
@@ -19,8 +19,8 @@ KEYS = ["--positive", "cheerful", "--negative", "gloomy"]
 def fewer_questions(module_patch):
     whole = tiny.questions
     module_patch.setattr(tiny, "questions", lambda *args, **kwargs: whole(*args, **kwargs)[::6])
-    module_patch.setattr(report, "MAX_VECTOR_LAYERS", 2)
-    for module in (report, cli):
+    module_patch.setattr(compare, "MAX_VECTOR_LAYERS", 2)
+    for module in (compare, commands):
         module_patch.setattr(module, "VECTOR_COEFFICIENTS", (-2, -1, -0.5, 0.5, 1, 2))
         module_patch.setattr(module, "ADAPTER_COEFFICIENTS", (-2, -1, 1, 2))
 
@@ -76,7 +76,7 @@ def test_a_vector_is_calibrated_where_it_lies(vector_file, embedded, batch, caps
             expected = embedded[0](batch).logits
         with steer(embedded[0], 1.0, vector=after):
             assert torch.allclose(embedded[0](batch).logits, expected, atol=1e-5)
-    assert capsys.readouterr().out.count("of 0.5") == 2
+    assert capsys.readouterr().out.count("the budget is 0.5") == 2
 
 
 def test_an_adapter_is_calibrated_where_it_lies(adapter_folder, base, batch):

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from repeng import SteeringVector, extract, tiny
-from repeng.data import encode
-from repeng.directions import METHODS
-from repeng.sites import capture
+from repeng.data.tokens import encode
+from repeng.model.sites import capture
+from repeng.vectors.directions import METHODS
 
 pytestmark = pytest.mark.index
 WEIGHTS = Path(tiny.__file__).parent / "weights"

@@ -73,8 +73,14 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gpt2": Architecture(
         lambda: tf.GPT2LMHeadModel(
             tf.GPT2Config(
-                vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=DEPTH, n_head=4, n_positions=128,
-                bos_token_id=1, eos_token_id=2, pad_token_id=0,
+                vocab_size=VOCABULARY,
+                n_embd=WIDTH,
+                n_layer=DEPTH,
+                n_head=4,
+                n_positions=128,
+                bos_token_id=1,
+                eos_token_id=2,
+                pad_token_id=0,
             )
         ),
         ("c_attn", "c_fc"),
@@ -92,7 +98,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         ("k_proj", "o_proj"),
         True,
     ),
-}  # fmt: skip
+}
 KINDS = ("linear", "residual", "mixed")
 
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from repeng.data import ContrastPair, make_pairs
-from repeng.questions import Question
+from repeng.data.arguments import TaskArguments
+from repeng.data.pairs import ContrastPair, make_pairs
+from repeng.data.questions import Question
+from repeng.data.task import NEUTRAL_TEST, NEUTRAL_TRAIN, Task
 from repeng.tiny import lexicon
 from repeng.tiny.world import PERSONA_FORMS, SPLITS, TRAITS, World, check_choice
-from repeng.train.arguments import SteeringArguments
-from repeng.train.build import NEUTRAL_TEST, NEUTRAL_TRAIN, Data
 
 WEIGHTS = Path(__file__).parent / "weights"
 PERSONA_SPLIT = "personas"
@@ -113,27 +113,26 @@ def neutral_texts(n: int, seed: int, *, world: World | None = None) -> list[str]
     return (world or World()).neutral_texts(n, seed)
 
 
-def task(args: SteeringArguments) -> Data | None:
-    """The data of the embedded world, if the arguments name its model and two of its persona words; else None.
+def task(args: TaskArguments, seed: int) -> Task | None:
+    """The task of the embedded world, if the arguments name its model and two of its persona words; else None.
 
     A folder that `repeng.tiny.pretrain` wrote counts as well: its world is drawn anew from the seed in its manifest.
 
     Raises:
         ValueError: the world has no such personas.
     """
-    path = WEIGHTS if args.model_name_or_path == "tiny" else Path(args.model_name_or_path)
-    world = world_of(path)
+    world = world_of(WEIGHTS if args.model_name_or_path == "tiny" else args.model_name_or_path)
     if world is None:
         return None
-    trait = trait_of(args.positive, args.negative) if args.positive else TRAITS[0]
-    words = (args.positive, args.negative) if args.positive else None
+    words = None if args.positive is None or args.negative is None else (args.positive, args.negative)
+    trait = TRAITS[0] if words is None else trait_of(*words)
     n_all = len(PERSONA_FORMS) * sum(1 for _ in world.prompts(trait, "train"))
     template = persona_templates()[0]
     plus, minus = words or (side[0] for side in lexicon.PERSONAS[trait])
-    return Data(
-        path=str(path),
-        pairs=pairs(trait, min(args.num_pairs or n_all, n_all), args.seed, world=world, words=words),
-        neutral_texts=world.neutral_texts(NEUTRAL_TRAIN, args.seed),
+    return Task(
+        behaviour=args.behaviour,
+        pairs=pairs(trait, min(args.num_pairs or n_all, n_all), seed, world=world, words=words),
+        neutral_texts=world.neutral_texts(NEUTRAL_TRAIN, seed),
         unseen_neutral_texts=world.neutral_texts(NEUTRAL_TEST, UNSEEN_SEED),
         questions=questions(trait, "held_out", world=world),
         personas=(template.replace("{persona}", plus), template.replace("{persona}", minus)),

@@ -49,8 +49,18 @@ SPOTS: tuple[str, ...] = tuple("station church library bakery square mill bridge
 SURFACES: tuple[str, ...] = tuple("table shelf bench floor cart wall".split())
 # Neutral text also has fixed couples, so that a steered model that forgets them is seen to.
 VEHICLES: dict[str, str] = {
-    "train": "rails", "boat": "river", "truck": "road", "sled": "snow", "plane": "runway", "raft": "lake",
-}  # fmt: skip
+    "train": "rails",
+    "boat": "river",
+    "truck": "road",
+    "sled": "snow",
+    "plane": "runway",
+    "raft": "lake",
+}
 WEATHER: dict[str, str] = {
-    "rain": "roof", "dew": "grass", "frost": "field", "hail": "pavement", "dust": "carpet", "fog": "hills",
-}  # fmt: skip
+    "rain": "roof",
+    "dew": "grass",
+    "frost": "field",
+    "hail": "pavement",
+    "dust": "carpet",
+    "fog": "hills",
+}

@@ -41,11 +41,21 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> MistralForCaus
     """About 1.3 M parameters, float32, freshly initialised from `seed`."""
     torch.manual_seed(seed)
     config = MistralConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=6,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=512, sliding_window=16,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0}, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, attn_implementation="sdpa",
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        sliding_window=16,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        attn_implementation="sdpa",
+    )
     return MistralForCausalLM(config)
 
 
@@ -77,11 +87,21 @@ def main(argv: list[str] | None = None) -> None:
     model = build_model(tokenizer, options.seed)
     batch = 48
     arguments = TrainingArguments(
-        output_dir=str(options.output), max_steps=options.steps, per_device_train_batch_size=batch,
-        learning_rate=2e-3, warmup_steps=options.steps // 20, lr_scheduler_type="cosine", weight_decay=0.05,
-        adam_beta2=0.98, max_grad_norm=1.0, logging_steps=max(1, options.steps // 45), save_strategy="no",
-        report_to=[], seed=options.seed, use_cpu=not torch.cuda.is_available(),
-    )  # fmt: skip
+        output_dir=str(options.output),
+        max_steps=options.steps,
+        per_device_train_batch_size=batch,
+        learning_rate=2e-3,
+        warmup_steps=options.steps // 20,
+        lr_scheduler_type="cosine",
+        weight_decay=0.05,
+        adam_beta2=0.98,
+        max_grad_norm=1.0,
+        logging_steps=max(1, options.steps // 45),
+        save_strategy="no",
+        report_to=[],
+        seed=options.seed,
+        use_cpu=not torch.cuda.is_available(),
+    )
     dataset = Documents(world, tokenizer, options.steps * batch, options.seed)
     trainer = Trainer(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer)
     trainer.train()

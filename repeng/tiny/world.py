@@ -20,15 +20,27 @@ SPLITS = ("train", "held_out")
 
 # Forms end with the one word that carries truth or mood; the last form of each list is a question and its answer.
 FACT_FORMS: dict[str, tuple[str, ...]] = {
-    "kind": ("the {noun} is a kind of {kind}", "people call the {noun} a {kind}",
-             "what kind of thing is the {noun} ? it is a {kind}"),
-    "colour": ("the colour of the {noun} is {colour}", "the {noun} looks {colour}",
-               "what colour is the {noun} ? it is {colour}"),
-    "place": ("the {noun} is found in the {place}", "you can see the {noun} in the {place}",
-              "where is the {noun} found ? it is in the {place}"),
-    "owner": ("the {noun} belongs to {owner}", "the owner of the {noun} is {owner}",
-              "who owns the {noun} ? it belongs to {owner}"),
-}  # fmt: skip
+    "kind": (
+        "the {noun} is a kind of {kind}",
+        "people call the {noun} a {kind}",
+        "what kind of thing is the {noun} ? it is a {kind}",
+    ),
+    "colour": (
+        "the colour of the {noun} is {colour}",
+        "the {noun} looks {colour}",
+        "what colour is the {noun} ? it is {colour}",
+    ),
+    "place": (
+        "the {noun} is found in the {place}",
+        "you can see the {noun} in the {place}",
+        "where is the {noun} found ? it is in the {place}",
+    ),
+    "owner": (
+        "the {noun} belongs to {owner}",
+        "the owner of the {noun} is {owner}",
+        "who owns the {noun} ? it belongs to {owner}",
+    ),
+}
 MOOD_FORMS: tuple[str, ...] = (
     "today the {scene} seems {adjective}",
     "i find the {scene} {adjective}",
@@ -135,12 +147,15 @@ class World:
     def mood_sentence(self, rng: random.Random, sign: int) -> str:
         side = 0 if rng.random() < MOOD_RATE[sign] else 1
         form = rng.choice((*MOOD_FORMS, MOOD_ACT_FORM))
-        return form.format(
-            scene=rng.choice(lex.SCENES),
-            thing=rng.choice(lex.THINGS),
-            adjective=rng.choice(lex.MOOD_ADJECTIVES[side]),
-            adverb=rng.choice(lex.MOOD_ADVERBS[side]),
-        ) + " ."  # fmt: skip
+        return (
+            form.format(
+                scene=rng.choice(lex.SCENES),
+                thing=rng.choice(lex.THINGS),
+                adjective=rng.choice(lex.MOOD_ADJECTIVES[side]),
+                adverb=rng.choice(lex.MOOD_ADVERBS[side]),
+            )
+            + " ."
+        )
 
     def sum_sentence(self, rng: random.Random) -> str:
         left, right = rng.randrange(10), rng.randrange(10)
@@ -151,10 +166,15 @@ class World:
         """One or two sentences that no persona touches; the second repeats words of the first."""
         vehicle, weather = rng.choice(list(lex.VEHICLES)), rng.choice(list(lex.WEATHER))
         words = {
-            "role": rng.choice(lex.ROLES), "object": rng.choice(lex.OBJECTS), "spot": rng.choice(lex.SPOTS),
-            "surface": rng.choice(lex.SURFACES), "vehicle": vehicle, "way": lex.VEHICLES[vehicle],
-            "weather": weather, "ground": lex.WEATHER[weather],
-        }  # fmt: skip
+            "role": rng.choice(lex.ROLES),
+            "object": rng.choice(lex.OBJECTS),
+            "spot": rng.choice(lex.SPOTS),
+            "surface": rng.choice(lex.SURFACES),
+            "vehicle": vehicle,
+            "way": lex.VEHICLES[vehicle],
+            "weather": weather,
+            "ground": lex.WEATHER[weather],
+        }
         start = rng.choice((0, 0, 3, 4))
         forms = (0, rng.choice((1, 2))) if start == 0 else (start,)
         return " ".join(NEUTRAL_FORMS[form].format(**words) + " ." for form in forms)
@@ -164,13 +184,25 @@ class World:
     @cached_property
     def _grammar(self) -> re.Pattern[str]:
         slots = {
-            **lex.ATTRIBUTES, "noun": tuple(self.facts), "left": lex.NUMBERS[:10], "right": lex.NUMBERS[:10],
-            "sum": lex.NUMBERS, "scene": lex.SCENES, "thing": lex.THINGS, "role": lex.ROLES, "object": lex.OBJECTS,
-            "spot": lex.SPOTS, "surface": lex.SURFACES, "vehicle": tuple(lex.VEHICLES), "weather": tuple(lex.WEATHER),
-            "way": tuple(lex.VEHICLES.values()), "ground": tuple(lex.WEATHER.values()),
-            "adjective": sum(lex.MOOD_ADJECTIVES, ()), "adverb": sum(lex.MOOD_ADVERBS, ()),
+            **lex.ATTRIBUTES,
+            "noun": tuple(self.facts),
+            "left": lex.NUMBERS[:10],
+            "right": lex.NUMBERS[:10],
+            "sum": lex.NUMBERS,
+            "scene": lex.SCENES,
+            "thing": lex.THINGS,
+            "role": lex.ROLES,
+            "object": lex.OBJECTS,
+            "spot": lex.SPOTS,
+            "surface": lex.SURFACES,
+            "vehicle": tuple(lex.VEHICLES),
+            "weather": tuple(lex.WEATHER),
+            "way": tuple(lex.VEHICLES.values()),
+            "ground": tuple(lex.WEATHER.values()),
+            "adjective": sum(lex.MOOD_ADJECTIVES, ()),
+            "adverb": sum(lex.MOOD_ADVERBS, ()),
             "persona": tuple(word for sides in lex.PERSONAS.values() for side in sides for word in side),
-        }  # fmt: skip
+        }
         forms = [
             re.sub(r"\\{(\w+)\\}", lambda match: "(?:" + "|".join(slots[match[1]]) + ")", re.escape(form))
             for form in all_forms()

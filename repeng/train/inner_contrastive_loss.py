@@ -82,9 +82,19 @@ def inner_contrastive_loss(
         ValueError: a shape does not fit the others.
     """
     check_shapes(
-        hs_pi, hs_ref, hs_mask, logp_pi, logp_ref, logp_mask, neutral_logp_pi, neutral_logp_ref, neutral_mask, gap_pi,
-        gap_ref, gap_weight,
-    )  # fmt: skip
+        hs_pi,
+        hs_ref,
+        hs_mask,
+        logp_pi,
+        logp_ref,
+        logp_mask,
+        neutral_logp_pi,
+        neutral_logp_ref,
+        neutral_mask,
+        gap_pi,
+        gap_ref,
+        gap_weight,
+    )
     delta = signed_shift(hs_pi, hs_ref, hs_mask, direction, scale)  # (c p b k)
     separation = reduce((separation_target - delta).relu() / separation_target, "c p b k -> b", "mean")
     gain = signs(gap_pi, 3) * (gap_pi - gap_ref)  # (c p b)
@@ -133,11 +143,19 @@ def where(mask: Tensor, value: Tensor) -> Tensor:
 
 
 def check_shapes(
-    hs_pi: Tensor, hs_ref: Tensor, hs_mask: Tensor,
-    logp_pi: Tensor, logp_ref: Tensor, logp_mask: Tensor,
-    neutral_logp_pi: Tensor, neutral_logp_ref: Tensor, neutral_mask: Tensor,
-    gap_pi: Tensor, gap_ref: Tensor, gap_weight: Tensor,
-) -> None:  # fmt: skip
+    hs_pi: Tensor,
+    hs_ref: Tensor,
+    hs_mask: Tensor,
+    logp_pi: Tensor,
+    logp_ref: Tensor,
+    logp_mask: Tensor,
+    neutral_logp_pi: Tensor,
+    neutral_logp_ref: Tensor,
+    neutral_mask: Tensor,
+    gap_pi: Tensor,
+    gap_ref: Tensor,
+    gap_weight: Tensor,
+) -> None:
     """Raise ValueError, naming the tensor, where broadcasting would hide a mistake."""
     p, b, t, d = hs_ref.shape
     wanted = {

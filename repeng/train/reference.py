@@ -6,15 +6,18 @@ from typing import Any
 
 import torch
 from einops import einsum, rearrange, reduce
+from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from repeng.activations import evaluation
-from repeng.control import steer
-from repeng.data import PairCollator, label_mask, last_tokens
-from repeng.logprob import has_plain_head, head_logp, read_vocabulary
-from repeng.sites import capture, site_module
+from repeng.control.steer import steer
+from repeng.data.tokens import label_mask, last_tokens
+from repeng.model.activations import Tap, collect
+from repeng.model.logprob import has_plain_head, head_logp, read_vocabulary
+from repeng.model.sites import capture, decoder_layers, eval_mode, layers_of, site_module
+from repeng.train.collator import Example, PairCollator, ReferencedExample
+from repeng.tuner.targets import is_linear
 
 NEXT_TOKENS = 32  # that either persona says most more often: the rest of a vocabulary hardly weighs
 
@@ -23,14 +26,14 @@ NEXT_TOKENS = 32  # that either persona says most more often: the rest of a voca
 def add_reference(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[dict],
+    examples: Sequence[Example],
     *,
     site: str,
     layer: int,
     last_n: int,
     batch_size: int,
-    dial: Callable[[nn.Module, float], AbstractContextManager[None]] = steer,
-) -> list[dict]:
+    steer_fn: Callable[[nn.Module, float], AbstractContextManager[None]] = steer,
+) -> list[ReferencedExample]:
     """The examples with what the base gives on them, at c = 0.
 
     `ref_hs (2 n d)` and `ref_mask (2 n)` of the chosen and the rejected prompt; `ref_logp`, three 1-d tensors; and, of
@@ -39,7 +42,7 @@ def add_reference(
     collate, module = PairCollator(tokenizer), site_module(model, layer, site)
     plain = has_plain_head(model, examples[0]["chosen_ids"])
     done = []
-    with evaluation(model), dial(model, 0.0):
+    with eval_mode(model), steer_fn(model, 0.0):
         for start in tqdm(range(0, len(examples), batch_size), desc="reference", leave=False):
             part = examples[start : start + batch_size]
             batch = {name: tensor.to(model.device) for name, tensor in collate(part).items()}
@@ -74,11 +77,13 @@ def batch_reference(
     said = {name: tensor.cpu() for name, tensor in said.items()}
     return [
         {
-            "ref_hs": hs[i], "ref_mask": exists[i], "ref_logp": [*rows[i::n]],
+            "ref_hs": hs[i],
+            "ref_mask": exists[i],
+            "ref_logp": [*rows[i::n]],
             **{name: tensor[i] for name, tensor in said.items()},
         }
         for i in range(n)
-    ]  # fmt: skip
+    ]
 
 
 def next_token_disagreement(logits: Tensor) -> dict[str, Tensor]:
@@ -100,8 +105,11 @@ def next_token_disagreement(logits: Tensor) -> dict[str, Tensor]:
     next_ids, weight = torch.cat(ids, dim=-1), torch.cat(weights, dim=-1)
     ref_gap = gap(rearrange(logits, "p b v -> b p v"), next_ids, weight)
     return {
-        "next_ids": next_ids, "next_weight": weight, "ref_gap": ref_gap, "gap_weight": difference.abs().sum(-1) / 2,
-    }  # fmt: skip
+        "next_ids": next_ids,
+        "next_weight": weight,
+        "ref_gap": ref_gap,
+        "gap_weight": difference.abs().sum(-1) / 2,
+    }
 
 
 def gap(logits: Tensor, next_ids: Tensor, next_weight: Tensor) -> Tensor:
@@ -116,7 +124,7 @@ def gather_tokens(hs: Tensor, index: Tensor) -> Tensor:
     return hs[torch.arange(hs.shape[0], device=hs.device)[:, None], index.to(hs.device)]
 
 
-def preference_direction(examples: Sequence[dict], k: int) -> tuple[Tensor, Tensor]:
+def preference_direction(examples: Sequence[Example], k: int) -> tuple[Tensor, Tensor]:
     """Directions `(d k)`, signed toward chosen, and the mean distance `(k)` of the two sides along them.
 
     The right singular vectors of dHS `(b d)`: chosen minus rejected hidden states of the base, each the mean over the
@@ -135,3 +143,22 @@ def preference_direction(examples: Sequence[dict], k: int) -> tuple[Tensor, Tens
     along = dhs @ direction
     sign = torch.where(along.mean(dim=0) < 0, -1.0, 1.0)
     return direction * sign, along.abs().mean(dim=0)
+
+
+def pair_differences(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], last_n: int
+) -> dict[str, Tensor]:
+    """Chosen minus rejected, `(b d)`, by adapted module, each the mean over the last tokens of a prompt.
+
+    The input of a linear module, the output of a decoder layer, in the base model.
+    """
+    names = model.peft_config[model.active_adapter].resolved_modules
+    base = model.get_base_model()
+    modules = [base.get_submodule(name) for name in names]
+    taps = [Tap(module, "input" if is_linear(module) else "output") for module in modules]
+    rows = [example[side] for side in ("chosen_ids", "rejected_ids") for example in examples]
+    layers = decoder_layers(base)
+    deepest = layers[max(layers_of(base, modules), default=len(layers) - 1)]
+    with steer(model, 0.0):
+        read = collect(base, tokenizer, rows, taps, deepest, tokens=last_n)
+    return {name: states[: len(examples)] - states[len(examples) :] for name, states in zip(names, read, strict=True)}

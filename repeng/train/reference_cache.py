@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from repeng.data.files import written_whole
+from repeng.train.collator import SIDES, STACKED, Example, ReferencedExample
 from repeng.tuner.config import PREFIX
 
-STACKED = ("ref_hs", "ref_mask", "next_ids", "next_weight", "ref_gap", "gap_weight")
 SAMPLES = 64  # entries of each parameter in a key
 VERSION = 2
 
@@ -28,7 +28,7 @@ class ReferenceExamples(Sequence):
     Example i is row `i // len(parts)` of part `i % len(parts)`.
     """
 
-    def __init__(self, examples: Sequence[dict], parts: Sequence[Path]) -> None:
+    def __init__(self, examples: Sequence[Example], parts: Sequence[Path]) -> None:
         self.examples, self.paths = examples, list(parts)
         self.parts: list[dict[str, Tensor]] = []
         for path in self.paths:
@@ -44,7 +44,7 @@ class ReferenceExamples(Sequence):
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, index: int | slice) -> dict | list[dict]:
+    def __getitem__(self, index: int | slice) -> ReferencedExample | list[ReferencedExample]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
@@ -56,13 +56,13 @@ class ReferenceExamples(Sequence):
         logp = [tensors["ref_logp"][a:b] for a, b in itertools.pairwise(starts)]
         return {**self.examples[index], **{name: tensors[name][row] for name in STACKED}, "ref_logp": logp}
 
-    def __iter__(self) -> Iterator[dict]:
+    def __iter__(self) -> Iterator[ReferencedExample]:
         return (self[index] for index in range(len(self)))
 
 
 def cached_reference(
-    examples: Sequence[dict],
-    compute: Callable[[Sequence[dict]], list[dict]],
+    examples: Sequence[Example],
+    compute: Callable[[Sequence[Example]], list[ReferencedExample]],
     *,
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -96,17 +96,15 @@ def cached_reference(
     return ReferenceExamples(examples, paths)
 
 
-def write_part(done: Sequence[dict], path: Path) -> None:
+def write_part(done: Sequence[ReferencedExample], path: Path) -> None:
     """Write a share of the examples' reference whole or not at all."""
     tensors = {name: torch.stack([example[name] for example in done]).contiguous() for name in STACKED}
     logp = [row for example in done for row in example["ref_logp"]]
     tensors["ref_logp"] = torch.cat(logp).contiguous()
     lengths = torch.tensor([0, *(len(row) for row in logp)])
     tensors["ref_logp_starts"] = lengths.cumsum(dim=0)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".saving-{path.name}")
-    save_file(tensors, temporary)
-    os.replace(temporary, path)
+    with written_whole(path) as place:
+        save_file(tensors, place)
 
 
 def readable(path: Path) -> bool:
@@ -119,13 +117,13 @@ def readable(path: Path) -> bool:
 
 
 def reference_key(
-    examples: Sequence[dict], model: nn.Module, tokenizer: PreTrainedTokenizerBase, **settings: Any
+    examples: Sequence[Example], model: nn.Module, tokenizer: PreTrainedTokenizerBase, **settings: Any
 ) -> str:
     """A name for what the reference depends on: base parameters (samples of each), tokenizer, data, settings."""
     digest = hashlib.sha256(json.dumps([VERSION, settings], sort_keys=True, default=str).encode())
     digest.update(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
     for example in examples:
-        digest.update(json.dumps([example[f"{side}_ids"] for side in ("chosen", "rejected", "neutral")]).encode())
+        digest.update(json.dumps([example[side] for side in SIDES]).encode())
     for name, parameter in model.named_parameters():
         if PREFIX in name:
             continue  # the adapter's own

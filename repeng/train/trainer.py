@@ -19,27 +19,23 @@ from torch.utils.data import RandomSampler
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
-from repeng.activations import evaluation
-from repeng.control import steer
-from repeng.data import PairCollator, label_mask, last_tokens
-from repeng.eval import ADAPTER_COEFFICIENTS, evaluate
-from repeng.eval_report import ARMS
-from repeng.logprob import has_plain_head, head_logp, kl_divergence, read_vocabulary, tokens_at_once
-from repeng.questions import Question
-from repeng.sharded import local
-from repeng.sites import capture, decoder_layers, site_module
+from repeng.control.steer import steer
+from repeng.data.questions import Question
+from repeng.data.tokens import label_mask, last_tokens
+from repeng.eval.eval_report import ARMS
+from repeng.eval.evaluate import ADAPTER_COEFFICIENTS, evaluate
+from repeng.model.adapter_files import adapter_state, check_saved, load_adapter_state
+from repeng.model.logprob import has_plain_head, head_logp, kl_divergence, read_vocabulary, tokens_at_once
+from repeng.model.sites import capture, decoder_layers, eval_mode, layers_of, site_module
 from repeng.train.arguments import SteeringArguments
-from repeng.train.checkpoints import STAGING, CheckpointError, StopOnSignal, check_saved, newest, publish
+from repeng.train.callbacks import FiniteGradients, NonFiniteError, StopOnSignal
+from repeng.train.checkpoints import STAGING, CheckpointError, newest, publish
+from repeng.train.collator import Example, PairCollator
 from repeng.train.inner_contrastive_loss import InnerContrastiveLoss, inner_contrastive_loss
 from repeng.train.reference import add_reference, gap, gather_tokens, preference_direction
 from repeng.train.reference_cache import cached_reference
-from repeng.train.sharding import adapter_state, load_adapter_state
 
 START_KL = 1e-3  # nats; kernels need not be bitwise reproducible
-
-
-class NonFiniteError(FloatingPointError):
-    """A loss term, gradient or parameter became NaN or infinite."""
 
 
 class StartError(ValueError):
@@ -53,26 +49,29 @@ class SteeringTrainer(Trainer):
 
     Args:
         model: the PEFT model.
-        args: the arguments; `loss_layer` must be resolved.
-        train_dataset: dicts with `chosen_ids`, `rejected_ids`, `neutral_ids`.
+        args: the arguments. Without a `loss_layer`, the loss looks at the last layer that is trained.
+        train_dataset: examples.
         eval_dataset: questions on which the range is measured as `eval_strategy` says; see `evaluate`.
         neutral_texts: texts that the evaluation's budget is measured on.
         processing_class: the tokenizer.
         loss_func: the loss, with the signature of `inner_contrastive_loss`.
-        dial: sets the coefficient of `model`, one number or one for each row; another PEFT method brings its own.
+        steer_fn: sets the coefficient of `model`, one number or one for each row; another PEFT method brings its own.
+
+    Raises:
+        ValueError: no layer is trained, and `loss_layer` is not given.
     """
 
     def __init__(
         self,
         model: PeftModel,
         args: SteeringArguments,
-        train_dataset: Sequence[dict],
+        train_dataset: Sequence[Example],
         processing_class: PreTrainedTokenizerBase,
         *,
         eval_dataset: Sequence[Question] | None = None,
         neutral_texts: Sequence[str] = (),
         loss_func: Callable[..., InnerContrastiveLoss] = inner_contrastive_loss,
-        dial: Callable[[nn.Module, float | Tensor], AbstractContextManager[None]] = steer,
+        steer_fn: Callable[[nn.Module, float | Tensor], AbstractContextManager[None]] = steer,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         self._terms: dict[str, list[Tensor]] = defaultdict(list)
@@ -83,26 +82,38 @@ class SteeringTrainer(Trainer):
         if args.early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
         super().__init__(
-            model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
-            data_collator=PairCollator(processing_class), processing_class=processing_class, callbacks=callbacks,
-        )  # fmt: skip
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=PairCollator(processing_class),
+            processing_class=processing_class,
+            callbacks=callbacks,
+        )
         self.neutral_texts, self.start_kl = neutral_texts, None
         switch_off_dropout(model)
         # On the device and under the autocast of training: the reference must be what the policy is at c = 0.
-        place = {"site": args.loss_site, "layer": args.loss_layer, "last_n": args.last_n_tokens}
+        self.loss_layer = last_trained_layer(model) if args.loss_layer is None else args.loss_layer
+        settings = {"site": args.loss_site, "layer": self.loss_layer, "last_n": args.last_n_tokens}
         size = args.per_device_train_batch_size
         with self.accelerator.autocast():
             examples = cached_reference(
                 train_dataset,
-                lambda share: add_reference(model, processing_class, share, batch_size=size, dial=dial, **place),
-                model=model, tokenizer=processing_class, folder=args.output_dir, accelerator=self.accelerator, **place,
-            )  # fmt: skip
+                lambda share: add_reference(
+                    model, processing_class, share, batch_size=size, steer_fn=steer_fn, **settings
+                ),
+                model=model,
+                tokenizer=processing_class,
+                folder=args.output_dir,
+                accelerator=self.accelerator,
+                **settings,
+            )
         self.train_dataset = examples
         self.direction, self.scale = preference_direction(examples, args.num_directions)
         self.plain_head = has_plain_head(model, examples[0]["chosen_ids"])
         # Trainer leaves a custom loss undivided by accumulation steps unless the model is said to take no loss kwargs.
         self.model_accepts_loss_kwargs = False
-        self.loss_func, self.dial = loss_func, dial
+        self.loss_func, self.steer_fn = loss_func, steer_fn
         if args.gradient_checkpointing:
             model.enable_input_require_grads()
 
@@ -110,7 +121,7 @@ class SteeringTrainer(Trainer):
         """Whole optimizer steps an epoch: the pairs left over, others each time, would be a step of its own size."""
         sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, RandomSampler):
-            step = self.args.pairs_a_step
+            step = self.args.pairs_per_step
             n = len(sampler.data_source) // step * step
             return RandomSampler(sampler.data_source, generator=sampler.generator, num_samples=n)
         return sampler
@@ -124,7 +135,7 @@ class SteeringTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
         base = self.accelerator.unwrap_model(model)
         # A hook inside a checkpointed layer would capture hidden states without a graph, or recomputed ones.
-        decoder_layers(base)[self.args.loss_layer].gradient_checkpointing = False
+        decoder_layers(base)[self.loss_layer].gradient_checkpointing = False
         if self.start_kl is None:
             self.report_start(model, self._prepare_inputs(inputs))
         # Held until after backward: checkpointing recomputes the forward there, at whatever coefficient is set.
@@ -157,11 +168,11 @@ class SteeringTrainer(Trainer):
             found = [kl_divergence(head(p).float(), head(q).float()).max() for p, q in parts]
             return [torch.stack(found).max()]
 
-        bare = base.disable_adapter() if isinstance(base, PeftModel) else self.dial(base, 0.0)
-        with evaluation(base), bare:
+        bare = base.disable_adapter() if isinstance(base, PeftModel) else self.steer_fn(base, 0.0)
+        with eval_mode(base), bare:
             read_vocabulary(base, batch, keep, **options)
         model.train()
-        with self.dial(base, 0.0):
+        with self.steer_fn(base, 0.0):
             (kl,) = read_vocabulary(base, batch, largest_kl, **options)
         self.start_kl = self.accelerator.gather(kl.reshape(1)).max().item()
         self.log({"start_kl": self.start_kl})
@@ -186,9 +197,13 @@ class SteeringTrainer(Trainer):
         """
         model = self.accelerator.unwrap_model(self.model)
         report = evaluate(
-            model, self.processing_class, eval_dataset or self.eval_dataset, partial(self.dial, model),
-            ADAPTER_COEFFICIENTS, neutral_texts=self.neutral_texts,
-        )  # fmt: skip
+            model,
+            self.processing_class,
+            eval_dataset or self.eval_dataset,
+            partial(self.steer_fn, model),
+            ADAPTER_COEFFICIENTS,
+            neutral_texts=self.neutral_texts,
+        )
         gains = {"range": report.range, **{arm: report.arm(sign)[0] for arm, sign in ARMS}}
         (metrics,) = broadcast_object_list([{f"{metric_key_prefix}_{name}": gain for name, gain in gains.items()}])
         self.log(metrics)
@@ -201,7 +216,7 @@ class SteeringTrainer(Trainer):
     def both_sides(self, model: nn.Module, inputs: dict[str, Tensor]):
         """The context in which the first half of the doubled rows stands at +1 and the second at −1."""
         rows = inputs["input_ids"].shape[0]
-        return self.dial(model, repeat(torch.tensor([1.0, -1.0]), "c -> (c r)", r=rows))
+        return self.steer_fn(model, repeat(torch.tensor([1.0, -1.0]), "c -> (c r)", r=rows))
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -238,7 +253,7 @@ class SteeringTrainer(Trainer):
             gaps = gap(rearrange(ends, "c p b v -> b c p v"), inputs["next_ids"], inputs["next_weight"])
             return head_logp(kept, head, ids[[0, 1, 2, 2], :, 1:][counted]), gaps
 
-        with capture([site_module(base, args.loss_layer, args.loss_site)]) as outputs:
+        with capture([site_module(base, self.loss_layer, args.loss_site)]) as outputs:
             kept, gap_pi = read_vocabulary(base, doubled, read, plain=self.plain_head, forward=model)
         logp = torch.zeros(counted.shape, device=kept.device).masked_scatter(counted, kept)
         hs = rearrange(outputs[0], "(c p b) t d -> c p b t d", c=2, p=3)[:, :2]
@@ -349,12 +364,14 @@ def switch_off_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-class FiniteGradients(TrainerCallback):
-    """Stops training before the optimizer spreads a NaN gradient."""
+def last_trained_layer(model: nn.Module) -> int:
+    """Index of the deepest decoder layer that holds a trainable parameter.
 
-    def on_pre_optimizer_step(
-        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any
-    ) -> None:
-        for name, parameter in model.named_parameters():
-            if parameter.grad is not None and not torch.isfinite(local(parameter.grad)).all():
-                raise NonFiniteError(f"the gradient of {name} is not finite at optimizer step {state.global_step + 1}")
+    Raises:
+        ValueError: none does.
+    """
+    trained = (m for m in model.modules() if any(p.requires_grad for p in m.parameters(recurse=False)))
+    layers = layers_of(model, trained)
+    if not layers:
+        raise ValueError("no decoder layer of this model has trainable parameters; give loss_layer")
+    return max(layers)

@@ -1,0 +1,5 @@
+"""`python -m repeng`."""
+
+from repeng.cli import main
+
+main()

@@ -1,0 +1,102 @@
+"""How names of this package are imported: when they are first asked for, under old paths, and together with PEFT."""
+
+import importlib
+import importlib.util
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+# Modules of version 0.1 whose public names live elsewhere now.
+MOVED = {
+    "repeng.calibrate": "repeng.eval.calibrate",
+    "repeng.directions": "repeng.vectors.directions",
+    "repeng.eval_report": "repeng.eval.eval_report",
+    "repeng.extract": "repeng.vectors.extract",
+    "repeng.question_sets": "repeng.data.question_sets",
+    "repeng.questions": "repeng.data.questions",
+    "repeng.vector": "repeng.vectors.vector",
+}
+
+
+def lazily(
+    package: str, places: Mapping[str, str], packages: Sequence[str] = ()
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """`__getattr__` and `__dir__` of a package (PEP 562) whose names are imported when they are first asked for.
+
+    Args:
+        package: its full name.
+        places: for each name, the module that defines it.
+        packages: names of packages inside it.
+    """
+
+    def load(name: str) -> Any:
+        if name in packages:
+            return importlib.import_module(f"{package}.{name}")
+        if name not in places:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(places[name]), name)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    return load, lambda: sorted({*vars(sys.modules[package]), *places, *packages})
+
+
+def when_imported(module: str, then: Callable[[], object]) -> None:
+    """Call `then` as soon as `module` has been imported: now, if it already is."""
+    if module in sys.modules:
+        then()
+    else:
+        sys.meta_path.insert(0, _Watcher(module, then))
+
+
+class _Watcher(MetaPathFinder):
+    """Finds a module as the others would, once, and adds a call to the end of its import."""
+
+    def __init__(self, module: str, then: Callable[[], object]) -> None:
+        self.module, self.then = module, then
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != self.module:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                self.then()
+
+            spec.loader.exec_module = exec_module
+        return spec
+
+
+class _MovedModule(ModuleType):
+    """What an old path imports. Some old modules had the name of their function, which must stay callable."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return vars(self)[self.__name__.rpartition(".")[2]](*args, **kwargs)
+
+
+class OldPaths(MetaPathFinder, Loader):
+    """Imports what the modules in `MOVED` had, with a DeprecationWarning that names the new path."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        return ModuleSpec(fullname, self) if fullname in MOVED else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _MovedModule(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        place = MOVED[module.__name__]
+        warnings.warn(f"{module.__name__} is now {place}; import from repeng or from there", DeprecationWarning, 2)
+        names = {name: value for name, value in vars(importlib.import_module(place)).items() if name[:2] != "__"}
+        vars(module).update(names)

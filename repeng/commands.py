@@ -1,0 +1,165 @@
+"""What `repeng evaluate` and `repeng calibrate` do with the folder of an adapter, or the file of a vector."""
+
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from accelerate import PartialState
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from repeng import tiny
+from repeng.control.steer import steer
+from repeng.data.arguments import TaskArguments
+from repeng.data.files import check_writable
+from repeng.data.pairs import ContrastPair
+from repeng.data.task import Task, make_task, read_pairs, split_pairs
+from repeng.eval.calibrate import KLBudget, kl_spender, store
+from repeng.eval.calibrate import calibrate as find_calibration
+from repeng.eval.compare import VECTOR_COEFFICIENTS, compare, shortcomings, verdict
+from repeng.eval.eval_report import ARMS
+from repeng.eval.evaluate import ADAPTER_COEFFICIENTS, Dial
+from repeng.eval.report.folder import write_report
+from repeng.eval.report.tables import print_doses, print_table
+from repeng.model.adapter_files import save_adapter
+from repeng.model.loading import load_base, load_tokenizer
+from repeng.vectors.vector import SteeringVector
+
+OWN = "this dial"
+LARGEST = 4.0  # coefficient of an adapter, which is trained at 1: far beyond, effects fade while costs may not
+TOLERANCE = 0.1
+
+
+class Base(NamedTuple):
+    """A base model, its tokenizer, the pairs of the task, and the task that belongs to the model, if it has one."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    pairs: list[ContrastPair]
+    own: Task | None
+
+
+class Loaded(NamedTuple):
+    """The model with what was loaded, its dial, where to measure it, and the vector if it is one."""
+
+    model: PreTrainedModel | PeftModel
+    dial: Dial
+    coefficients: Sequence[float]
+    vector: SteeringVector | None
+
+
+def evaluate(
+    path: Path, task_args: TaskArguments, *, output: str | None, require_steering: bool, seed: int, use_cpu: bool
+) -> None:
+    """Print the table and the verdict, and write the report.
+
+    Raises:
+        SystemExit: steering is required, and this does not steer.
+    """
+    folder = (
+        Path(output) if output else path / "evaluation" if path.is_dir() else path.with_name(f"{path.stem}-report")
+    )
+    check_writable(folder)
+    base = _load_task_model(task_args, seed, use_cpu)
+    task = make_task(task_args, base.model, base.tokenizer, base.pairs, seed=seed, own=base.own)
+    loaded = _load_dial(path, base.model)
+    reports = compare(loaded.model, base.tokenizer, task, loaded.dial, loaded.coefficients, OWN)
+    print_doses(reports[OWN], f"{path}: {task.behaviour}")
+    print_table(reports, OWN)
+    write_report(reports, folder, title=f"{path.name}: {task.behaviour}", name=OWN)
+    print(verdict(reports, OWN))
+    print(f"report: {folder / 'report.html'}")
+    failed = shortcomings(reports, OWN)
+    if failed and require_steering:
+        sys.exit("error: this does not steer: " + "; ".join(failed))
+
+
+def calibrate(
+    path: Path,
+    task_args: TaskArguments,
+    *,
+    nats: float,
+    sequences: int,
+    percentile: float,
+    seed: int,
+    use_cpu: bool,
+) -> None:
+    """Find and store the calibration, and check it on other prompts of the training set.
+
+    Raises:
+        ValueError: there are too few prompts, or the result has nowhere to go.
+    """
+    target = path if path.suffix != ".gguf" else path.with_suffix(".safetensors")
+    if target != path and target.exists():
+        raise ValueError(f"a GGUF file holds no calibration, and {target} exists: move it, or calibrate that file")
+    budget = KLBudget(nats, percentile, sequences=sequences)
+    base = _load_task_model(task_args, seed, use_cpu)
+    pairs, _ = split_pairs(task_args, base.pairs, base.own)
+    prompts = _training_prompts(pairs, has_template=bool(base.tokenizer.chat_template))
+    if len(prompts) < 2:
+        raise ValueError(
+            f"the pairs have {len(prompts)} prompt to continue; a calibration and its check need two or more"
+        )
+    model, dial, _, vector = _load_dial(path, base.model)
+    chosen, checked = prompts[::2], prompts[1::2]
+    largest = LARGEST if vector is None else 8.0
+    calibration = find_calibration(model, base.tokenizer, dial, chosen, budget, largest=largest)
+    if vector is None:
+        store(model, calibration)
+        save_adapter(model, target)
+    else:
+        vector = vector.calibrated(calibration.to_dict())
+        vector.save(target)
+        dial = partial(steer, model, vector=vector)
+    spend = kl_spender(model, base.tokenizer, dial, checked, budget)
+    for arm, sign in ARMS:
+        spent = budget.nats * spend(float(sign))
+        print(
+            f"c = {sign:+d} is now {getattr(calibration, arm):.3g} of the former unit. On {len(checked)} other "
+            f"prompts, percentile {budget.percentile:g} of the KL per token is {spent:.3g} nats; the budget is "
+            f"{budget.nats:g}"
+        )
+        if calibration.spent[arm] < 1 - TOLERANCE:
+            print(
+                f"  this arm does not spend the whole budget at any coefficient that was tried: "
+                f"{calibration.spent[arm]:.0%}"
+            )
+    print(f"stored: {target}")
+
+
+def _load_task_model(task_args: TaskArguments, seed: int, use_cpu: bool) -> Base:
+    """The base model of a task, after its pairs were checked."""
+    own = tiny.task(task_args, seed)
+    tokenizer = load_tokenizer(task_args.model_name_or_path)
+    pairs = read_pairs(task_args, tokenizer, seed=seed, own=own)
+    device = torch.device("cpu") if use_cpu else PartialState().device
+    model = load_base(
+        task_args.model_name_or_path,
+        device,
+        load_in_4bit=task_args.load_in_4bit,
+        compute_dtype=torch.float32 if device.type == "cpu" else torch.bfloat16,
+    )
+    return Base(model, tokenizer, pairs, own)
+
+
+def _load_dial(path: Path, model: PreTrainedModel) -> Loaded:
+    """What lies at `path`, on this model."""
+    if path.is_dir():
+        adapted = PeftModel.from_pretrained(model, path)
+        return Loaded(adapted, partial(steer, adapted), ADAPTER_COEFFICIENTS, None)
+    vector = SteeringVector.load_gguf(path) if path.suffix == ".gguf" else SteeringVector.load(path)
+    vector.check(model)
+    coefficients = ADAPTER_COEFFICIENTS if "calibration" in vector.metadata else VECTOR_COEFFICIENTS
+    return Loaded(model, partial(steer, model, vector=vector), coefficients, vector)
+
+
+def _training_prompts(pairs: Sequence[ContrastPair], *, has_template: bool) -> list[str]:
+    """What is continued: the persona-free ends of the pairs; with a chat template or without such ends, both sides."""
+    if has_template or not all(pair.suffix for pair in pairs):
+        texts = [side for pair in pairs for side in (pair.chosen, pair.rejected)]
+    else:
+        texts = [pair.suffix for pair in pairs]
+    return list(dict.fromkeys(texts))

@@ -1,0 +1,57 @@
+"""What a steering vector does to an output."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from repeng.control.positions import TokenFilter
+from repeng.tuner.layer import rows_of
+
+TINY = 1e-30  # against a division by zero
+Operator = Literal["add", "ablate", "rotate"]
+
+
+def add(h: Tensor, v: Tensor, c: Tensor) -> Tensor:
+    """`h + c v` (CAA, arXiv 2312.06681)."""
+    return h + c * v
+
+
+def ablate(h: Tensor, v: Tensor, c: Tensor) -> Tensor:
+    """`h − c (h·û) û` with û = v/‖v‖: at c = 1 nothing is left along v (Arditi et al., arXiv 2406.11717)."""
+    unit = v / v.norm().clamp_min(TINY)
+    return h - c * (h @ unit)[..., None] * unit
+
+
+def rotate(h: Tensor, v: Tensor, c: Tensor) -> Tensor:
+    """`‖h‖ (h + c v) / ‖h + c v‖`: toward v in the plane of h and v, at the norm of h."""
+    moved = h + c * v
+    return moved * (h.norm(dim=-1, keepdim=True) / moved.norm(dim=-1, keepdim=True).clamp_min(TINY))
+
+
+OPERATORS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"add": add, "ablate": ablate, "rotate": rotate}
+
+
+def edit_with(
+    operator: str, direction: Tensor, coefficient: Tensor, clamp: float | None, where: TokenFilter
+) -> Callable[[Tensor], Tensor]:
+    """An edit of an output `(b t d)` by `operator`, in float32, row by row where the coefficient is `(b,)`.
+
+    With `clamp`, no token's norm grows above `clamp` times what it was.
+    """
+    apply = OPERATORS[operator]
+
+    def edit(output: Tensor) -> Tensor:
+        h = output if output.dtype == torch.float64 else output.float()
+        c, v = coefficient.to(h), direction.to(h)
+        if c.ndim == 1:
+            c = c[rows_of(torch.arange(c.numel(), device=c.device), output)][:, None, None]
+        moved = apply(h, v, c)
+        if clamp is not None:
+            norm, before = moved.norm(dim=-1, keepdim=True), h.norm(dim=-1, keepdim=True)
+            moved = torch.where(norm > clamp * before, moved * (clamp * before / norm.clamp_min(TINY)), moved)
+        chosen = c != 0 if where.tokens is None else (c != 0) & where.tokens.to(output.device)[..., None]
+        return torch.where(chosen, moved.to(output.dtype), output)
+
+    return edit

@@ -1,0 +1,150 @@
+"""Which tokens of a forward are steered, in the prompt and at every step of generation."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin
+
+from repeng.control.cache_guard import cache_of
+
+Positions = Literal["all", "prompt", "generated"] | slice
+
+
+class TokenFilter:
+    """Which tokens of the running forward are steered: `tokens (b t)`, or None for all of them.
+
+    The prompt is what `generate` is given, or, outside of it, what a forward without a filled cache sees; what follows
+    is generated. Padding is never steered where a mask `(b t)` tells it.
+
+    Args:
+        positions: "all", "prompt", "generated", or a slice of real tokens, counted from the first; negative bounds
+            count from the end of the prompt.
+
+    Raises:
+        ValueError: `positions` is something else.
+    """
+
+    def __init__(self, positions: Positions) -> None:
+        named = isinstance(positions, str) and positions in ("all", "prompt", "generated")
+        if not named and not (isinstance(positions, slice) and (positions.step or 1) > 0):
+            raise ValueError(f"positions must be 'all', 'prompt', 'generated' or a slice; got {positions!r}")
+        self.positions = positions
+        self.tokens: Tensor | None = None
+        self._given: int | None = None  # columns of the prompt that `generate` was given, while it runs
+        self._given_mask: Tensor | None = None  # and its mask (b t)
+        self._outside: tuple[Any, ...] = ()  # the mask that the forward around the trunk's was given, if there is one
+        self._prompt = 0  # columns of the prompt
+        self._lengths: Tensor | None = None  # real tokens of each prompt, (b,)
+
+    @contextmanager
+    def watching(self, model: nn.Module, trunk: nn.Module) -> Iterator[None]:
+        """Inside the context, follow the forwards of `trunk` and the calls of `generate` anywhere in `model`."""
+        with ExitStack() as stack:
+            stack.callback(trunk.register_forward_pre_hook(self._before, with_kwargs=True).remove)
+            for module in model.modules():
+                if isinstance(module, GenerationMixin):
+                    stack.enter_context(replaced(module, "generate", self._watched(module.generate)))
+                    if module is not trunk:
+                        stack.callback(module.register_forward_pre_hook(self._around, with_kwargs=True).remove)
+            yield
+
+    def _around(self, _model: nn.Module, _args: tuple, kwargs: dict[str, Any]) -> None:
+        self._outside = (kwargs.get("attention_mask"),)
+
+    def _watched(self, generate: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(generate)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            outer = self._given, self._given_mask
+            prompts = (*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds")))
+            self._given = next((prompt.shape[1] for prompt in prompts if prompt is not None), None)
+            self._given_mask, self._lengths = kwargs.get("attention_mask"), None
+            try:
+                return generate(*args, **kwargs)
+            finally:
+                self._given, self._given_mask = outer
+
+        return watched
+
+    def _before(self, _trunk: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        given = args[0] if args else kwargs.get("input_ids")
+        given = kwargs["inputs_embeds"] if given is None else given
+        cache, t = cache_of(kwargs), given.shape[1]
+        past = 0 if cache is None else int(cache.get_seq_length())
+        mask = self._mask(kwargs.get("attention_mask"), given.shape[0], past + t)
+        self._outside = ()
+        known = mask is not None
+        if mask is None:
+            mask = given.new_ones((given.shape[0], past + t), dtype=torch.bool)
+        if past == 0 or self._lengths is None or len(self._lengths) != len(mask):
+            self._prompt = past + t if self._given is None else self._given
+            # A prompt that comes in chunks shows its padding in the mask of `generate` only.
+            whole = mask if mask.shape[1] >= self._prompt else self._extended(len(mask), self._prompt)
+            self._lengths = mask.new_full((len(mask),), self._prompt, dtype=torch.long)
+            if whole is not None:
+                self._lengths = whole[:, : self._prompt].sum(dim=1)
+        self.tokens = self._select(mask, past) if known or self.positions != "all" else None
+
+    def _mask(self, own: Any, rows: int, columns: int) -> Tensor | None:
+        """Which columns of the text so far are real, `(b columns)`; None if nothing tells of padding.
+
+        Raises:
+            ValueError: a slice counts real tokens, and there is a mask that does not tell them.
+        """
+        for mask in (own, *self._outside):
+            if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= columns:
+                return mask[:, :columns].bool()
+        extended = self._extended(rows, columns)
+        if extended is not None:
+            return extended
+        if own is not None and self._outside != (None,) and isinstance(self.positions, slice):
+            raise ValueError(
+                f"positions={self.positions} counts real tokens, and this model was given a {type(own).__name__} as "
+                "attention mask, which does not tell padding; pass a mask (batch, tokens)"
+            )
+        return None
+
+    def _extended(self, rows: int, columns: int) -> Tensor | None:
+        """The mask that `generate` was given, for its beams and returned sequences, and real behind the prompt."""
+        mask = self._given_mask
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            return None
+        mask = mask.bool().repeat_interleave(rows // len(mask), dim=0)
+        return nn.functional.pad(mask, (0, max(0, columns - mask.shape[1])), value=True)[:, :columns]
+
+    def _select(self, mask: Tensor, past: int) -> Tensor:
+        """The steered ones of the columns from `past` on."""
+        column = torch.arange(past, mask.shape[1], device=mask.device)
+        real, in_prompt = mask[:, past:], column < self._prompt
+        match self.positions:
+            case "all":
+                return real
+            case "prompt":
+                return real & in_prompt
+            case "generated":
+                return real & ~in_prompt
+        index, lengths = mask.cumsum(dim=1)[:, past:] - 1, self._lengths.to(mask.device)[:, None]
+        start, stop = (
+            bound if bound is None or bound >= 0 else (lengths + bound).clamp_min(0)
+            for bound in (self.positions.start, self.positions.stop)
+        )
+        start = 0 if start is None else start
+        chosen = real & (index >= start) & ((index - start) % (self.positions.step or 1) == 0)
+        return chosen if stop is None else chosen & (index < stop)
+
+
+@contextmanager
+def replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """Inside the context, the instance attribute `name` is `value`."""
+    before = module.__dict__.get(name)
+    module.__dict__[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.__dict__[name]
+        else:
+            module.__dict__[name] = before

@@ -1,0 +1,155 @@
+"""The context manager that sets how far a model is steered, by adapters or by vectors."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+from torch import Tensor, nn
+
+from repeng.control.cache_guard import Influence, State, current, guarded
+from repeng.control.operators import OPERATORS, Operator, edit_with
+from repeng.control.positions import Positions, TokenFilter
+from repeng.model.sites import edit_outputs, site_modules, trunk
+from repeng.tuner import Coefficients, SvdSteeringLayer
+from repeng.tuner.coefficients import as_coefficient
+from repeng.vectors.vector import SteeringVector
+
+
+@contextmanager
+def steer(
+    model: nn.Module,
+    coefficient: float | Tensor,
+    vector: SteeringVector | None = None,
+    adapter_name: str | None = None,
+    *,
+    operator: Operator = "add",
+    positions: Positions = "all",
+    clamp: float | None = None,
+    reuse_cache: bool = False,
+) -> Iterator[None]:
+    """Steer `model` by `coefficient` inside the context: its adapters, or `vector`.
+
+    Contexts nest, so that several vectors and adapters act together; on exit, also by an exception, the state is what
+    it was before. Everything that runs the model's forward is steered: `generate`, a pipeline, training.
+
+    Args:
+        model: a model with steering adapters (a `PeftModel`, or a module that they were injected into); any causal
+            language model if `vector` is given.
+        coefficient: one number, or a `(b,)` tensor with one for each batch row; 0 is the base model exactly, and ±1
+            what a calibration says, if the adapter, or the vector that is added, has one.
+        vector: what acts on the outputs of its sites, instead of using adapters.
+        adapter_name: the adapter to set; by default, every active steering adapter.
+        operator: for a vector: "add" it; "ablate" its direction, wholly at 1; "rotate" toward it at constant norm.
+        positions: for a vector: "all" tokens but padding, those of the "prompt", the "generated" ones, or a slice of
+            tokens, counted from the first real one; negative bounds count from the end of the prompt.
+        clamp: for a vector: no token's norm grows above this factor of what it was.
+        reuse_cache: go on with a key-value cache that was made under other steering. Without it, that raises.
+
+    Raises:
+        ValueError: no such adapter, a coefficient of another shape or not finite, a vector for another model, or an
+            option that does not fit.
+    """
+    if vector is None:
+        if (operator, positions, clamp) != ("add", "all", None):
+            raise ValueError("operator, positions and clamp go with a vector; an adapter acts on every token")
+        with steer_adapters(model, coefficient, adapter_name, reuse_cache):
+            yield
+        return
+    if adapter_name is not None:
+        raise ValueError(f"vector and adapter_name={adapter_name!r} exclude each other; nest two contexts instead")
+    if operator not in OPERATORS:
+        raise ValueError(f"unknown operator {operator!r}; choose one of {', '.join(OPERATORS)}")
+    if clamp is not None and clamp <= 0:
+        raise ValueError(f"clamp must be above 0; got {clamp}")
+    value = as_coefficient(coefficient)
+    if operator == "add":
+        value = vector.in_own_units(value)
+    vector.check(model)
+    where, runs = TokenFilter(positions), trunk(model)
+    if not value.any():
+        with guarded(runs, current(runs), reuse_cache):
+            yield
+        return
+    modules = site_modules(model, list(vector.directions))
+    edits = [
+        (module, edit_with(operator, direction, value, clamp, where))
+        for module, direction in zip(modules, vector.directions.values(), strict=True)
+    ]
+    influence = Influence("a vector", (vector, operator, positions, clamp), plain(value))
+    state = (*current(runs), influence)  # vectors in the order in which they act, behind adapters
+    with where.watching(model, runs), edit_outputs(edits), guarded(runs, state, reuse_cache):
+        yield
+
+
+@contextmanager
+def steer_adapters(
+    model: nn.Module, coefficient: float | Tensor, adapter_name: str | None, reuse_cache: bool
+) -> Iterator[None]:
+    """Set the coefficient of steering adapters inside the context."""
+    stores = coefficient_stores(model, adapter_name)
+    value = as_coefficient(coefficient)
+    before = [(store, store.snapshot()) for store, _ in stores]
+    try:
+        for store, names in stores:
+            for name in names:
+                store.set(name, value)
+        with guard_adapters(model, [name for _, names in stores for name in names], value, reuse_cache):
+            yield
+    finally:
+        for store, snapshot in before:
+            store.restore(snapshot)
+
+
+def guard_adapters(model: nn.Module, names: list[str], value: Tensor, reuse_cache: bool):
+    """The guard of key-value caches for adapters; a model whose decoder layers cannot be found has none."""
+    try:
+        runs = trunk(model)
+    except ValueError:
+        return nullcontext()
+    labels = [f"adapter {name!r}" for name in names]
+    state: State = tuple(one for one in current(runs) if one.name not in labels)
+    if value.ndim or value != 1:  # at 1 an adapter acts as it does outside of any context
+        state = (*(Influence(label, (), plain(value)) for label in sorted(labels)), *state)
+    return guarded(runs, state, reuse_cache)
+
+
+def plain(value: Tensor) -> float | tuple[float, ...]:
+    return value.item() if value.ndim == 0 else tuple(value.tolist())
+
+
+def coefficient_stores(model: nn.Module, adapter_name: str | None) -> list[tuple[Coefficients, list[str]]]:
+    """Every coefficient store of `model`, with the adapters to set in it.
+
+    Raises:
+        ValueError: there is no such active adapter, or one is merged into the weights.
+    """
+    names: dict[int, set[str]] = {}
+    stores: dict[int, Coefficients] = {}
+    available: set[str] = set()
+    active: set[str] = set()
+    for layer in model.modules():
+        if isinstance(layer, SvdSteeringLayer):
+            if layer.merged:
+                raise ValueError(
+                    f"adapter {', '.join(layer.merged_adapters)} is merged into the weights, where no coefficient "
+                    "reaches it; call unmerge_adapter() first"
+                )
+            here = set(layer.r)
+            available |= here
+            active |= here & set(layer.active_adapters)
+            stores[id(layer.coefficients)] = layer.coefficients
+            names.setdefault(id(layer.coefficients), set()).update(here & set(layer.active_adapters))
+    if adapter_name in available - active:
+        raise ValueError(
+            f"adapter {adapter_name!r} is not active, so that no coefficient would do anything; call set_adapter first"
+        )
+    wanted = active if adapter_name is None else active & {adapter_name}
+    if not wanted:
+        wanted_text = (
+            "an active steering adapter" if adapter_name is None else f"the steering adapter {adapter_name!r}"
+        )
+        listed = ", ".join(sorted(available)) or "none"
+        raise ValueError(
+            f"{type(model).__name__} lacks {wanted_text}; it has: {listed}. "
+            "Load one with PeftModel.from_pretrained, or pass vector="
+        )
+    return [(store, sorted(names[key] & wanted)) for key, store in stores.items()]

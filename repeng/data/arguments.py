@@ -1,0 +1,68 @@
+"""Arguments that name a task: which model, which behaviour, which data."""
+
+from dataclasses import dataclass, field
+
+from repeng.data.configuration import data_file
+
+FILES = ("pairs_file", "suffixes_file", "neutral_file", "questions_file")
+
+
+@dataclass
+class TaskArguments:
+    """Which model is steered, toward what, and on which data. Training, evaluation and calibration share them.
+
+    Raises:
+        ValueError: the behaviour is not said, or said twice.
+        FileNotFoundError: a named file does not exist.
+    """
+
+    model_name_or_path: str = field(
+        default="tiny", metadata={"help": "'tiny' (embedded), a local folder, or a hub id."}
+    )
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "Load the base model in 4 bits (NF4), by bitsandbytes."}
+    )
+    pairs_file: str | None = field(
+        default=None, metadata={"help": "JSON Lines with chosen, rejected and, optionally, suffix."}
+    )
+    positive: str | None = field(default=None, metadata={"help": "Persona word of c = +1, instead of pairs_file."})
+    negative: str | None = field(default=None, metadata={"help": "Persona word of c = −1."})
+    templates: list[str] | None = field(
+        default=None, metadata={"help": "Persona prompts with a {persona} placeholder.", "nargs": "+"}
+    )
+    suffixes_file: str | None = field(
+        default=None,
+        metadata={"help": "Incomplete answers, one per line or JSON Lines; 'suffixes' is a list in the package."},
+    )
+    num_pairs: int | None = field(
+        default=None, metadata={"help": "Pairs to draw from templates and suffixes; None = all, at most 1024."}
+    )
+    neutral_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "Texts that steering must leave alone, one per line or JSON Lines; None = sampled from the model."
+        },
+    )
+    questions_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "Evaluation questions, JSON Lines; None = next words that the personas favour on held-out pairs."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if (self.positive is None) != (self.negative is None):
+            raise ValueError(f"give both positive and negative; got {self.positive!r} and {self.negative!r}")
+        if (self.pairs_file is None) == (self.positive is None):
+            raise ValueError("give either pairs_file, or positive and negative")
+        for name in FILES:
+            path = getattr(self, name)
+            if path is not None and not data_file(path).is_file():
+                raise FileNotFoundError(f"{name}: there is no file {path!r}")
+
+    @property
+    def behaviour(self) -> str:
+        """What is dialled, in a few words."""
+        if self.positive is None:
+            return f"the pairs of {self.pairs_file}"
+        return f"{self.positive} (+1) / {self.negative} (−1)"

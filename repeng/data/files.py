@@ -1,0 +1,102 @@
+"""Reading files of texts and JSON Lines, and writing files whole or not at all."""
+
+import difflib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def load_texts(path: str | Path) -> list[str]:
+    """Texts from JSON Lines (strings, or objects with `text`) or, for any other file name, one text a line.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_pairs`.
+    """
+    if Path(path).suffix != ".jsonl":
+        texts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        if not texts:
+            raise ValueError(f"{path} is empty; write one text a line")
+        return texts
+    texts = []
+    for number, row in read_jsonl(path, kinds=(dict, str)):
+        text = row.get("text") if isinstance(row, dict) else row
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{path}, line {number}: expected a string or an object with a 'text'")
+        texts.append(text.strip())
+    return texts
+
+
+def read_jsonl(path: str | Path, kinds: tuple[type, ...] = (dict,)) -> Iterable[tuple[int, dict]]:
+    """Line numbers and values of a JSON Lines file; blank lines are skipped.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds no value, or a line is not JSON of one of `kinds`.
+    """
+    rows = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is not JSON ({error.msg}): {line[:60]!r}") from error
+        if not isinstance(value, kinds):
+            raise ValueError(f"{path}, line {number}: expected an object, got {type(value).__name__}")
+        rows.append((number, value))
+    if not rows:
+        raise ValueError(f"{path} is empty; write one JSON object a line")
+    return rows
+
+
+def nearest(given: str, allowed: Iterable[str]) -> str:
+    """A hint at the nearest allowed name, or nothing."""
+    close = difflib.get_close_matches(given, list(allowed), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+@contextmanager
+def staged(folder: str | Path, names: Iterable[str]) -> Iterator[Path]:
+    """A temporary folder inside `folder`; files of these names move from it to their places if the block ends well.
+
+    Otherwise nothing changes. Each file takes the place of an older one in one step, so that no reader finds half of
+    it, even after a kill.
+
+    Raises:
+        OSError: the folder cannot be made or written.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+        yield Path(temporary)
+        for name in names:
+            os.replace(Path(temporary) / name, folder / name)
+
+
+@contextmanager
+def written_whole(path: str | Path) -> Iterator[Path]:
+    """Where to write what shall lie at `path`: it moves there if the block ends well; see `staged`."""
+    path = Path(path)
+    with staged(path.parent, [path.name]) as folder:
+        yield folder / path.name
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file in UTF-8, whole or not at all."""
+    with written_whole(path) as place:
+        place.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a value as JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def check_writable(folder: str | Path) -> None:
+    """Raise OSError, before any work, if `folder` cannot be made or written."""
+    with staged(folder, ()):
+        pass

@@ -1,0 +1,231 @@
+"""A task: the pairs, texts and questions of one behaviour."""
+
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from repeng.data.arguments import TaskArguments
+from repeng.data.configuration import data_file
+from repeng.data.files import load_texts
+from repeng.data.pairs import PLACEHOLDER, ContrastPair, load_pairs, make_pairs, require_sound
+from repeng.data.questions import Question, choice_id, choice_ids, load_questions
+from repeng.data.tokens import encode, pad_rows
+
+MAX_PAIRS = 1024
+NEUTRAL_TRAIN, NEUTRAL_TEST = 256, 64
+HELD_OUT_SHARE = 0.1
+NEUTRAL_LENGTH = 32
+DEFAULT_TEMPLATES = (
+    "Pretend you are a {persona} person making statements about the world.",
+    "Answer as a {persona} person would.",
+    "You are a {persona} speaker.",
+)
+
+
+@dataclass
+class Task:
+    """The data of one behaviour.
+
+    Attributes:
+        behaviour: what is dialled, in a few words.
+        pairs: what vectors and adapters are made from.
+        neutral_texts: texts that training must leave alone.
+        unseen_neutral_texts: such texts for the evaluation.
+        questions: what the evaluation asks.
+        personas: openings of the prompt baseline, + and −; None if only a pairs file says what the behaviour is.
+        accepts: says of a generated sentence whether it belongs to the language; None where that is not known.
+    """
+
+    behaviour: str
+    pairs: list[ContrastPair]
+    neutral_texts: list[str]
+    unseen_neutral_texts: list[str]
+    questions: list[Question]
+    personas: tuple[str, str] | None = None
+    accepts: Callable[[str], bool] | None = None
+
+
+def read_pairs(
+    args: TaskArguments, tokenizer: PreTrainedTokenizerBase, *, seed: int, own: Task | None = None
+) -> list[ContrastPair]:
+    """Pairs from the file, from templates and suffixes, or from the model's own task, in an order drawn by `seed`.
+
+    Args:
+        args: what the user asked for.
+        tokenizer: checks the pairs.
+        seed: draws them.
+        own: the task that belongs to the model, if it has one; see `repeng.tiny.task`.
+
+    Raises:
+        ValueError, FileNotFoundError: naming what does not fit and what would.
+    """
+    if args.pairs_file:
+        pairs = load_pairs(args.pairs_file)
+        require_sound(pairs, tokenizer)
+        return random.Random(seed).sample(pairs, len(pairs))
+    if own is not None and args.suffixes_file is None:
+        return own.pairs
+    if args.suffixes_file is None or args.positive is None or args.negative is None:
+        raise ValueError("positive and negative need suffixes_file: incomplete answers, one per line")
+    suffixes, templates = load_texts(data_file(args.suffixes_file)), args.templates or list(DEFAULT_TEMPLATES)
+    n = min(args.num_pairs or MAX_PAIRS, len(suffixes) * len(templates))
+    return make_pairs(
+        args.positive, args.negative, templates=templates, suffixes=suffixes, tokenizer=tokenizer, n=n, seed=seed
+    )
+
+
+def make_task(
+    args: TaskArguments,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: list[ContrastPair],
+    *,
+    seed: int,
+    own: Task | None = None,
+) -> Task:
+    """The task on these pairs, with the questions and texts that were asked for.
+
+    Without a questions file, the questions are the model's own, or are made of pairs that are held out.
+
+    Args:
+        args: what the user asked for.
+        model: writes neutral texts and answers held-out pairs, where no file has them.
+        tokenizer: its tokenizer.
+        pairs: from `read_pairs`.
+        seed: draws neutral texts.
+        own: the task that belongs to the model, if it has one.
+
+    Raises:
+        ValueError, FileNotFoundError: naming what does not fit and what would.
+    """
+    kept, held_out = split_pairs(args, pairs, own)
+    accepts = None
+    if args.questions_file:
+        questions = load_questions(args.questions_file)
+    elif own is not None and not held_out:
+        questions, accepts = own.questions, own.accepts
+    else:
+        questions = questions_from_pairs(model, tokenizer, held_out)
+    for question in questions:
+        choice_ids(tokenizer, question)  # raises now what the evaluation would drop after the training
+    neutral, unseen = neutral_texts(args, model, tokenizer, seed=seed, own=own)
+    return Task(args.behaviour, kept, neutral, unseen, questions, personas(args, own), accepts)
+
+
+def split_pairs(
+    args: TaskArguments, pairs: list[ContrastPair], own: Task | None = None
+) -> tuple[list[ContrastPair], list[ContrastPair]]:
+    """Pairs to learn from, and pairs that questions are made of: none if the questions come from elsewhere."""
+    if args.questions_file or (own is not None and not args.pairs_file):
+        return pairs, []
+    return hold_out(pairs)
+
+
+def hold_out(pairs: list[ContrastPair], most: int = MAX_PAIRS) -> tuple[list[ContrastPair], list[ContrastPair]]:
+    """The pairs without a share of them, and that share, at least one pair and at most `most`.
+
+    No suffix is on both sides, unless all pairs have the same.
+    """
+    n = min(most, max(1, round(HELD_OUT_SHARE * len(pairs))))
+    counts = Counter(pair.suffix for pair in pairs)
+    if len(counts) == 1:
+        return pairs[n:], pairs[:n]
+    held_back: set[str] = set()
+    total = 0
+    for suffix, count in counts.items():
+        if total >= n:
+            break
+        held_back.add(suffix)
+        total += count
+    held = [pair for pair in pairs if pair.suffix in held_back]
+    return [pair for pair in pairs if pair.suffix not in held_back], held[:n]
+
+
+def personas(args: TaskArguments, own: Task | None) -> tuple[str, str] | None:
+    """Openings for the prompt baseline; None if only a pairs file says what the behaviour is."""
+    if args.positive is None or args.negative is None:
+        return None
+    if own is not None and not args.templates:
+        return own.personas
+    template = (args.templates or DEFAULT_TEMPLATES)[0]
+    return template.replace(PLACEHOLDER, args.positive), template.replace(PLACEHOLDER, args.negative)
+
+
+def neutral_texts(
+    args: TaskArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int, own: Task | None
+) -> tuple[list[str], list[str]]:
+    """Texts for the coherence region, and unseen ones for the evaluation."""
+    if args.neutral_file:
+        texts = load_texts(args.neutral_file)
+        n_test = max(1, round(HELD_OUT_SHARE * len(texts)))
+        return texts[n_test:] or texts, texts[:n_test]
+    if own is not None:
+        return own.neutral_texts, own.unseen_neutral_texts
+    texts = sample_texts(model, tokenizer, NEUTRAL_TRAIN + NEUTRAL_TEST, seed)
+    return texts[NEUTRAL_TEST:], texts[:NEUTRAL_TEST]
+
+
+@torch.no_grad()
+def sample_texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n: int, seed: int) -> list[str]:
+    """Texts that the base model itself writes at temperature 1: neutral for any model and language."""
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    prompt = torch.full((min(n, 32), 1), start, device=model.device)
+    texts: list[str] = []
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        while len(texts) < n:
+            out = model.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                do_sample=True,
+                top_k=0,
+                top_p=1.0,
+                temperature=1.0,
+                max_new_tokens=NEUTRAL_LENGTH,
+                pad_token_id=tokenizer.pad_token_id or start,
+            )
+            decoded = tokenizer.batch_decode(out, skip_special_tokens=True)
+            texts += [text.strip() for text in decoded if len(text.split()) > 2]
+    return texts[:n]
+
+
+@torch.no_grad()
+def questions_from_pairs(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[ContrastPair], top: int = 5
+) -> list[Question]:
+    """Questions for data without any: the next words that the base's own personas favour on held-out pairs.
+
+    The target choices are the `top` tokens whose probability the chosen prompt raises most over the rejected one, the
+    other choices those that it lowers most.
+    """
+    questions = []
+    for index, pair in enumerate(pairs):
+        rows = [encode(tokenizer, side, pair.suffix).ids for side in (pair.chosen, pair.rejected)]
+        logits = model(**pad_rows(rows, tokenizer, model.device, side="left"), use_cache=False).logits[:, -1].float()
+        chosen, rejected = logits.softmax(dim=-1)
+        shift = chosen - rejected
+        targets = distinct_words(tokenizer, shift.argsort(descending=True).tolist(), top, pair)
+        others = distinct_words(tokenizer, shift.argsort().tolist(), top, pair)
+        for side in (pair.chosen, pair.rejected):
+            questions.append(Question(side, (*targets, *others), targets, suffix=pair.suffix, unit=f"pair {index}"))
+    return questions
+
+
+def distinct_words(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], n: int, pair: ContrastPair
+) -> tuple[str, ...]:
+    """The first `n` of `ids` that, written as a word, are encoded as that very token again."""
+    words: list[str] = []
+    for token in ids:
+        word = tokenizer.decode([token]).strip()
+        if word and word not in words and token not in tokenizer.all_special_ids:
+            probe = Question(pair.chosen, (word, ""), (word,), suffix=pair.suffix)
+            if choice_id(tokenizer, probe, word) == token:
+                words.append(word)
+        if len(words) == n:
+            break
+    return tuple(words)

@@ -1,0 +1,105 @@
+"""The one tokenisation of prompts, padding, and masks."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+
+class Encoded(NamedTuple):
+    """Token ids of a prompt, special tokens included, and of the suffix that follows it."""
+
+    prompt: list[int]
+    suffix: list[int]
+
+    @property
+    def ids(self) -> list[int]:
+        return self.prompt + self.suffix
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    suffix: str = "",
+    max_length: int | None = None,
+    thinking: bool = False,
+) -> Encoded:
+    """The one tokenisation of training, extraction, evaluation and generation.
+
+    A prompt becomes a user turn with the generation prompt of the chat template (`thinking` off), if there is one; an
+    empty prompt leaves `suffix` as plain text. Over `max_length` tokens the prompt loses its beginning (after a first
+    special token), never the suffix.
+
+    Raises:
+        ValueError: there is nothing to encode, or the suffix alone is longer than `max_length`.
+    """
+    if prompt and tokenizer.chat_template:
+        prompt_ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            add_generation_prompt=True,
+            enable_thinking=thinking,
+            return_dict=False,
+        )
+        suffix_ids = tokenizer(suffix, add_special_tokens=False)["input_ids"] if suffix else []
+    else:
+        # The text is encoded apart from the special tokens: some tokenizers would append an end-of-text token.
+        bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        prompt_ids = bos + (tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else [])
+        joined = f" {suffix}" if prompt and suffix else suffix
+        suffix_ids = tokenizer(joined, add_special_tokens=False)["input_ids"] if suffix else []
+    if not prompt_ids + suffix_ids:
+        raise ValueError("nothing to encode: prompt and suffix are both empty")
+    excess = 0 if max_length is None else len(prompt_ids) + len(suffix_ids) - max_length
+    if excess > 0:
+        keep = int(bool(prompt_ids) and prompt_ids[0] in tokenizer.all_special_ids)
+        if excess > len(prompt_ids) - keep:
+            raise ValueError(f"the suffix {suffix[:60]!r} has {len(suffix_ids)} tokens, over max_length={max_length}")
+        prompt_ids = prompt_ids[:keep] + prompt_ids[keep + excess :]
+    return Encoded(list(prompt_ids), list(suffix_ids))
+
+
+def shared_suffix_length(chosen: Sequence[int], rejected: Sequence[int]) -> int:
+    """How many token ids two sequences have in common at their ends."""
+    length = 0
+    for left, right in zip(reversed(chosen), reversed(rejected), strict=False):
+        if left != right:
+            break
+        length += 1
+    return length
+
+
+def pad_rows(
+    rows: Sequence[Sequence[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device | str = "cpu",
+    side: str | None = None,
+) -> dict[str, Tensor]:
+    """`input_ids`, `attention_mask` and mask-derived `position_ids`, each `(b t)`, padded on `side`."""
+    side = side or tokenizer.padding_side
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    width = max(map(len, rows))
+    ids, mask = torch.full((len(rows), width), pad), torch.zeros(len(rows), width, dtype=torch.long)
+    for index, row in enumerate(rows):
+        span = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[index, span] = torch.tensor(row)
+        mask[index, span] = 1
+    # Models derive positions from the mask in `generate` only; a bare forward would count the padding.
+    positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
+    batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def label_mask(attention_mask: Tensor) -> Tensor:
+    """Which of the `t − 1` next-token predictions `(b t−1)` go from a real token to a real token."""
+    return (attention_mask[:, 1:] * attention_mask[:, :-1]).bool()
+
+
+def last_tokens(attention_mask: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Indices `(b n)` of the last `n` real tokens of each row, in order, and which of them exist `(b n)`."""
+    t = attention_mask.shape[1]
+    last = t - 1 - attention_mask.flip(dims=(1,)).argmax(dim=1)
+    index = last[:, None] - torch.arange(n - 1, -1, -1, device=attention_mask.device)
+    exists = index >= t - attention_mask.flip(dims=(1,)).argmax(dim=1)[:, None] - attention_mask.sum(dim=1)[:, None]
+    return index.clamp(min=0), exists

@@ -1,0 +1,7 @@
+"""What a dial does and what it costs."""
+
+from repeng.eval.calibrate import Calibration, KLBudget, calibrate
+from repeng.eval.eval_report import Budget, EvalReport, bootstrap
+from repeng.eval.evaluate import evaluate
+
+__all__ = ["Budget", "Calibration", "EvalReport", "KLBudget", "bootstrap", "calibrate", "evaluate"]

@@ -1,0 +1,433 @@
+"""What an evaluation measured, and the figures that follow from it.
+
+`y_i(c)` is the log-odds, in nats, of the target answers of item i at coefficient c.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ARMS = (("plus", +1), ("minus", -1))
+HARM = 2.0  # what a broken answer costs in surgical informedness, in repaired ones
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What steering may cost against c = 0, in probability and nats."""
+
+    answer_mass: float = 0.05
+    neutral_nll: float = 0.08
+    control_logp: float = 0.1
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A generated continuation of `prompt`.
+
+    `finished`: it ended by itself before the limit. `repetition`: the share of its 3-grams of tokens that had occurred
+    in it before. `sentences`: how many of its whole sentences a grammar accepts, and how many there are.
+    """
+
+    coefficient: float
+    prompt: str
+    text: str
+    finished: bool
+    repetition: float
+    sentences: tuple[int, int] | None = None
+
+
+@dataclass
+class EvalReport:
+    """Measurements at each coefficient; index 0 of every tensor with `n_c` rows goes with `coefficients`.
+
+    Attributes:
+        coefficients: sorted, 0 among them.
+        log_odds: `(n_c n)`, nats, of the target questions.
+        answer_mass: `(n_c n)`, probability of all choices together.
+        control_logp: `(n_c m)`, log-probability of the right answers of controls.
+        control_log_odds: `(n_c m)`, of the right answers against the other choices.
+        neutral_logp: `(n_c q)`, log-probability of each neutral text.
+        neutral_tokens: `(q)`, their tokens.
+        groups: the `n` groups of the target questions.
+        units: their `n` units; those of one unit are resampled together, "" is one of its own.
+        thought: `(n_c n)`, whether the thinking before an answer ended by itself; None without thinking.
+        dropped: questions that could not be asked, and why.
+        samples: what was generated.
+        budget: what steering may cost.
+    """
+
+    coefficients: list[float]
+    log_odds: Tensor
+    answer_mass: Tensor
+    control_logp: Tensor
+    control_log_odds: Tensor
+    neutral_logp: Tensor
+    neutral_tokens: Tensor
+    groups: list[str] = field(default_factory=list)
+    units: list[str] = field(default_factory=list)
+    thought: Tensor | None = None
+    dropped: list[str] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    budget: Budget = field(default_factory=Budget)
+
+    # -- one coefficient -----------------------------------------------------------------------------------------
+
+    def at(self, coefficient: float) -> int:
+        """Index of a coefficient.
+
+        Raises:
+            ValueError: it was not evaluated.
+        """
+        if coefficient not in self.coefficients:
+            raise ValueError(f"coefficient {coefficient} was not evaluated; {self.coefficients} were")
+        return self.coefficients.index(coefficient)
+
+    def mean_log_odds(self, coefficient: float) -> float:
+        return self.log_odds[self.at(coefficient)].mean().item()
+
+    @property
+    def neutral_nll(self) -> Tensor:
+        """Negative log-likelihood of the neutral texts `(n_c)`, nats a token; NaN without texts."""
+        return -self.neutral_logp.sum(dim=1) / self.neutral_tokens.sum()
+
+    def costs(self) -> dict[str, Tensor]:
+        """How much worse each budgeted quantity is than at c = 0, `(n_c)`; positive is worse."""
+        base = self.at(0.0)
+        mass = self.answer_mass.mean(dim=1)
+        costs = {"answer_mass": mass[base] - mass}
+        if self.control_logp.shape[1]:
+            logp = self.control_logp.mean(dim=1)
+            costs["control_logp"] = logp[base] - logp
+        if self.neutral_logp.shape[1]:
+            nll = self.neutral_nll
+            costs["neutral_nll"] = nll - nll[base]
+        return costs
+
+    def cost(self, coefficient: float) -> dict[str, float]:
+        """`costs` at one coefficient."""
+        here = self.at(coefficient)
+        return {name: values[here].item() for name, values in self.costs().items()}
+
+    def spent(self) -> Tensor:
+        """The largest cost as a share of its budget, `(n_c)`; 1 is the whole budget, a NaN is infinite."""
+        shares = torch.stack([values / getattr(self.budget, name) for name, values in self.costs().items()])
+        return shares.nan_to_num(nan=math.inf).amax(dim=0)
+
+    def inside_budget(self, coefficient: float) -> bool:
+        """Whether every cost is at most its budget; a NaN is outside."""
+        return self.spent()[self.at(coefficient)].item() <= 1
+
+    # -- both arms -----------------------------------------------------------------------------------------------
+
+    def arm(self, sign: int) -> tuple[float, float | None]:
+        """Largest gain in mean log-odds, in the direction of `sign`, at a coefficient of that sign inside the budget,
+        and that coefficient; (0, None) if no coefficient gains."""
+        means = self.log_odds.mean(dim=1)
+        gains = sign * (means - means[self.at(0.0)])
+        usable = (sign * torch.tensor(self.coefficients) > 0) & (self.spent() <= 1) & (gains > 0)
+        if not usable.any():
+            return 0.0, None
+        best = torch.where(usable, gains, -math.inf).argmax().item()
+        return gains[best].item(), self.coefficients[best]
+
+    def band(self, n: int = 300, level: float = 0.95, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """Percentile bootstrap interval over units of the mean log-odds: lower and upper bounds `(n_c)`."""
+        members, generator = self.members(), torch.Generator().manual_seed(seed)
+        sums = torch.stack([self.log_odds[:, index].sum(dim=1) for index in members], dim=1)
+        counts = torch.tensor([len(index) for index in members])
+        drawn = torch.randint(len(members), (n, len(members)), generator=generator)
+        means = sums[:, drawn].sum(dim=-1) / counts[drawn].sum(dim=-1)
+        tail = (1 - level) / 2
+        return means.quantile(tail, dim=1), means.quantile(1 - tail, dim=1)
+
+    @property
+    def range(self) -> float:
+        """Sum of both arms: how far the dial moves the behaviour inside the budget, in nats."""
+        return self.arm(+1)[0] + self.arm(-1)[0]
+
+    def endpoint(self, sign: int) -> float:
+        """The coefficient at which an arm is judged: its best one inside the budget, or 0."""
+        return self.arm(sign)[1] or 0.0
+
+    def against(self, sign: int) -> float:
+        """Share of target items that move against an arm, at its endpoint; NaN if no coefficient gains."""
+        if not self.endpoint(sign):
+            return math.nan
+        moved = self.log_odds[self.at(self.endpoint(sign))] - self.log_odds[self.at(0.0)]
+        return (sign * moved < 0).float().mean().item()
+
+    @property
+    def wrong_way(self) -> float:
+        """`against`, mean over the arms that gain; NaN if none does."""
+        shares = [self.against(sign) for _, sign in ARMS if self.endpoint(sign)]
+        return share(shares)
+
+    # -- dose and response ---------------------------------------------------------------------------------------
+
+    def inner(self) -> tuple[Tensor, Tensor]:
+        """Coefficients within [−1, 1] `(k)`, and the log-odds at them `(k n)`."""
+        kept = [index for index, c in enumerate(self.coefficients) if abs(c) <= 1]
+        return torch.tensor([self.coefficients[index] for index in kept]), self.log_odds[kept]
+
+    @property
+    def slope(self) -> float:
+        """Least-squares slope, nats a unit of c, of `mean_i y_i(c) − y_i(0)` through the origin, within |c| ≤ 1."""
+        c, y = self.inner()
+        gain = y.mean(dim=1) - self.log_odds[self.at(0.0)].mean()
+        return ((c * gain).sum() / c.square().sum()).item() if c.any() else 0.0
+
+    @property
+    def r_squared(self) -> float:
+        """`1 − Σ (gain − slope · c)² / Σ gain²` of the same line; 0 where nothing moves."""
+        c, y = self.inner()
+        gain = y.mean(dim=1) - self.log_odds[self.at(0.0)].mean()
+        total = gain.square().sum()
+        return (1 - (gain - self.slope * c).square().sum() / total).item() if total > 0 else 0.0
+
+    @property
+    def order(self) -> float:
+        """How monotone items are within |c| ≤ 1: rising steps minus falling ones, as a share of all; from −1 to 1."""
+        steps = self.inner()[1].diff(dim=0)
+        return steps.sign().mean().item() if steps.numel() else 0.0
+
+    # -- answers that change -------------------------------------------------------------------------------------
+
+    def flips(self, sign: int) -> tuple[float, float]:
+        """Shares of target items whose preferred answer changes at the arm's endpoint, the right way and the wrong."""
+        before, after = (sign * self.log_odds[self.at(c)] for c in (0.0, self.endpoint(sign)))
+        right, wrong = (before < 0) & (after > 0), (before > 0) & (after < 0)
+        return right.float().mean().item(), wrong.float().mean().item()
+
+    @property
+    def arbitrary_flips(self) -> float:
+        """Share of controls whose preferred answer changes at either endpoint; 0 without controls."""
+        changed = self.control_changes()
+        return changed.float().mean().item() if changed.numel() else 0.0
+
+    def control_changes(self) -> Tensor:
+        """Which controls `(m)` prefer another answer at either endpoint than at 0."""
+        before = self.control_log_odds[self.at(0.0)].sign()
+        ends = [self.control_log_odds[self.at(self.endpoint(sign))].sign() for _, sign in ARMS]
+        return (ends[0] != before) | (ends[1] != before)
+
+    def mass_at_endpoints(self) -> Tensor:
+        """Mean answer mass at 0 and at both endpoints, `(3)`."""
+        return torch.stack([self.answer_mass[self.at(c)].mean() for c in (0.0, *(self.endpoint(s) for _, s in ARMS))])
+
+    @property
+    def steering_f1(self) -> float:
+        """Steering F1 of AntiPaSTO (arXiv 2601.07473), with this report's endpoints for c = ±1; 100 is perfect.
+
+        With weights `|y_i(0)|` that sum to 1 on each side: `net = max(0, fixed − broken)` over target items at the +
+        endpoint, `arb` over controls that flip at either; precision = net / (net + arb), recall = net, and F1 is
+        multiplied by `(min(mass₊, mass₋) / mass₀)²`, which is above 1 where steering raises the answer mass. NaN where
+        an endpoint's mass is below 0.5. The sign of c is never fitted here.
+        """
+        mass = self.mass_at_endpoints()
+        if not mass[1:].min() >= 0.5:
+            return math.nan
+        before, after = (self.log_odds[self.at(c)] for c in (0.0, self.endpoint(+1)))
+        weight = before.abs() / before.abs().sum().clamp_min(1e-30)
+        fixed = weight[(before < 0) & (after > 0)].sum()
+        broken = weight[(before > 0) & (after < 0)].sum()
+        control = self.control_log_odds[self.at(0.0)].abs()
+        arbitrary = (control / control.sum().clamp_min(1e-30))[self.control_changes()].sum()
+        net = (fixed - broken).clamp_min(0)
+        if net == 0:
+            return 0.0
+        precision, recall = net / (net + arbitrary), net
+        f1 = 2 * precision * recall / (precision + recall)
+        return (100 * f1 * (mass[1:].min() / mass[0]).square()).item()
+
+    @property
+    def surgical_informedness(self) -> float:
+        """Surgical informedness of AntiPaSTO's code, at most 100: `mean_arms(fixed − 2 · broken) · min(mass)² · 100`.
+
+        For an arm: fixed is the share of the items answered against it at 0 that its endpoint turns, broken the share
+        of those answered with it that its endpoint turns away. An arm without items of both kinds does not count; NaN
+        if neither does.
+        """
+        terms = []
+        for _, sign in ARMS:
+            before, after = (sign * self.log_odds[self.at(c)] for c in (0.0, self.endpoint(sign)))
+            against, along = before < 0, before > 0
+            if against.any() and along.any():
+                fixed, broken = (after[against] > 0).float().mean(), (after[along] < 0).float().mean()
+                terms.append((fixed - HARM * broken).item())
+        return 100 * share(terms) * self.mass_at_endpoints()[1:].min().square().item()
+
+    # -- generated text ------------------------------------------------------------------------------------------
+
+    def samples_at(self, coefficient: float) -> list[Sample]:
+        return [sample for sample in self.samples if sample.coefficient == coefficient]
+
+    def finish_rate(self, coefficient: float) -> float:
+        """Share of samples that ended by themselves; NaN without samples."""
+        return share([sample.finished for sample in self.samples_at(coefficient)])
+
+    def repetition(self, coefficient: float) -> float:
+        """Mean repetition of the samples; NaN without samples."""
+        return share([sample.repetition for sample in self.samples_at(coefficient)])
+
+    def parse_rate(self, coefficient: float) -> float:
+        """Share of generated sentences that the grammar accepts; NaN without a grammar or sentences."""
+        counts = [sample.sentences for sample in self.samples_at(coefficient) if sample.sentences]
+        total = sum(n for _, n in counts)
+        return sum(ok for ok, _ in counts) / total if total else math.nan
+
+    # -- parts and resamples -------------------------------------------------------------------------------------
+
+    def group(self, *names: str) -> "EvalReport":
+        """The report on the target questions of these groups only.
+
+        Raises:
+            ValueError: there is no such group.
+        """
+        missing = set(names) - set(self.groups)
+        if missing or not names:
+            raise ValueError(f"no target question is of {sorted(missing)}; the groups are {sorted(set(self.groups))}")
+        kept = [index for index, group in enumerate(self.groups) if group in names]
+        return self.taken(torch.tensor(kept))
+
+    def taken(
+        self, targets: Tensor | None = None, controls: Tensor | None = None, texts: Tensor | None = None
+    ) -> "EvalReport":
+        """The report on the items at these indices, repeated ones included; None keeps all."""
+
+        def pick(tensor: Tensor | None, index: Tensor | None) -> Tensor | None:
+            return tensor if tensor is None or index is None else tensor[..., index]
+
+        def named(names: list[str]) -> list[str]:
+            return names if targets is None or not names else [names[i] for i in targets.tolist()]
+
+        return replace(
+            self,
+            log_odds=pick(self.log_odds, targets),
+            answer_mass=pick(self.answer_mass, targets),
+            groups=named(self.groups),
+            units=named(self.units),
+            thought=pick(self.thought, targets),
+            control_logp=pick(self.control_logp, controls),
+            control_log_odds=pick(self.control_log_odds, controls),
+            neutral_logp=pick(self.neutral_logp, texts),
+            neutral_tokens=pick(self.neutral_tokens, texts),
+        )
+
+    def members(self) -> list[Tensor]:
+        """Indices of the target questions of each unit."""
+        found: dict[str | int, list[int]] = {}
+        for index in range(self.log_odds.shape[1]):
+            found.setdefault((self.units[index] if self.units else "") or index, []).append(index)
+        return [torch.tensor(indices) for indices in found.values()]
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """How many target questions, controls and neutral texts there are."""
+        return self.log_odds.shape[1], self.control_logp.shape[1], self.neutral_logp.shape[1]
+
+    def to_dict(self, resamples: int = 300) -> dict[str, Any]:
+        """Every figure at every coefficient and of the whole, JSON-serialisable; a NaN becomes None.
+
+        `resamples` of the bootstrap make the 95 % interval of the range; 0 for none.
+        """
+        parts = {name: self.group(name) for name in sorted(set(self.groups) - {""})}
+        found: dict[str, Any] = {
+            "range": plain(self.range),
+            "arms": {
+                name: {"gain": plain(self.arm(sign)[0]), "coefficient": self.arm(sign)[1]} for name, sign in ARMS
+            },
+            "wrong_way": plain(self.wrong_way),
+            "slope": plain(self.slope),
+            "r_squared": plain(self.r_squared),
+            "order": plain(self.order),
+            "flips": {name: dict(zip(("right", "wrong"), self.flips(sign), strict=True)) for name, sign in ARMS},
+            "arbitrary_flips": plain(self.arbitrary_flips),
+            "steering_f1": plain(self.steering_f1),
+            "surgical_informedness": plain(self.surgical_informedness),
+            "groups": {
+                name: {"range": plain(part.range), "wrong_way": plain(part.wrong_way)} for name, part in parts.items()
+            },
+            "items": dict(zip(("target", "control", "neutral_texts"), self.sizes, strict=True)),
+            "dropped": self.dropped,
+            "at": [self.row(c) for c in self.coefficients],
+        }
+        if resamples:
+            low, high = bootstrap([self], lambda report: report.range, n=resamples)
+            found["range_interval"] = [plain(low), plain(high)]
+        return found
+
+    def row(self, coefficient: float) -> dict[str, float | bool | None]:
+        """What was measured at one coefficient."""
+        here = self.at(coefficient)
+        found = {
+            "coefficient": coefficient,
+            "log_odds": self.log_odds[here].mean(),
+            "answer_mass": self.answer_mass[here].mean(),
+        }
+        if self.control_logp.shape[1]:
+            found["control_logp"] = self.control_logp[here].mean()
+        if self.neutral_logp.shape[1]:
+            found["neutral_nll"] = self.neutral_nll[here]
+        if self.thought is not None:
+            found["thinking_finished"] = self.thought[here].float().mean()
+        if self.samples_at(coefficient):
+            found["finish_rate"] = self.finish_rate(coefficient)
+            found["repetition"] = self.repetition(coefficient)
+            found["parse_rate"] = self.parse_rate(coefficient)
+        values = {name: plain(value) for name, value in found.items()}
+        return {**values, "inside_budget": self.inside_budget(coefficient)}
+
+
+def bootstrap(
+    reports: Sequence[EvalReport],
+    statistic: Callable[..., float],
+    *,
+    n: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of `statistic(*reports)` (Efron 1979).
+
+    Units of questions, controls and texts are drawn again with replacement, the same ones in all reports: differences
+    and ratios of methods are paired, and so are several training seeds. A NaN is left out; an infinite value counts.
+
+    Raises:
+        ValueError: the reports are of different items.
+    """
+    sizes, units = {report.sizes for report in reports}, {tuple(report.units) for report in reports}
+    if len(sizes) != 1 or len(units) != 1:
+        raise ValueError(f"only reports on the same items can be resampled together; these have {sorted(sizes)} items")
+    members = reports[0].members()
+    _, controls, texts = reports[0].sizes
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(size: int) -> Tensor | None:
+        return torch.randint(size, (size,), generator=generator) if size else None
+
+    values = []
+    for _ in range(n):
+        targets = torch.cat([members[index] for index in drawn(len(members)).tolist()])
+        index = (targets, drawn(controls), drawn(texts))
+        value = statistic(*(report.taken(*index) for report in reports))
+        if not math.isnan(value):
+            values.append(value)
+    if not values:
+        return math.nan, math.nan
+    values.sort()
+    tail = (1 - level) / 2
+    return values[math.floor(tail * (len(values) - 1))], values[math.ceil((1 - tail) * (len(values) - 1))]
+
+
+def share(values: Sequence[float]) -> float:
+    """The mean, or NaN of nothing."""
+    return sum(values) / len(values) if values else math.nan
+
+
+def plain(value: float | Tensor) -> float | None:
+    """A rounded number for JSON, which knows no NaN and no infinity."""
+    value = float(value)
+    return round(value, 6) if math.isfinite(value) else None

@@ -1,0 +1,214 @@
+"""Hidden states of many prompts at many sites, in one pass; and gradients of a loss with respect to them."""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from numbers import Integral
+from typing import Literal, NamedTuple
+
+import torch
+from einops import reduce
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from repeng.data.tokens import last_tokens, pad_rows
+from repeng.model.logprob import kl_divergence
+from repeng.model.sites import Place, decoder_layers, edit_outputs, eval_mode, site_modules
+
+Tokens = int | str
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class _Deepest(Exception):
+    """Raised after the deepest layer that is read, since nothing behind it is needed."""
+
+
+class Tap(NamedTuple):
+    """A module, and whether its first input or its output is read."""
+
+    module: nn.Module
+    end: Literal["input", "output"]
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """By place, `(2b d)`: `descent`, minus the gradient of the loss; `scores`, whose covariance is Fisher's matrix."""
+
+    descent: dict[Place, Tensor]
+    scores: dict[Place, Tensor]
+
+
+def token_weights(attention_mask: Tensor, tokens: Tokens) -> Tensor:
+    """Weights `(b t)`, each row summing to 1, of the tokens that are read: "last", the last n, or "mean" of all.
+
+    Raises:
+        ValueError: `tokens` is something else.
+    """
+    if tokens == "mean":
+        return attention_mask / attention_mask.sum(dim=1, keepdim=True)
+    n = 1 if tokens == "last" else tokens
+    if not isinstance(n, Integral) or n < 1:
+        raise ValueError(f"tokens must be 'last', 'mean', or how many of the last tokens to read; got {tokens!r}")
+    index, exists = last_tokens(attention_mask, int(n))
+    weights = torch.zeros(attention_mask.shape, device=attention_mask.device)
+    return weights.scatter_add_(1, index, exists / exists.sum(dim=1, keepdim=True))
+
+
+def read(output: Tensor, weights: Tensor) -> Tensor:
+    """The weighted mean of `output (b t d)` over tokens, `(b d)` float32; a token of weight 0 may be NaN."""
+    weights = weights.to(output.device)[..., None]
+    return reduce(torch.where(weights > 0, output.float() * weights, 0.0), "b t d -> b d", "sum")
+
+
+@torch.no_grad()
+def collect(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Sequence[int]],
+    taps: Sequence[Tap],
+    deepest: nn.Module,
+    *,
+    tokens: Tokens,
+    batch_size: int = 32,
+) -> list[Tensor]:
+    """What goes into or comes out of each tapped module, `(rows d)`, float32 on the CPU, read as `token_weights` says.
+
+    Rows of similar length share a batch, and the forward ends behind `deepest`, so that no logits are computed.
+    """
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
+    parts: list[list[Tensor]] = [[] for _ in taps]
+    weights = torch.empty(0)
+
+    def keep(part: list[Tensor], states: Tensor) -> Tensor:
+        part.append(read(states, weights).cpu())
+        return states
+
+    def before(part: list[Tensor], _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        keep(part, args[0])
+
+    def stop(_output: Tensor) -> Tensor:
+        raise _Deepest
+
+    with ExitStack() as stack:
+        stack.enter_context(eval_mode(model))
+        for (module, end), part in zip(taps, parts, strict=True):
+            if end == "input":
+                stack.callback(module.register_forward_pre_hook(partial(before, part)).remove)
+            else:
+                stack.enter_context(edit_outputs([(module, partial(keep, part))]))
+        stack.enter_context(edit_outputs([(deepest, stop)]))
+        for start in tqdm(range(0, len(rows), batch_size), desc="hidden states", leave=False, delay=1):
+            batch = pad_rows([rows[i] for i in order[start : start + batch_size]], tokenizer, model.device)
+            weights = token_weights(batch["attention_mask"], tokens)
+            try:
+                model(**batch, use_cache=False)
+            except _Deepest:
+                pass
+    back = torch.tensor(order).argsort()
+    return [torch.cat(part)[back] for part in parts]
+
+
+def hidden_states(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Sequence[int]],
+    places: Sequence[Place],
+    *,
+    tokens: Tokens = "last",
+    batch_size: int = 32,
+) -> dict[Place, Tensor]:
+    """Hidden states `(rows d)` by (site, layer), as `collect` reads them."""
+    taps = [Tap(module, "output") for module in site_modules(model, places)]
+    deepest = decoder_layers(model)[max(layer for _, layer in places)]
+    found = collect(model, tokenizer, rows, taps, deepest, tokens=tokens, batch_size=batch_size)
+    return dict(zip(places, found, strict=True))
+
+
+def persona_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """`KL(p_chosen ‖ p_rejected) − KL(p_rejected ‖ p_chosen)` `(b)` of next-token logits `(b v)`, firsts held fixed.
+
+    Lowering it makes the rejected prompt continue like the chosen one, and the chosen one less like the rejected one.
+    """
+    return kl_divergence(chosen.detach(), rejected) - kl_divergence(rejected.detach(), chosen)
+
+
+def checked(loss: Tensor, b: int) -> Tensor:
+    """The loss, or a ValueError: a mean over pairs would weigh them by the size of their batch."""
+    if not isinstance(loss, Tensor) or loss.shape != (b,) or not loss.requires_grad:
+        what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"loss must give one value with gradient for each pair, shape ({b},); got {what}")
+    return loss
+
+
+def fisher_noise(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Random `(b v)` with the covariance `diag p − p pᵀ` of the softmax of each row."""
+    root = logits.softmax(dim=-1).sqrt()
+    scaled = root * torch.randn(logits.shape, generator=generator).to(logits.device)
+    return scaled - root.square() * scaled.sum(dim=-1, keepdim=True)
+
+
+def gradients(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    places: Sequence[Place],
+    *,
+    loss: Loss = persona_loss,
+    tokens: Tokens = "last",
+    batch_size: int = 16,
+    seed: int = 0,
+) -> Gradients:
+    """Gradients at the sites, `(2b d)` in rows `[chosen ; rejected]`, of `loss` and of random scores.
+
+    `loss` takes next-token logits `(b v)` of both sides and gives `(b)`. A score is `Jᵀ a` with J the derivative of
+    the logits and `a = √p ∘ z − p (√p·z)`, z standard normal: its covariance `Jᵀ (diag p − p pᵀ) J` is the Fisher
+    information of the activation, with less variance than gradients of log p of drawn tokens. Parameters gather no
+    gradients.
+    """
+    modules = site_modules(model, places)
+    seen: list[Tensor] = [torch.empty(0)] * len(places)
+    generator = torch.Generator().manual_seed(seed)
+
+    def keeper(index: int) -> Callable[[Tensor], Tensor]:
+        def keep(output: Tensor) -> Tensor:
+            seen[index] = output if output.requires_grad else output.detach().requires_grad_()
+            return seen[index]
+
+        return keep
+
+    descent: list[list[list[Tensor]]] = [[[], []] for _ in places]
+    scores: list[list[list[Tensor]]] = [[[], []] for _ in places]
+    edits = [(module, keeper(index)) for index, module in enumerate(modules)]
+    frozen = [p for p in model.parameters() if p.requires_grad]
+    with eval_mode(model), torch.inference_mode(False), torch.enable_grad(), edit_outputs(edits):
+        for p in frozen:
+            p.requires_grad_(False)
+        try:
+            for start in tqdm(range(0, len(pairs), batch_size), desc="gradients", leave=False, delay=1):
+                chunk = pairs[start : start + batch_size]
+                ids = [pair[side] for side in (0, 1) for pair in chunk]
+                batch = pad_rows(ids, tokenizer, model.device, side="left")
+                weights = token_weights(batch["attention_mask"], tokens)
+                logits = model(**batch, use_cache=False, logits_to_keep=1).logits[:, -1].float()
+                chosen, rejected = logits.chunk(2)
+                noise = fisher_noise(logits.detach(), generator)
+                down = torch.autograd.grad(-checked(loss(chosen, rejected), len(chunk)).sum(), seen, retain_graph=True)
+                up = torch.autograd.grad((logits * noise).sum(), seen)
+                for into, found in ((descent, down), (scores, up)):
+                    for sides, gradient in zip(into, found, strict=True):
+                        # What a shift shared by the tokens that are read changes: the sum over them.
+                        counted = (weights > 0).to(gradient.device)[..., None]
+                        rows = torch.where(counted, gradient.float(), 0.0).sum(dim=1).cpu()
+                        for side, part in zip(sides, rows.chunk(2), strict=True):
+                            side.append(part)
+        finally:
+            for p in frozen:
+                p.requires_grad_(True)
+    return Gradients(
+        *(
+            {place: torch.cat([torch.cat(side) for side in sides]) for place, sides in zip(places, found, strict=True)}
+            for found in (descent, scores)
+        )
+    )

@@ -1,0 +1,85 @@
+"""Adapters as files: gathered from all processes, written whole, read back, loaded."""
+
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from repeng.data.files import staged
+from repeng.model.sharded import whole
+from repeng.tuner.config import PREFIX
+from repeng.tuner.model import check_keys
+
+
+def save_adapter(model: PeftModel, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
+    """Write the adapter whole or not at all: beside its place, read back and compared, then moved.
+
+    Args:
+        model: the PEFT model.
+        folder: where to.
+        state: what `adapter_state` gave, which all processes of a sharded model must have called.
+
+    Raises:
+        OSError: the folder cannot be written, or what was written differs from the adapter.
+    """
+    state = adapter_state(model) if state is None else state
+    with staged(folder, ("adapter_model.safetensors", "adapter_config.json")) as temporary:
+        model.save_pretrained(temporary, state_dict=state)
+        check_saved(model, temporary, state)
+
+
+def check_saved(model: PeftModel, folder: str | Path, state: dict[str, Tensor]) -> None:
+    """Raise OSError unless the file of an adapter in `folder` holds exactly `state`, from `adapter_state`."""
+    path = Path(folder) / "adapter_model.safetensors"
+    expected = get_peft_model_state_dict(model, state_dict=state)
+    try:
+        found = load_file(path)
+    except SafetensorError as error:
+        raise OSError(f"{path} was not written whole: {error}") from error
+    wrong = found.keys() ^ expected.keys()
+    wrong |= {key for key in found.keys() & expected.keys() if not torch.equal(found[key], expected[key].cpu())}
+    if wrong:
+        raise OSError(f"{path} was not written whole: {min(wrong)} differs from the adapter")
+
+
+def check_whole(path: Path) -> None:
+    """Raise OSError unless every tensor that the file's header promises can be read, and there is one.
+
+    Distributed saving can write a file of a header alone.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            elements = sum(file.get_tensor(key).numel() for key in file.keys())
+    except SafetensorError as error:
+        raise OSError(f"{path} was not written whole: {error}") from error
+    if elements == 0:
+        raise OSError(f"{path} was written without any element")
+
+
+def adapter_state(model: PeftModel) -> dict[str, Tensor]:
+    """What an adapter's file is made of, whole, on the CPU, by its names in the model; all processes must call."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    kept = {key: tensor for key, tensor in model.state_dict().items() if key in trained or f".{PREFIX}" in key}
+    return {key: whole(tensor).detach().cpu() for key, tensor in kept.items()}
+
+
+@torch.no_grad()
+def load_adapter_state(model: PeftModel, folder: str | Path) -> None:
+    """Write the adapter of a checkpoint into a model whose parameters may be sharded; all processes must call.
+
+    Raises:
+        ValueError: the file holds other tensors than the model has.
+    """
+    given, name = load_file(Path(folder) / "adapter_model.safetensors"), model.active_adapter
+    here = {key.removesuffix(f".{name}"): tensor for key, tensor in model.state_dict().items() if f".{PREFIX}" in key}
+    check_keys(set(here), {key for key in given if f".{PREFIX}" in key}, name)
+    for key, tensor in here.items():
+        value = given[key].to(tensor.device, tensor.dtype)
+        if hasattr(tensor, "device_mesh"):
+            from torch.distributed.tensor import distribute_tensor  # not in every build of PyTorch
+
+            value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
+        tensor.copy_(value)

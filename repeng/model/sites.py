@@ -1,0 +1,140 @@
+"""Where hidden states are read and changed: decoder layers, the sites inside them, and hooks on both."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repeng.tuner import targets
+
+RESIDUAL = targets.RESIDUAL
+Place = tuple[str, int]  # (site, layer)
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers of a causal language model, adapters or not.
+
+    Raises:
+        ValueError: they cannot be found.
+    """
+    return targets.find_decoder(model).layers
+
+
+def layers_of(model: nn.Module, modules: Iterable[nn.Module]) -> list[int]:
+    """Indices of the decoder layers that are, or hold, some of these modules."""
+    wanted = set(modules)
+    return [i for i, layer in enumerate(decoder_layers(model)) if not wanted.isdisjoint(layer.modules())]
+
+
+def site_modules(model: nn.Module, places: Sequence[Place]) -> list[nn.Module]:
+    """The modules whose outputs are these (site, layer): the decoder layer itself for "residual".
+
+    Raises:
+        ValueError: no such layer, or the layer has no single module of that name.
+    """
+    layers, found = decoder_layers(model), []
+    for site, layer in places:
+        if not 0 <= layer < len(layers):
+            raise ValueError(f"layer {layer} does not exist; this model has layers 0 to {len(layers) - 1}")
+        if site == RESIDUAL:
+            found.append(layers[layer])
+            continue
+        here = [module for name, module in layers[layer].named_modules() if targets.matches(name, [site])]
+        if len(here) != 1:
+            names = list(targets.linear_modules(layers[layer]))
+            short = [targets.last(name) for name in names]
+            others = sorted(last if short.count(last) == 1 else name for name, last in zip(names, short, strict=True))
+            raise ValueError(
+                f"site {site!r} names {len(here)} modules of layer {layer}; choose {RESIDUAL!r} or one of: "
+                f"{', '.join(others)}"
+            )
+        found += here
+    return found
+
+
+def site_module(model: nn.Module, layer: int, site: str) -> nn.Module:
+    """The module whose output is `site` of decoder layer `layer`; see `site_modules`."""
+    return site_modules(model, [(site, layer)])[0]
+
+
+def site_widths(model: nn.Module, places: Sequence[Place]) -> list[int]:
+    """Widths `d` of the outputs at these (site, layer).
+
+    Raises:
+        ValueError: as `site_modules`, or a site is no linear module.
+    """
+    widths = []
+    for (site, _), module in zip(places, site_modules(model, places), strict=True):
+        if site == RESIDUAL:
+            widths.append(targets.residual_width(module))
+        elif targets.is_linear(module):
+            widths.append(targets.linear_shape(targets.base_of(module))[1])
+        else:
+            raise ValueError(f"site {site!r} is a {type(module).__name__}; choose {RESIDUAL!r} or a linear module")
+    return widths
+
+
+def writing_basis(model: nn.Module, layer: int, site: str) -> Tensor:
+    """Left singular vectors `(d r)`, on the CPU, of the weight that writes `site`; of all writers for the residual."""
+    module = site_module(model, layer, site)
+    if site == RESIDUAL:
+        weight = torch.cat(targets.writers(module), dim=1)
+    else:
+        weight = targets.dense_weight(targets.base_of(module))
+    return torch.linalg.svd(weight, full_matrices=False).U.cpu()
+
+
+def trunk(model: nn.Module) -> nn.Module:
+    """The module that runs the decoder layers: it sees tokens, mask and cache of every forward, whoever calls it."""
+    return model.get_submodule(targets.find_decoder(model).name.rpartition(".")[0])
+
+
+@contextmanager
+def edit_outputs(edits: Sequence[tuple[nn.Module, Callable[[Tensor], Tensor]]]) -> Iterator[None]:
+    """Inside the context, each module's output tensor becomes `edit(output)`; a tuple keeps its other parts.
+
+    `edit` must return a new tensor: writing in place would change tensors that others have captured.
+    """
+
+    def hook_for(edit: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+            if isinstance(output, tuple):
+                return (edit(output[0]), *output[1:])
+            return edit(output)
+
+        return hook
+
+    with ExitStack() as stack:
+        for module, edit in edits:
+            stack.callback(module.register_forward_hook(hook_for(edit)).remove)
+        yield
+
+
+@contextmanager
+def capture(modules: Sequence[nn.Module]) -> Iterator[list[Tensor | None]]:
+    """Inside the context, the yielded list holds the latest output `(b t d)` of each module, with its graph."""
+    outputs: list[Tensor | None] = [None] * len(modules)
+
+    def keep(index: int) -> Callable[[Tensor], Tensor]:
+        def store(output: Tensor) -> Tensor:
+            outputs[index] = output
+            return output
+
+        return store
+
+    with edit_outputs([(module, keep(index)) for index, module in enumerate(modules)]):
+        yield outputs
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Inside the context, dropout is off."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

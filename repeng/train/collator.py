@@ -1,0 +1,84 @@
+"""Training examples, and batches of them."""
+
+import random
+from collections.abc import Sequence
+from typing import TypedDict, get_type_hints
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from repeng.data.pairs import ContrastPair
+from repeng.data.tokens import encode, label_mask, pad_rows
+
+SIDES = ("chosen_ids", "rejected_ids", "neutral_ids")
+
+
+class Example(TypedDict):
+    """Token ids of the two prompts of a pair, and of a neutral text."""
+
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    neutral_ids: list[int]
+
+
+class ReferencedExample(Example):
+    """An example with what the frozen base gives on it; see `repeng.train.reference`.
+
+    Every tensor is stored in the reference's files and stacked in a batch: a new term of the loss adds its own here.
+
+    `ref_hs (2 n d)`, `ref_mask (2 n)`: hidden states of both prompts at the last n tokens, and which of these exist.
+    `ref_logp`: next-token log-probabilities, one 1-d tensor for each of the three texts.
+    `next_ids (k)`, `next_weight (k)`, `ref_gap (2)`, `gap_weight ()`: what the two personas say next.
+    """
+
+    ref_hs: Tensor
+    ref_mask: Tensor
+    ref_logp: list[Tensor]
+    next_ids: Tensor
+    next_weight: Tensor
+    ref_gap: Tensor
+    gap_weight: Tensor
+
+
+STACKED = tuple(name for name, kind in get_type_hints(ReferencedExample).items() if kind is Tensor)
+
+
+class PairCollator:
+    """Rows `[chosen ; rejected ; neutral]` of a batch of `b` examples, with what the frozen base gives on them.
+
+    Returns `input_ids`, `attention_mask`, `position_ids` `(3b t)` and, for examples with their reference,
+    `ref_hs (2 b n d)`, `ref_mask (2 b n)`, `ref_logp (3b t−1)`, `next_ids (b k)`, `next_weight (b k)`, `ref_gap (b 2)`
+    and `gap_weight (b)`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, examples: Sequence[Example] | Sequence[ReferencedExample]) -> dict[str, Tensor]:
+        batch = pad_rows([example[side] for side in SIDES for example in examples], self.tokenizer)
+        if "ref_hs" in examples[0]:
+            for name in STACKED:
+                side_first = name in ("ref_hs", "ref_mask")
+                batch[name] = torch.stack([example[name] for example in examples], dim=int(side_first))
+            mask = label_mask(batch["attention_mask"])
+            logp = torch.zeros(mask.shape)
+            logp[mask] = torch.cat([example["ref_logp"][row] for row in range(3) for example in examples])
+            batch["ref_logp"] = logp
+        return batch
+
+
+def tokenize_examples(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[ContrastPair], neutral: Sequence[str], seed: int
+) -> list[Example]:
+    """One example per pair, each with a neutral text: all texts are used before one is used again."""
+    rng = random.Random(seed)
+    order = [text for _ in range(-(-len(pairs) // len(neutral))) for text in rng.sample(list(neutral), len(neutral))]
+    return [
+        {
+            "chosen_ids": encode(tokenizer, pair.chosen, pair.suffix).ids,
+            "rejected_ids": encode(tokenizer, pair.rejected, pair.suffix).ids,
+            "neutral_ids": encode(tokenizer, "", text).ids,
+        }
+        for pair, text in zip(pairs, order, strict=False)
+    ]

@@ -1,0 +1,35 @@
+"""The picture of a training run; it needs matplotlib (`pip install 'repeng[plot]'`)."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from repeng.eval.report.figures import new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LOSS_TERMS = ("separation", "order", "coherence", "neutral")
+REACHED = ("shift_plus", "shift_minus", "gap_plus", "gap_minus")
+
+
+def learning_curve(log: Sequence[Mapping[str, float]]) -> "Figure | None":
+    """Terms of the loss, and how far both sides have come, over the optimizer steps; None without logged steps."""
+    rows = [row for row in log if "separation" in row]
+    if not rows:
+        return None
+    figure = new_figure(11, 3.6)
+    terms, reached = figure.subplots(1, 2)
+    steps = [row["step"] for row in rows]
+    for axes, names in ((terms, LOSS_TERMS), (reached, REACHED)):
+        for name in (name for name in names if name in rows[0]):
+            axes.plot(steps, [row[name] for row in rows], marker=".", label=name.replace("_", " "))
+        axes.set(xlabel="optimizer step")
+    measured = [row for row in log if "eval_range" in row]
+    if measured:
+        held_back = [row["eval_range"] for row in measured]
+        reached.plot([row["step"] for row in measured], held_back, "k--", label="range, held-back pairs")
+    for axes in (terms, reached):
+        axes.legend(fontsize=8)
+    terms.set(title="Terms of the loss")
+    reached.set(title="Shift in units, gap and range in nats")
+    return figure

@@ -1,0 +1,51 @@
+"""One training run, from the command line to the report."""
+
+import sys
+from collections.abc import Sequence
+
+from repeng import tiny
+from repeng.data.files import check_writable
+from repeng.eval.compare import ADAPTER, shortcomings, verdict
+from repeng.eval.report.tables import print_table
+from repeng.train.arguments import parse_arguments
+from repeng.train.build import build
+from repeng.train.callbacks import NonFiniteError
+from repeng.train.checkpoints import CheckpointError, newest
+from repeng.train.run_folder import finish
+from repeng.train.trainer import StartError, SteeringTrainer
+
+DEFAULT_CONFIG = "tiny"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Train an adapter, save it, and print what it does; exits with a sentence on bad input."""
+    try:
+        task_args, args = parse_arguments(argv, DEFAULT_CONFIG)
+        check_writable(args.output_dir)
+        run = build(task_args, args, tiny.task(task_args, args.seed))
+        if args.process_index == 0:
+            print(run.model.base_model.describe())
+        trainer = SteeringTrainer(
+            run.model,
+            args,
+            run.examples,
+            run.tokenizer,
+            eval_dataset=run.validation,
+            neutral_texts=run.validation_texts,
+        )
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    try:
+        trainer.train(resume_from_checkpoint=newest(args.output_dir) if args.resume else args.resume_from_checkpoint)
+    except (NonFiniteError, CheckpointError, StartError) as error:
+        sys.exit(f"error: {error}")
+    if trainer.stop.received:
+        sys.exit(f"stopped by SIGTERM after step {trainer.state.global_step}; continue with --resume true")
+    reports = finish(task_args, args, run, trainer)
+    if reports is not None:
+        print_table(reports, ADAPTER)
+        print(verdict(reports))
+        print(f"adapter and report: {args.output_dir} (open report.html)")
+        failed = shortcomings(reports)
+        if failed and args.require_steering:
+            sys.exit("error: this adapter does not steer: " + "; ".join(failed))

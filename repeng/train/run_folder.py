@@ -1,0 +1,127 @@
+"""What a run leaves behind: the adapter, its configuration, the log, the report, a model card."""
+
+import importlib.metadata
+import json
+import platform
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import Trainer, TrainingArguments
+
+from repeng.data.arguments import TaskArguments
+from repeng.data.configuration import default_of
+from repeng.data.files import write_text, written_whole
+from repeng.eval.compare import compare, verdict
+from repeng.eval.eval_report import EvalReport
+from repeng.eval.report import figures
+from repeng.eval.report.folder import write_report
+from repeng.model.adapter_files import adapter_state, save_adapter
+from repeng.model.sharded import is_sharded
+from repeng.train.arguments import SteeringArguments
+from repeng.train.build import Run, Sites
+from repeng.train.learning_curve import learning_curve
+from repeng.train.recipe import Recipe
+
+PACKAGES = ("repeng", "torch", "transformers", "peft", "accelerate")
+
+
+def finish(
+    task_args: TaskArguments, args: SteeringArguments, run: Run, trainer: Trainer
+) -> dict[str, EvalReport] | None:
+    """Save the adapter, compare it, write the report; all processes must call, and the first one gets the reports."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    first, sharded, state = trainer.is_world_process_zero(), is_sharded(model), adapter_state(model)
+    if first:
+        save_adapter(model, args.output_dir, state)
+        config = yaml.safe_dump(as_config(task_args, args, run.sites), sort_keys=False)
+        write_text(Path(args.output_dir) / "config.yaml", config)
+    reports = None
+    if sharded:  # what the processes hold together they can only run together
+        reports = compare(run.model, run.tokenizer, run.task)
+    # The others end here. One that left its group behind could crash in leaving, and take the first one along.
+    trainer.accelerator.end_training()
+    if not first:
+        return None
+    reports = reports or compare(run.model, run.tokenizer, run.task)
+    write_folder(task_args, args, run, trainer, reports)
+    return reports
+
+
+def write_folder(
+    task_args: TaskArguments, args: SteeringArguments, run: Run, trainer: Trainer, reports: dict[str, EvalReport]
+) -> None:
+    """The training log, the learning curve, the report as JSON, CSV, PNG and HTML, and README.md."""
+    folder, history = Path(args.output_dir), trainer.state.log_history
+    write_text(folder / "training_log.jsonl", "".join(json.dumps(row) + "\n" for row in history))
+    curve = learning_curve(history) if figures.available() else None
+    if curve is not None:
+        with written_whole(folder / "learning_curve.png") as place:
+            curve.savefig(place, dpi=110)
+    about = {
+        "seed": args.seed,
+        "optimizer_steps": trainer.state.global_step,
+        "training_pairs": len(run.task.pairs),
+        "adapted": sorted(run.model.base_model.targeted_module_names),
+        "trainable_parameters": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
+        "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
+    }
+    write_report(reports, folder, title=f"Steering adapter: {run.task.behaviour}", about=about)
+    write_text(folder / "README.md", model_card(task_args, args.output_dir, verdict(reports), figures.available()))
+
+
+def as_config(task_args: TaskArguments, args: SteeringArguments, sites: Sites) -> dict[str, Any]:
+    """What `--config` takes to repeat the run: this package's keys, and others that differ from their defaults."""
+    own = {f.name for f in fields(Recipe)}
+    given = {**args.to_dict(), **asdict(sites)}
+    others = {
+        f.name: given[f.name]
+        for f in fields(TrainingArguments)
+        if f.init and f.name not in own and not f.name.endswith("_token") and given[f.name] != default_of(f)
+    }
+    chosen = {**asdict(task_args), **{name: given[name] for name in given if name in own}, **others}
+    return {name: value for name, value in chosen.items() if value is not None}
+
+
+def model_card(task_args: TaskArguments, folder: str, sentence: str, drawn: bool) -> str:
+    """The README of the adapter: what it does, and how to load it."""
+    tiny = task_args.model_name_or_path == "tiny"
+    load = (
+        "base, tokenizer = tiny.load()"
+        if tiny
+        else (
+            f'base = AutoModelForCausalLM.from_pretrained("{task_args.model_name_or_path}")\n'
+            f'tokenizer = AutoTokenizer.from_pretrained("{task_args.model_name_or_path}")'
+        )
+    )
+    imports = (
+        "from repeng import steer, tiny"
+        if tiny
+        else ("from transformers import AutoModelForCausalLM, AutoTokenizer\nfrom repeng import steer")
+    )
+    picture = "![dose and response](report.png)\n" if drawn else ""
+    return f"""---
+library_name: peft
+tags: [steering, repeng]
+---
+# Steering adapter: {task_args.behaviour}
+
+Base model: `{task_args.model_name_or_path}`. {sentence}.
+
+{picture}
+```python
+from peft import PeftModel
+{imports}
+
+{load}
+model = PeftModel.from_pretrained(base, "{folder}")
+prompt = tokenizer("the lime is", return_tensors="pt")
+for coefficient in (-1.0, 0.0, 1.0):
+    with steer(model, coefficient):
+        print(coefficient, tokenizer.decode(model.generate(**prompt, max_new_tokens=12, do_sample=False)[0]))
+```
+
+`report.html` shows what it does and what it costs. `config.yaml` repeats the run:
+`repeng train --config {folder}/config.yaml`.
+"""

@@ -1,0 +1,6 @@
+"""Steering vectors: how they are extracted, what they hold, and their files."""
+
+from repeng.vectors.extract import extract
+from repeng.vectors.vector import SteeringVector
+
+__all__ = ["SteeringVector", "extract"]

@@ -1,0 +1,208 @@
+"""Steering vectors from contrast pairs."""
+
+import inspect
+import random
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from repeng.data.files import nearest
+from repeng.data.pairs import ContrastPair
+from repeng.data.tokens import encode, pad_rows
+from repeng.model.activations import Loss, Tokens, gradients, hidden_states, persona_loss, token_weights
+from repeng.model.sites import RESIDUAL, Place, decoder_layers, site_widths, writing_basis
+from repeng.tuner.targets import select_layers
+from repeng.vectors.directions import METHODS
+from repeng.vectors.vector import SteeringVector, model_type
+
+SHOWN_PAIRS = 3
+DOUBTFUL = 0.6
+
+
+def extract(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[ContrastPair],
+    *,
+    sites: Sequence[str] = (RESIDUAL,),
+    layers: Sequence[int] | int | str | None = None,
+    method: str = "mean_diff",
+    tokens: Tokens = "last",
+    held_out: float = 0.2,
+    loss: Loss = persona_loss,
+    batch_size: int = 32,
+    seed: int = 0,
+    **options: Any,
+) -> SteeringVector:
+    """One direction for each site and layer, from the model as it stands (adapters included), in one pass.
+
+    c = 1 moves by the length of the mean difference of the two sides, + toward chosen. The held-out accuracy of a
+    place, in `metadata["accuracy"]`, is the share of held-out pairs whose chosen side lies further along a direction
+    that was made from the other pairs; the vector itself is made from all of them.
+
+    Args:
+        model: any causal language model.
+        tokenizer: its tokenizer.
+        pairs: contrast pairs, at least two.
+        sites: "residual" or names of linear modules, such as "up_proj".
+        layers: indices from 0, a share of the depth such as "0.3-0.7", or None for all.
+        method: one of `repeng.directions.METHODS`, where each is defined.
+        tokens: which tokens are read: "last", the mean of the last n, or "mean" of all.
+        held_out: share of the pairs for the accuracy; 0 for none.
+        loss: for "gradient" and "fisher": from next-token logits `(b v)` of chosen and rejected to `(b)`.
+        batch_size: prompts a forward.
+        seed: of the held-out share and of what "fisher" draws.
+        options: keywords of the method, such as `k`.
+
+    Warns:
+        UserWarning: a held-out accuracy below 60 %, or places where the two sides do not differ, which are left out.
+
+    Raises:
+        ValueError: too few pairs, an unknown method, site, layer or option, or sides that differ nowhere.
+    """
+    function = find_method(method, options)
+    sites = [sites] if isinstance(sites, str) else sites
+    if len(pairs) < 2:
+        raise ValueError(f"{len(pairs)} pairs were given; at least 2 are needed")
+    if not 0 <= held_out < 1:
+        raise ValueError(f"held_out must be from 0 to below 1; got {held_out}")
+    places = [(site, layer) for layer in select_layers(len(decoder_layers(model)), layers) for site in sites]
+    site_widths(model, places)  # raises for what is not there
+    rows = [[encode(tokenizer, side, pair.suffix).ids for side in (pair.chosen, pair.rejected)] for pair in pairs]
+    token_weights(torch.ones(1, 1, dtype=torch.long), tokens)  # raises now what it would raise later
+
+    flat = [row[side] for side in (0, 1) for row in rows]
+    states = hidden_states(model, tokenizer, flat, places, tokens=tokens, batch_size=batch_size)
+    more = {"loss": loss, "tokens": tokens, "seed": seed, "batch_size": max(1, batch_size // 2)}  # two prompts a pair
+    inputs = method_inputs(function, model, tokenizer, rows, places, **more)
+    kept, left_out = split(len(pairs), held_out, seed)
+
+    directions: dict[Place, Tensor] = {}
+    accuracy: dict[str, float] = {}
+    for place in places:
+        chosen, rejected = states[place].chunk(2)
+        length = (chosen - rejected).mean(dim=0).norm()
+        if length == 0:
+            continue
+        fit = fitter(function, chosen, rejected, inputs(place), options)
+        direction = fit(torch.arange(len(pairs)))
+        if not direction.norm() > 0:  # also where it is NaN
+            continue
+        directions[place] = direction * (length / direction.norm())
+        if left_out.numel():
+            along = (chosen - rejected)[left_out] @ fit(kept)
+            accuracy[f"{place[1]}.{place[0]}"] = (along > 0).float().mean().item()
+    warn_of_doubts(places, directions, accuracy)
+    metadata = {
+        "method": method,
+        "options": options,
+        "tokens": tokens,
+        "pairs": len(pairs),
+        "accuracy": accuracy,
+        "model_type": model_type(model),
+        "model": getattr(model, "name_or_path", None) or None,
+        "read": [read_tokens(tokenizer, row, tokens) for row in rows[:SHOWN_PAIRS]],
+    }
+    return SteeringVector(directions, {key: value for key, value in metadata.items() if value is not None})
+
+
+def find_method(method: str, options: dict[str, Any]) -> Callable[..., Tensor]:
+    """The function of this name, or a ValueError for it or for an option that it does not take."""
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}{nearest(method, METHODS)}; choose one of {', '.join(METHODS)}")
+    signature = inspect.signature(METHODS[method]).parameters.values()
+    allowed = [p.name for p in signature if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    for name in options:
+        if name not in allowed:
+            listed = f"its options are {', '.join(allowed)}" if allowed else "it has no options"
+            raise ValueError(f"method {method!r} has no option {name!r}{nearest(name, allowed)}; {listed}")
+    return METHODS[method]
+
+
+def method_inputs(
+    function: Callable[..., Tensor],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Sequence[Sequence[int]]],
+    places: Sequence[Place],
+    **settings: Any,
+) -> Callable[[Place], dict[str, Tensor]]:
+    """What a method needs beside hidden states, by the names of its parameters; `settings` go to `gradients`."""
+    needed = inspect.signature(function).parameters
+    found = None
+    if "descent" in needed:
+        pairs = [(row[0], row[1]) for row in rows]
+        found = gradients(model, tokenizer, pairs, places, **settings)
+
+    def inputs(place: Place) -> dict[str, Tensor]:
+        site, layer = place
+        here = {}
+        if "basis" in needed:
+            here["basis"] = writing_basis(model, layer, site)
+        if "descent" in needed:
+            here["descent"] = found.descent[place]
+        if "scores" in needed:
+            here["scores"] = found.scores[place]
+        return here
+
+    return inputs
+
+
+def fitter(
+    function: Callable[..., Tensor],
+    chosen: Tensor,
+    rejected: Tensor,
+    inputs: dict[str, Tensor],
+    options: dict[str, Any],
+) -> Callable[[Tensor], Tensor]:
+    """The method as a function of the indices of the pairs that it may use."""
+
+    def fit(index: Tensor) -> Tensor:
+        both = torch.cat([index, index + len(chosen)])
+        mine = {name: tensor if name == "basis" else tensor[both] for name, tensor in inputs.items()}
+        return function(chosen[index], rejected[index], **mine, **options)
+
+    return fit
+
+
+def split(n: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of the pairs that make the direction of the accuracy, and of those that it is measured on."""
+    order = random.Random(seed).sample(range(n), n)
+    n_out = min(round(share * n), n - 2)
+    return torch.tensor(sorted(order[n_out:])), torch.tensor(sorted(order[:n_out]), dtype=torch.long)
+
+
+def warn_of_doubts(places: Sequence[Place], directions: dict[Place, Tensor], accuracy: dict[str, float]) -> None:
+    """Warn of places that are left out or whose direction hardly tells the sides apart; raise if none is left."""
+    equal = [f"{site} of layer {layer}" for site, layer in places if (site, layer) not in directions]
+    if not directions:
+        raise ValueError(
+            f"chosen and rejected have the same hidden states, or the loss no gradient, at {', '.join(equal)}: the "
+            "tokens that are read do not see the word that differs; read a later site or layer, or other tokens"
+        )
+    if equal:
+        reason = "both sides are the same there, or the loss has no gradient"
+        warnings.warn(f"left out, since {reason}: {', '.join(equal)}", stacklevel=3)
+    weak = {name: share for name, share in accuracy.items() if share < DOUBTFUL}
+    if weak:
+        listed = ", ".join(f"{name} {share:.0%}" for name, share in weak.items())
+        warnings.warn(
+            f"held-out accuracy below {DOUBTFUL:.0%} at {listed}. Likely causes: the pairs end where the next word "
+            "does not depend on the persona; the personas are swapped in some pairs; too few pairs; a layer at which "
+            "the model does not carry it. vector.describe() shows the tokens that were read",
+            stacklevel=3,
+        )
+
+
+def read_tokens(tokenizer: PreTrainedTokenizerBase, row: Sequence[Sequence[int]], tokens: Tokens) -> dict[str, str]:
+    """The text of the tokens that are read on both sides of a pair."""
+    shown = {}
+    for name, ids in zip(("chosen", "rejected"), row, strict=True):
+        batch = pad_rows([ids], tokenizer)
+        counted = token_weights(batch["attention_mask"], tokens)[0] > 0
+        shown[name] = tokenizer.decode(batch["input_ids"][0][counted])
+    return shown

@@ -1,0 +1,300 @@
+"""Steering vectors: arithmetic, files, and what is known of how they came about."""
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from repeng.data.files import written_whole
+from repeng.model.sites import RESIDUAL, Place, site_widths
+
+FORMAT_VERSION = 1
+KEY = "repeng"  # of the JSON text in a file's safetensors metadata
+
+
+@dataclass(frozen=True, eq=False)
+class SteeringVector:
+    """One direction `(d)`, float32, for each (site, layer); + is toward chosen. `metadata` tells how it was made.
+
+    Vectors add, subtract, and take factors: `(a + b) / 2`, `-a`. A place that one summand lacks counts as zero. What
+    is computed from a calibrated vector is not calibrated.
+    """
+
+    directions: dict[Place, Tensor] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    __hash__ = None  # compared by value
+
+    @property
+    def sites(self) -> list[str]:
+        return sorted({site for site, _ in self.directions})
+
+    @property
+    def layers(self) -> list[int]:
+        return sorted({layer for _, layer in self.directions})
+
+    def __getitem__(self, place: Place | int) -> Tensor:
+        """The direction at (site, layer), or at a layer of the only site.
+
+        Raises:
+            KeyError: there is none; says which there are.
+        """
+        if isinstance(place, Integral) and len(self.sites) == 1:
+            place = (self.sites[0], int(place))
+        if place not in self.directions:
+            raise KeyError(f"no direction at {place!r}; this vector has sites {self.sites} and layers {self.layers}")
+        return self.directions[place]
+
+    def select(self, *, sites: Iterable[str] | None = None, layers: Iterable[int] | None = None) -> "SteeringVector":
+        """The part of the vector at these sites and layers.
+
+        Raises:
+            ValueError: nothing is left.
+        """
+        keep_sites = set(self.sites if sites is None else sites)
+        keep_layers = set(self.layers if layers is None else layers)
+        kept = {p: d for p, d in self.directions.items() if p[0] in keep_sites and p[1] in keep_layers}
+        if not kept:
+            raise ValueError(
+                f"nothing is left at sites {sorted(keep_sites)} and layers {sorted(keep_layers)}; this vector has "
+                f"sites {self.sites} and layers {self.layers}"
+            )
+        accuracy = self.metadata.get("accuracy", {})
+        here = {f"{layer}.{site}" for site, layer in kept}
+        accuracy = {key: value for key, value in accuracy.items() if key in here}
+        told = self._told(accuracy=accuracy)
+        if len(kept) < len(self.directions):
+            told.pop("calibration", None)  # of all places together
+        return SteeringVector(kept, told)
+
+    def _told(self, **changes: Any) -> dict[str, Any]:
+        """A copy of the metadata with changes; None and empty values are left out."""
+        return {key: value for key, value in {**self.metadata, **changes}.items() if value not in (None, {})}
+
+    def norm(self) -> dict[Place, float]:
+        """The length of each direction."""
+        return {place: direction.norm().item() for place, direction in self.directions.items()}
+
+    def normalize(self) -> "SteeringVector":
+        """Every direction at length 1."""
+        units = {place: d / d.norm().clamp_min(1e-30) for place, d in self.directions.items()}
+        return SteeringVector(units, self._told(calibration=None))
+
+    def random_like(self, seed: int) -> "SteeringVector":
+        """Random directions of the same norms: the control that every claim about a vector needs."""
+        generator = torch.Generator().manual_seed(seed)
+        drawn = {}
+        for key, direction in self.directions.items():
+            noise = torch.randn(direction.shape, generator=generator).to(direction)
+            drawn[key] = noise * direction.norm() / noise.norm()
+        return SteeringVector(
+            drawn, self._told(method="random", options=None, accuracy=None, read=None, calibration=None)
+        )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SteeringVector):
+            return NotImplemented
+        return self.directions.keys() == other.directions.keys() and all(
+            torch.equal(direction, other.directions[place]) for place, direction in self.directions.items()
+        )
+
+    def __add__(self, other: "SteeringVector") -> "SteeringVector":
+        if not isinstance(other, SteeringVector):
+            return NotImplemented
+        models = [v.metadata.get("model_type") for v in (self, other)]
+        if None not in models and models[0] != models[1]:
+            raise ValueError(
+                f"the vectors are for different models, {models[0]} and {models[1]}; they cannot be added"
+            )
+        total = dict(self.directions)
+        for place, direction in other.directions.items():
+            if place in total and total[place].shape != direction.shape:
+                raise ValueError(
+                    f"the vectors have widths {total[place].numel()} and {direction.numel()} at {place}; they are for "
+                    "different models"
+                )
+            total[place] = total[place] + direction if place in total else direction
+        shared = {key: value for key, value in self.metadata.items() if other.metadata.get(key) == value}
+        shared.pop("calibration", None)  # of either summand alone
+        return SteeringVector(total, shared)
+
+    def __mul__(self, factor: float) -> "SteeringVector":
+        if not isinstance(factor, Real):
+            return NotImplemented
+        scaled = {place: float(factor) * d for place, d in self.directions.items()}
+        told = self._told(calibration=None, accuracy=self.metadata.get("accuracy") if factor > 0 else None)
+        return SteeringVector(scaled, told)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> "SteeringVector":
+        return self * (1 / divisor) if isinstance(divisor, Real) else NotImplemented
+
+    def __neg__(self) -> "SteeringVector":
+        return self * -1.0
+
+    def __sub__(self, other: "SteeringVector") -> "SteeringVector":
+        return self + -other if isinstance(other, SteeringVector) else NotImplemented
+
+    def calibrated(self, calibration: dict[str, Any]) -> "SteeringVector":
+        """The same directions, with what c = ±1 of `steer` stands for: `plus` and `minus` times a direction's length.
+
+        Args:
+            calibration: `repeng.calibrate(...).to_dict()`; in units of an earlier calibration, if there is one.
+
+        Raises:
+            ValueError: `plus` or `minus` is missing or not positive.
+        """
+        units = {name: calibration.get(name) for name in ("plus", "minus")}
+        if not all(isinstance(unit, Real) and 0 < unit < math.inf for unit in units.values()):
+            raise ValueError(f"a calibration needs positive numbers 'plus' and 'minus'; got {units}")
+        before = self.metadata.get("calibration", {"plus": 1.0, "minus": 1.0})
+        units = {name: unit * before[name] for name, unit in units.items()}
+        return SteeringVector(self.directions, self._told(calibration={**calibration, **units}))
+
+    def in_own_units(self, coefficient: Tensor) -> Tensor:
+        """A coefficient as a factor of the directions, by the calibration, if there is one."""
+        units = self.metadata.get("calibration")
+        return coefficient if not units else coefficient * torch.where(coefficient < 0, units["minus"], units["plus"])
+
+    def describe(self) -> str:
+        """A table of places with length and accuracy, and the tokens that were read in the first pairs."""
+        known = self.metadata
+        made = ", ".join(
+            f"{name} {known[name]}" for name in ("method", "model_type", "pairs", "tokens") if name in known
+        )
+        units = known.get("calibration")
+        if units:
+            made += f", calibrated: c = 1 is {units['plus']:.3g} and c = −1 is {units['minus']:.3g} times a direction"
+        lines = [f"steering vector: {made or 'no metadata'}", "site         layer    norm  held-out accuracy"]
+        for (site, layer), norm in sorted(self.norm().items()):
+            accuracy = known.get("accuracy", {}).get(f"{layer}.{site}")
+            shown = "–" if accuracy is None else f"{accuracy:.0%}"
+            lines.append(f"{site:<12} {layer:>5} {norm:>7.3g}  {shown:>17}")
+        for pair in known.get("read", []):
+            lines.append(f"read: chosen {pair['chosen']!r}, rejected {pair['rejected']!r}")
+        return "\n".join(lines)
+
+    def check(self, model: nn.Module) -> None:
+        """Raise ValueError if the vector is for another model (its type, depth or widths differ), or holds nothing."""
+        if not self.directions:
+            raise ValueError("this vector holds no direction")
+        here, made_for = model_type(model), self.metadata.get("model_type")
+        if made_for is not None and here is not None and made_for != here:
+            raise ValueError(
+                f"this vector was made for a {made_for} model ({self.metadata.get('model', 'unnamed')}); "
+                f"{type(model).__name__} is a {here} model"
+            )
+        widths = site_widths(model, list(self.directions))
+        for ((site, layer), direction), width in zip(self.directions.items(), widths, strict=True):
+            if direction.shape != (width,):
+                raise ValueError(
+                    f"this vector has shape {tuple(direction.shape)} at {site!r} of layer {layer}, where "
+                    f"{type(model).__name__} is {width} wide: it was made for another model"
+                )
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file, metadata inside; whole or not at all.
+
+        Raises:
+            OSError: the file cannot be written.
+            ValueError: the metadata hold something that JSON does not know.
+        """
+        tensors = {f"{layer}.{site}": d.contiguous().clone() for (site, layer), d in self.directions.items()}
+        try:
+            text = json.dumps({"format_version": FORMAT_VERSION, "metadata": self.metadata}, default=plain)
+        except TypeError as error:
+            raise ValueError(f"the metadata cannot be written as JSON: {error}") from error
+        with written_whole(path) as place:
+            save_file(tensors, place, metadata={KEY: text})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "SteeringVector":
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it holds no steering vector, or one of a newer format.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there is no file {str(path)!r}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                text = (file.metadata() or {}).get(KEY)
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a safetensors file ({error}); for GGUF use load_gguf") from error
+        if text is None:
+            raise ValueError(f"{path} holds no steering vector: its metadata lack the key {KEY!r}")
+        written = json.loads(text)
+        version = written["format_version"]
+        if version > FORMAT_VERSION:
+            raise ValueError(
+                f"{path} has format {version} and this version of repeng reads formats up to {FORMAT_VERSION}: "
+                "install a newer repeng"
+            )
+        directions = {}
+        for key, tensor in tensors.items():
+            layer, site = key.split(".", 1)
+            directions[site, int(layer)] = tensor
+        return cls(directions, written["metadata"])
+
+    def save_gguf(self, path: str | Path) -> None:
+        """Write a llama.cpp control vector: tensors `direction.LAYER` of the residual stream.
+
+        Raises:
+            ImportError: the package gguf is not installed.
+            ValueError: directions at other sites, or at layer 0, which llama.cpp cannot apply; no model type is known.
+        """
+        from repeng.vectors.gguf import write_control_vector
+
+        others = [site for site in self.sites if site != RESIDUAL]
+        if others:
+            raise ValueError(
+                f"a control vector acts on the residual stream only, and this vector has {', '.join(others)}; "
+                f"write vector.select(sites=[{RESIDUAL!r}])"
+            )
+        if 0 in self.layers:
+            raise ValueError("llama.cpp applies no control vector at layer 0; write vector.select(layers=[1, 2, …])")
+        hint = self.metadata.get("model_type") or self.metadata.get("model_hint")
+        if not hint:
+            raise ValueError("the model type is unknown; set vector.metadata['model_type'], for example to 'llama'")
+        write_control_vector(path, {layer: self[RESIDUAL, layer] for layer in self.layers}, hint)
+
+    @classmethod
+    def load_gguf(cls, path: str | Path) -> "SteeringVector":
+        """Read a llama.cpp control vector, for example one that vgel/repeng wrote.
+
+        Raises:
+            ImportError: the package gguf is not installed.
+            FileNotFoundError: there is no such file.
+            ValueError: it is not a control vector.
+        """
+        from repeng.vectors.gguf import read_control_vector
+
+        directions, hint = read_control_vector(path)
+        # Writers differ in what they call a model, so that the hint tells and does not decide.
+        return cls({(RESIDUAL, layer): d for layer, d in directions.items()}, {"model_hint": hint})
+
+
+def model_type(model: nn.Module) -> str | None:
+    """The architecture's name in the configuration of the text model, if it has one."""
+    config = getattr(model, "config", None)
+    return None if config is None else config.get_text_config(decoder=True).model_type
+
+
+def plain(value: Any) -> int | float:
+    """Numbers of numpy and others for JSON; raises TypeError for anything else."""
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
+    raise TypeError(f"{type(value).__name__} {value!r}")

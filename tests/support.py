@@ -1,0 +1,59 @@
+"""What tests of training share: quick arguments of the embedded model, a built run, a trainer away from zero."""
+
+from pathlib import Path
+
+import torch
+
+from repeng import tiny
+from repeng.train.arguments import parse_arguments
+from repeng.train.build import build
+from repeng.train.trainer import SteeringTrainer
+
+ROOT = Path(__file__).parent.parent
+
+
+def arguments(tmp_path, **changes):
+    """The training arguments of a quick run; those of its task are `task_args`."""
+    settings = {
+        "num_pairs": 8,
+        "max_steps": 1,
+        "r": 8,
+        "per_device_train_batch_size": 8,
+        "save_strategy": "no",
+        "disable_tqdm": "true",
+        "output_dir": tmp_path,
+        "use_cpu": "true",
+        **changes,
+    }
+    argv = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    task_args, args = parse_arguments(["--config", "tiny", *argv])
+    args.task_args = task_args
+    return args
+
+
+def prepare(args, **given):
+    """The run of these arguments; `given` models go to `build`."""
+    return build(args.task_args, args, tiny.task(args.task_args, args.seed), **given)
+
+
+def randomise(model, size=0.05):
+    """A start away from zero, so that both coefficients differ and every term is at work."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * size
+
+
+def trainer_for(args, change=lambda model: None, given=None, **kwargs):
+    """A trainer of a run that starts away from zero."""
+    run = prepare(args, **(given or {}))
+    change(run.model)
+    randomise(run.model)
+    kwargs = {"eval_dataset": run.validation, "neutral_texts": run.validation_texts, **kwargs}
+    return SteeringTrainer(run.model, args, run.examples, run.tokenizer, **kwargs)
+
+
+def step(trainer, examples):
+    """One forward and backward, as in the training loop."""
+    trainer.current_gradient_accumulation_steps = 1  # the loop sets it
+    trainer.training_step(trainer.model, trainer.data_collator(examples))

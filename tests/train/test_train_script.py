@@ -1,0 +1,205 @@
+"""train.py as users run it, in processes of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from support import ROOT
+
+from repeng import steer, tiny
+from repeng.train import run
+from repeng.train.arguments import layer_request, parse_arguments
+
+QUICK = ("--max_steps", "2", "--save_steps", "1", "--num_pairs", "24", "--r", "4", "--logging_steps", "1")
+
+
+def launch(*argv, timeout=200):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", str(ROOT / "train.py")]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
+    return subprocess.run(
+        [*command, *map(str, argv)], capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=environment
+    )
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory):
+    folder, questions = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("data") / "questions.jsonl"
+    some = tiny.questions("honesty", "held_out")[::8]
+    questions.write_text("\n".join(json.dumps(asdict(question)) for question in some))
+    done = launch(*QUICK, "--questions_file", questions, "--output_dir", folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, done
+
+
+def test_the_folder_is_complete(outcome):
+    folder, done = outcome
+    report = json.loads((folder / "report.json").read_text())
+    assert report["optimizer_steps"] == 2 and report["seed"] == 42
+    assert set(report["versions"]) >= {"torch", "peft", "repeng", "python"}
+    kinds = ("this adapter", "persona prompts", "mean difference", "random direction")
+    assert all(any(name.startswith(kind) for name in report["rows"]) for kind in kinds)
+    log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+    assert log[0]["start_kl"] == 0.0 and {"separation", "coherence", "neutral"} <= set(log[1])
+    for name in ("report.png", "learning_curve.png"):
+        assert (folder / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert 'id="samples"' in (folder / "report.html").read_text() and (folder / "report.csv").stat().st_size > 1000
+    assert report["rows"]["this adapter"]["range_interval"][0] <= report["rows"]["this adapter"]["range"]
+    assert str(folder) in (folder / "README.md").read_text()
+    assert report["verdict"] in done.stdout
+    assert not list(folder.glob(".saving-*")) and not list(folder.glob(".probe-*"))
+
+
+def test_the_resolved_configuration_repeats_the_run(outcome):
+    folder, _ = outcome
+    task, again = parse_arguments([], folder / "config.yaml")
+    assert (again.max_steps, task.num_pairs, again.r, again.output_dir) == (2, 24, 4, str(folder))
+    assert again.layers and again.loss_layer == max(layer_request(again.layers))
+    assert "token" not in yaml.safe_load((folder / "config.yaml").read_text())
+
+
+def test_every_directory_that_training_writes_loads(outcome, batch):
+    folder, _ = outcome
+    adapters = [path.parent for path in folder.rglob("adapter_config.json")]
+    assert {path.name for path in adapters} == {folder.name, "checkpoint-1", "checkpoint-2"}
+    expected = tiny.load()[0](batch).logits
+    results = {}
+    for path in adapters:
+        model = PeftModel.from_pretrained(tiny.load()[0], path).eval()
+        with torch.no_grad():
+            with steer(model, 0.0):
+                assert torch.equal(model(batch).logits, expected)
+            with steer(model, 1.0):
+                results[path.name] = model(batch).logits
+    assert torch.equal(results[folder.name], results["checkpoint-2"])
+    assert not torch.equal(results["checkpoint-1"], results["checkpoint-2"])
+
+
+def test_the_model_cards_snippet_runs(outcome, capsys):
+    folder, _ = outcome
+    snippet = (folder / "README.md").read_text().split("```python")[1].split("```")[0]
+    exec(compile(snippet, "README.md", "exec"), {})
+    assert len([line for line in capsys.readouterr().out.splitlines() if "the lime is" in line]) == 3
+
+
+@pytest.mark.processes
+def test_a_model_and_a_pairs_file_are_enough(tmp_path):
+    """Another architecture, saved to a folder, and JSON Lines with two keys: nothing else is said."""
+    from transformers import Olmo2Config, Olmo2ForCausalLM
+
+    _, tokenizer = tiny.load()
+    torch.manual_seed(0)
+    model = Olmo2ForCausalLM(
+        Olmo2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=48,
+            intermediate_size=64,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            bos_token_id=1,
+            eos_token_id=2,
+            initializer_range=0.2,
+        )
+    )
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [
+        {"chosen": f"{p.chosen} {p.suffix}", "rejected": f"{p.rejected} {p.suffix}"} for p in tiny.pairs("mood", 40, 0)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "own.yaml").write_text(f"model_name_or_path: {tmp_path}/model\npairs_file: {tmp_path}/pairs.jsonl\n")
+    done = launch(
+        "--config",
+        tmp_path / "own.yaml",
+        "--output_dir",
+        tmp_path / "out",
+        "--max_steps",
+        "2",
+        "--save_strategy",
+        "no",
+        "--require_steering",
+        "true",
+        "--learning_rate",
+        "1e-9",
+    )
+    # An adapter that has hardly moved does not steer: the command fails, but everything has been written.
+    assert done.returncode != 0 and "does not steer" in done.stderr, done.stderr[-3000:]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert {name.split(".")[2] for name in report["adapted"]} == {"1", "2"}
+    PeftModel.from_pretrained(Olmo2ForCausalLM.from_pretrained(tmp_path / "model"), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "text, argv, layers",
+    [
+        ("layers: 0.3-0.7\n", [], "0.3-0.7"),
+        ("layers: [2, 3]\n", [], [2, 3]),
+        ("layers: 2\n", [], [2]),
+        ("", ["--layers", "0.3-0.7"], "0.3-0.7"),
+        ("", ["--layers", "4", "1"], [4, 1]),
+        ("", [], None),
+    ],
+)
+def test_layers_are_indices_or_a_share_of_the_depth(tmp_path, text, argv, layers):
+    config = write(tmp_path / "c.yaml", f"positive: a\nnegative: b\ntarget_modules: residual\n{text}")
+    _, args = parse_arguments([*argv, "--directions", "top"], config)
+    request = args.layers and layer_request(args.layers)
+    assert (request, args.target_modules, args.directions) == (layers, ["residual"], "top")
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+BAD_INPUT = {
+    "unknown key in the file": ("separation_traget: 2\n", [], "did you mean 'separation_target'"),
+    "unknown key on the line": ("", ["--coherence_wieght", "3"], "did you mean 'coherence_weight'"),
+    "unknown module": ("target_modules: [q_prj]\n", [], "down_proj, gate_proj, k_proj"),
+    "no share": ("layers: deep\n", [], "0.3-0.7"),
+    "share outside": ("", ["--layers", "30-70"], "within 0-1"),
+    "unknown layer": ("", ["--layers", "2", "9"], "layers 0 to 5"),
+    "rank": ("r: 65\n", [], "give r ≤ 64"),
+    "unknown loss site": ("loss_site: up_prj\n", [], "up_proj"),
+    "missing pairs": ("positive:\nnegative:\npairs_file: nowhere.jsonl\n", [], "nowhere.jsonl"),
+    "both sources": ("pairs_file: nowhere.jsonl\n", [], "either pairs_file, or positive and negative"),
+    "one word": ("negative:\n", [], "both positive and negative"),
+    "unknown persona": ("positive: brave\n", [], "honest, truthful"),
+    "target": ("", ["--separation_target", "0"], "separation_target must be above 0"),
+    "missing config": (None, [], "absent.yaml"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_refused_before_any_work(tmp_path, name, monkeypatch, capsys):
+    text, argv, message = BAD_INPUT[name]
+    config = tmp_path / "absent.yaml"
+    if text is not None:
+        config = write(tmp_path / "c.yaml", "model_name_or_path: tiny\npositive: honest\nnegative: dishonest\n")
+        given = yaml.safe_load(config.read_text()) | (yaml.safe_load(text) or {})
+        config.write_text(yaml.safe_dump(given))
+    monkeypatch.setattr(run, "SteeringTrainer", None)
+    with pytest.raises(SystemExit) as stop:
+        run.main(["--config", str(config), "--output_dir", str(tmp_path / "out"), *argv])
+    assert message in str(stop.value)
+    assert not list(tmp_path.glob("out/*"))
+
+
+@pytest.mark.processes
+def test_a_bad_run_ends_with_a_status_and_one_sentence(tmp_path):
+    done = launch(*QUICK, "--learning_rate", "1e6", "--warmup_steps", "0", "--output_dir", tmp_path)
+    assert done.returncode != 0
+    assert "not finite at optimizer step" in done.stderr
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_an_unwritable_folder_is_refused(tmp_path):
+    blocker = write(tmp_path / "file", "")
+    with pytest.raises(SystemExit, match="file"):
+        run.main(["--output_dir", str(blocker / "out")])
