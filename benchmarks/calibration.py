@@ -25,7 +25,7 @@ def rows(trait: str, name: str, model, tokenizer, dial, largest: float) -> dict[
     found = {}
     for budget in (KLBudget(tokens=8), Budget()):
         if isinstance(budget, KLBudget):
-            prompts = [[q.suffix for q in asked if q.cluster == "target"] for asked in (seen, other)]
+            prompts = [[q.suffix for q in asked if q.kind == "target"] for asked in (seen, other)]
             calibration = calibrate(model, tokenizer, dial, prompts[0], budget, largest=largest)
             spend = kl_spender(model, tokenizer, dial, prompts[1], budget, 256)
         else:

@@ -54,8 +54,8 @@ SITES = {
 
 def questions(trait: str) -> list[Question]:
     """Held-out entities in statements and question forms, training entities, and unseen personas, as groups."""
-    inside = [replace(q, group=TRAINING_PAIRS) for q in tiny.questions(trait, "train") if q.cluster == "target"][::2]
-    behind = [q for q in tiny.questions(trait, "personas") if q.cluster == "target"][::EVERY_PERSONA]
+    inside = [replace(q, group=TRAINING_PAIRS) for q in tiny.questions(trait, "train") if q.kind == "target"][::2]
+    behind = [q for q in tiny.questions(trait, "personas") if q.kind == "target"][::EVERY_PERSONA]
     return [*tiny.questions(trait, "held_out"), *inside, *behind]
 
 

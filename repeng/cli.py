@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if argv[:1] == ["train"]:
             train(argv[1:])
         else:
-            measure(argv)
+            _measure(argv)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
 
@@ -119,7 +119,7 @@ def train(argv: list[str]) -> None:
     launch(argv)
 
 
-def measure(argv: list[str]) -> None:
+def _measure(argv: list[str]) -> None:
     """Evaluate or calibrate what lies at a path."""
     options, unknown = make_parser().parse_known_args(argv)
     given, command, path = vars(options), options.command, options.path

@@ -17,7 +17,7 @@ from repeng.data.arguments import TaskArguments
 from repeng.data.files import check_writable
 from repeng.data.pairs import ContrastPair
 from repeng.data.task import Task, make_task, read_pairs, split_pairs
-from repeng.eval.calibrate import KLBudget, kl_spender, store
+from repeng.eval.calibrate import KLBudget, kl_spender, set_units
 from repeng.eval.calibrate import calibrate as find_calibration
 from repeng.eval.compare import VECTOR_COEFFICIENTS, compare, shortcomings, verdict
 from repeng.eval.eval_report import ARMS
@@ -108,7 +108,7 @@ def calibrate(
     largest = LARGEST if vector is None else 8.0
     calibration = find_calibration(model, base.tokenizer, dial, chosen, budget, largest=largest)
     if vector is None:
-        store(model, calibration)
+        set_units(model, calibration)
         save_adapter(model, target)
     else:
         vector = vector.calibrated(calibration.to_dict())

@@ -40,7 +40,10 @@ def guarded(trunk: nn.Module, state: State, reuse_cache: bool) -> Iterator[None]
     handles = (
         []
         if contexts
-        else [trunk.register_forward_pre_hook(check, with_kwargs=True), trunk.register_forward_hook(mark)]
+        else [
+            trunk.register_forward_pre_hook(_check_cache, with_kwargs=True),
+            trunk.register_forward_hook(_mark_cache),
+        ]
     )
     contexts.append((state, reuse_cache))
     try:
@@ -51,7 +54,7 @@ def guarded(trunk: nn.Module, state: State, reuse_cache: bool) -> Iterator[None]
             handle.remove()
 
 
-def check(trunk: nn.Module, _args: tuple, kwargs: dict[str, Any]) -> None:
+def _check_cache(trunk: nn.Module, _args: tuple, kwargs: dict[str, Any]) -> None:
     """Forward pre-hook: raise ValueError if the cache was made in another state than the current one."""
     if torch.compiler.is_compiling():  # the state would be compiled in, once for each coefficient
         return
@@ -62,13 +65,13 @@ def check(trunk: nn.Module, _args: tuple, kwargs: dict[str, Any]) -> None:
     made_in = getattr(cache, MARK, ())
     if made_in != state and not reuse_cache and cache.get_seq_length():
         raise ValueError(
-            f"this key-value cache was made {told(made_in)}, and the model is now steered {told(state)}; the cache "
+            f"this key-value cache was made {_told(made_in)}, and the model is now steered {_told(state)}; the cache "
             "would go on acting as before. Start a new one, or say steer(…, reuse_cache=True) to mean it"
         )
     setattr(cache, MARK, state)
 
 
-def mark(trunk: nn.Module, _args: tuple, output: Any) -> None:
+def _mark_cache(trunk: nn.Module, _args: tuple, output: Any) -> None:
     """Forward hook: remember the state in a cache that the forward itself has made."""
     if torch.compiler.is_compiling():
         return
@@ -82,5 +85,5 @@ def cache_of(named: dict[str, Any]) -> Cache | None:
     return next((value for value in named.values() if isinstance(value, Cache)), None)
 
 
-def told(state: State) -> str:
+def _told(state: State) -> str:
     return ", ".join(f"by {one.name} at {one.coefficient}" for one in state) or "without steering"

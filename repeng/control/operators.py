@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from repeng.control.positions import TokenFilter
-from repeng.tuner.layer import rows_of
+from repeng.tuner.coefficients import repeat_rows
 
 TINY = 1e-30  # against a division by zero
 Operator = Literal["add", "ablate", "rotate"]
@@ -46,7 +46,7 @@ def edit_with(
         h = output if output.dtype == torch.float64 else output.float()
         c, v = coefficient.to(h), direction.to(h)
         if c.ndim == 1:
-            c = c[rows_of(torch.arange(c.numel(), device=c.device), output)][:, None, None]
+            c = c[repeat_rows(torch.arange(c.numel(), device=c.device), output)][:, None, None]
         moved = apply(h, v, c)
         if clamp is not None:
             norm, before = moved.norm(dim=-1, keepdim=True), h.norm(dim=-1, keepdim=True)

@@ -47,7 +47,7 @@ class TokenFilter:
             stack.callback(trunk.register_forward_pre_hook(self._before, with_kwargs=True).remove)
             for module in model.modules():
                 if isinstance(module, GenerationMixin):
-                    stack.enter_context(replaced(module, "generate", self._watched(module.generate)))
+                    stack.enter_context(_replaced(module, "generate", self._watched(module.generate)))
                     if module is not trunk:
                         stack.callback(module.register_forward_pre_hook(self._around, with_kwargs=True).remove)
             yield
@@ -137,7 +137,7 @@ class TokenFilter:
 
 
 @contextmanager
-def replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+def _replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
     """Inside the context, the instance attribute `name` is `value`."""
     before = module.__dict__.get(name)
     module.__dict__[name] = value

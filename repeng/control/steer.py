@@ -51,7 +51,7 @@ def steer(
     if vector is None:
         if (operator, positions, clamp) != ("add", "all", None):
             raise ValueError("operator, positions and clamp go with a vector; an adapter acts on every token")
-        with steer_adapters(model, coefficient, adapter_name, reuse_cache):
+        with _steer_adapters(model, coefficient, adapter_name, reuse_cache):
             yield
         return
     if adapter_name is not None:
@@ -74,32 +74,32 @@ def steer(
         (module, edit_with(operator, direction, value, clamp, where))
         for module, direction in zip(modules, vector.directions.values(), strict=True)
     ]
-    influence = Influence("a vector", (vector, operator, positions, clamp), plain(value))
+    influence = Influence("a vector", (vector, operator, positions, clamp), _as_key(value))
     state = (*current(runs), influence)  # vectors in the order in which they act, behind adapters
     with where.watching(model, runs), edit_outputs(edits), guarded(runs, state, reuse_cache):
         yield
 
 
 @contextmanager
-def steer_adapters(
+def _steer_adapters(
     model: nn.Module, coefficient: float | Tensor, adapter_name: str | None, reuse_cache: bool
 ) -> Iterator[None]:
     """Set the coefficient of steering adapters inside the context."""
-    stores = coefficient_stores(model, adapter_name)
+    stores = _coefficient_stores(model, adapter_name)
     value = as_coefficient(coefficient)
     before = [(store, store.snapshot()) for store, _ in stores]
     try:
         for store, names in stores:
             for name in names:
                 store.set(name, value)
-        with guard_adapters(model, [name for _, names in stores for name in names], value, reuse_cache):
+        with _guard_adapters(model, [name for _, names in stores for name in names], value, reuse_cache):
             yield
     finally:
         for store, snapshot in before:
             store.restore(snapshot)
 
 
-def guard_adapters(model: nn.Module, names: list[str], value: Tensor, reuse_cache: bool):
+def _guard_adapters(model: nn.Module, names: list[str], value: Tensor, reuse_cache: bool):
     """The guard of key-value caches for adapters; a model whose decoder layers cannot be found has none."""
     try:
         runs = trunk(model)
@@ -108,15 +108,15 @@ def guard_adapters(model: nn.Module, names: list[str], value: Tensor, reuse_cach
     labels = [f"adapter {name!r}" for name in names]
     state: State = tuple(one for one in current(runs) if one.name not in labels)
     if value.ndim or value != 1:  # at 1 an adapter acts as it does outside of any context
-        state = (*(Influence(label, (), plain(value)) for label in sorted(labels)), *state)
+        state = (*(Influence(label, (), _as_key(value)) for label in sorted(labels)), *state)
     return guarded(runs, state, reuse_cache)
 
 
-def plain(value: Tensor) -> float | tuple[float, ...]:
+def _as_key(value: Tensor) -> float | tuple[float, ...]:
     return value.item() if value.ndim == 0 else tuple(value.tolist())
 
 
-def coefficient_stores(model: nn.Module, adapter_name: str | None) -> list[tuple[Coefficients, list[str]]]:
+def _coefficient_stores(model: nn.Module, adapter_name: str | None) -> list[tuple[Coefficients, list[str]]]:
     """Every coefficient store of `model`, with the adapters to set in it.
 
     Raises:

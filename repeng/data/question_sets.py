@@ -23,7 +23,7 @@ def daily_dilemmas(value: str = "truthfulness") -> list[Question]:
         ImportError: the package datasets is not installed.
         ValueError: no action is annotated with `value`; says which values are frequent.
     """
-    rows = rows_of("kellycyy/daily_dilemmas", "Dilemmas_with_values_aggregated", "test")
+    rows = _hub_rows("kellycyy/daily_dilemmas", "Dilemmas_with_values_aggregated", "test")
     actions: dict[Any, list[tuple[dict, set[str]]]] = {}
     counts: dict[str, int] = {}
     for row in rows:
@@ -60,7 +60,7 @@ def moral_foundations(config: str = "classic", split: str = "other_violate") -> 
         ImportError: the package datasets is not installed.
     """
     questions = []
-    for row in rows_of("wassname/tiny-mfv", config, split):
+    for row in _hub_rows("wassname/tiny-mfv", config, split):
         foundation = row["foundation_coarse"]
         control = foundation.replace(" ", "").lower() == "socialnorms"
         questions.append(
@@ -84,7 +84,7 @@ def truthful_qa() -> list[Question]:
         ImportError: the package datasets is not installed.
     """
     questions = []
-    for index, row in enumerate(rows_of("truthfulqa/truthful_qa", "multiple_choice", "validation")):
+    for index, row in enumerate(_hub_rows("truthfulqa/truthful_qa", "multiple_choice", "validation")):
         texts, labels = row["mc1_targets"]["choices"], row["mc1_targets"]["labels"]
         turn = index % len(texts)
         order = [*range(len(texts) - turn, len(texts)), *range(len(texts) - turn)]
@@ -96,7 +96,7 @@ def truthful_qa() -> list[Question]:
     return questions
 
 
-def rows_of(name: str, config: str, split: str) -> Sequence[dict[str, Any]]:
+def _hub_rows(name: str, config: str, split: str) -> Sequence[dict[str, Any]]:
     """The rows of a dataset on the hub."""
     try:
         from datasets import load_dataset

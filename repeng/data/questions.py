@@ -1,28 +1,29 @@
 """Questions with a whitelist of answers, from JSON Lines or made in code."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from repeng.data.files import nearest, read_jsonl
 
-CLUSTERS = ("target", "control")
+KINDS = ("target", "control")
 
 
 @dataclass(frozen=True)
 class Question:
     """A prompt whose next token is one of `choices`; those in `target` are the answers that +1 should favour.
 
-    In the cluster "control", `target` holds the right answer, which steering should leave alone. `suffix` is the
-    beginning of the answer, as in `ContrastPair`. `group` names a kind of questions that reports tell apart.
-    Questions of one `unit`, such as one entity in several wordings, are resampled together; "" is one of its own.
+    In a question of the kind "control", `target` holds the right answer, which steering should leave alone. `suffix`
+    is the beginning of the answer, as in `ContrastPair`. `group` names questions that reports tell apart. Questions of
+    one `unit`, such as one entity in several wordings, are resampled together; an empty string makes the question its
+    own unit.
     """
 
     prompt: str
     choices: tuple[str, ...]
     target: tuple[str, ...]
-    cluster: str = "target"
+    kind: str = "target"
     suffix: str = ""
     group: str = ""
     unit: str = ""
@@ -30,8 +31,8 @@ class Question:
     def __post_init__(self) -> None:
         if not set(self.target) < set(self.choices):
             raise ValueError(f"target {self.target} must be some, not all, of choices {self.choices}")
-        if self.cluster not in CLUSTERS:
-            raise ValueError(f"unknown cluster {self.cluster!r}; choose one of {', '.join(CLUSTERS)}")
+        if self.kind not in KINDS:
+            raise ValueError(f"unknown kind {self.kind!r}; choose one of {', '.join(KINDS)}")
 
 
 def choice_ids(tokenizer: PreTrainedTokenizerBase, question: Question) -> dict[str, int]:
@@ -61,14 +62,18 @@ def choice_id(tokenizer: PreTrainedTokenizerBase, question: Question, choice: st
 def load_questions(path: str | Path) -> list[Question]:
     """Questions from JSON Lines: `choices`, `target` (a text or a list), `prompt` or `suffix`, and other fields.
 
+    `cluster`, the name of `kind` in version 0.1, is taken for it.
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is empty, or a line (numbered from 1) is not such an object.
     """
-    allowed = ("prompt", "suffix", "choices", "target", "cluster", "group", "unit")
+    allowed = [field.name for field in fields(Question)]
     questions = []
     for number, row in read_jsonl(path):
         where = f"{path}, line {number}"
+        if "cluster" in row and "kind" not in row:
+            row["kind"] = row.pop("cluster")
         for key in row:
             if key not in allowed:
                 raise ValueError(f"{where}: unknown key {key!r}{nearest(key, allowed)}; keys are {', '.join(allowed)}")
@@ -79,15 +84,7 @@ def load_questions(path: str | Path) -> list[Question]:
             raise ValueError(f"{where}: choices must be a list of texts, and target one of them or a list")
         try:
             questions.append(
-                Question(
-                    row.get("prompt", ""),
-                    tuple(row["choices"]),
-                    tuple(target),
-                    row.get("cluster", "target"),
-                    row.get("suffix", ""),
-                    row.get("group", ""),
-                    row.get("unit", ""),
-                )
+                Question(**{"prompt": "", **row, "choices": tuple(row["choices"]), "target": tuple(target)})
             )
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error

@@ -165,12 +165,12 @@ def neutral_texts(
         return texts[n_test:] or texts, texts[:n_test]
     if own is not None:
         return own.neutral_texts, own.unseen_neutral_texts
-    texts = sample_texts(model, tokenizer, NEUTRAL_TRAIN + NEUTRAL_TEST, seed)
+    texts = _sample_texts(model, tokenizer, NEUTRAL_TRAIN + NEUTRAL_TEST, seed)
     return texts[NEUTRAL_TEST:], texts[:NEUTRAL_TEST]
 
 
 @torch.no_grad()
-def sample_texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n: int, seed: int) -> list[str]:
+def _sample_texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n: int, seed: int) -> list[str]:
     """Texts that the base model itself writes at temperature 1: neutral for any model and language."""
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     prompt = torch.full((min(n, 32), 1), start, device=model.device)
@@ -208,14 +208,14 @@ def questions_from_pairs(
         logits = model(**pad_rows(rows, tokenizer, model.device, side="left"), use_cache=False).logits[:, -1].float()
         chosen, rejected = logits.softmax(dim=-1)
         shift = chosen - rejected
-        targets = distinct_words(tokenizer, shift.argsort(descending=True).tolist(), top, pair)
-        others = distinct_words(tokenizer, shift.argsort().tolist(), top, pair)
+        targets = _distinct_words(tokenizer, shift.argsort(descending=True).tolist(), top, pair)
+        others = _distinct_words(tokenizer, shift.argsort().tolist(), top, pair)
         for side in (pair.chosen, pair.rejected):
             questions.append(Question(side, (*targets, *others), targets, suffix=pair.suffix, unit=f"pair {index}"))
     return questions
 
 
-def distinct_words(
+def _distinct_words(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], n: int, pair: ContrastPair
 ) -> tuple[str, ...]:
     """The first `n` of `ids` that, written as a word, are encoded as that very token again."""

@@ -123,7 +123,7 @@ def calibrate(
     )
 
 
-def store(model: Any, calibration: Calibration, adapter_name: str = "default") -> None:
+def set_units(model: Any, calibration: Calibration, adapter_name: str = "default") -> None:
     """Write a calibration into an adapter: afterwards c = ±1 spends the budget, and `save_pretrained` saves that.
 
     A calibration that was found through `steer` on an adapter with one already is in units of that one.
@@ -139,7 +139,7 @@ def store(model: Any, calibration: Calibration, adapter_name: str = "default") -
     before = model.peft_config[adapter_name].calibration or {"plus": 1.0, "minus": 1.0}
     found = calibration.to_dict()
     found |= {name: found[name] * before[name] for name in ("plus", "minus")}
-    model.base_model.calibrate(found, adapter_name)
+    model.base_model.set_units(found, adapter_name)
 
 
 def solve(spend: Callable[[float], float], sign: int, largest: float, tolerance: float) -> tuple[float, float]:
@@ -223,22 +223,22 @@ def generated_kl(
         for start in range(0, len(prompts), batch_size):
             chunk = prompts[start : start + batch_size]
             with dial(coefficient) as rewrite:
-                rows = encoded(tokenizer, chunk, rewrite)
+                rows = _encoded(tokenizer, chunk, rewrite)
                 drawn = continuations(model, tokenizer, rows, budget.tokens, batch_size, seed=start)
                 # That the text ends is a token as well, and where a dial may differ from the base.
                 written = [ids if end is None else [*ids, end] for ids, end in drawn]
-                steered = logits_of(model, tokenizer, rows, written)
+                steered = _logits_of(model, tokenizer, rows, written)
             with dial(0.0) as rewrite:
-                base = logits_of(model, tokenizer, encoded(tokenizer, chunk, rewrite), written)
+                base = _logits_of(model, tokenizer, _encoded(tokenizer, chunk, rewrite), written)
             found.append(kl_divergence(steered, base).cpu())
     return torch.cat(found)
 
 
-def encoded(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], rewrite: Rewrite | None) -> list[list[int]]:
+def _encoded(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], rewrite: Rewrite | None) -> list[list[int]]:
     return [encode(tokenizer, rewrite(prompt) if rewrite else prompt).ids for prompt in prompts]
 
 
-def logits_of(
+def _logits_of(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[list[int]], written: Sequence[list[int]]
 ) -> Tensor:
     """Logits `(tokens v)`, float32, that predict what was written after each row."""

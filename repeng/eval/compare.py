@@ -65,7 +65,7 @@ def compare(
         bar.update()
         return report
 
-    samples = sample_questions(task.questions)
+    samples = _sample_questions(task.questions)
     reports = {name: measure(dial or (lambda c: steer(model, c)), coefficients, samples)}
     with steer(model, 0.0) if adapted else nullcontext():
         if task.personas:
@@ -83,9 +83,9 @@ def compare(
     return reports
 
 
-def sample_questions(questions: Sequence[Question]) -> list[Question]:
+def _sample_questions(questions: Sequence[Question]) -> list[Question]:
     """Some of the target questions, evenly spaced."""
-    asked = [q for q in questions if q.cluster == "target"]
+    asked = [q for q in questions if q.kind == "target"]
     return asked[:: max(1, len(asked) // SAMPLES)][:SAMPLES]
 
 
@@ -97,7 +97,7 @@ def mean_differences(
     return {layer: together.select(layers=[layer]) for layer in together.layers}
 
 
-def find(reports: dict[str, EvalReport], name: str) -> EvalReport | None:
+def _report_named(reports: dict[str, EvalReport], name: str) -> EvalReport | None:
     """The report of the row whose name begins with `name`."""
     return next((report for key, report in reports.items() if key.startswith(name)), None)
 
@@ -107,7 +107,7 @@ def verdict(reports: dict[str, EvalReport], name: str = ADAPTER) -> str:
     own = reports[name]
     against = []
     for baseline in (MEAN_DIFF, PROMPTS, RANDOM):
-        other = find(reports, baseline)
+        other = _report_named(reports, baseline)
         if other is not None and other.range > 0:
             times, (low, high) = ratio([own], [other])
             against.append(f"{times:.2f} x {baseline} ({other.range:.2f}; 95 % interval {low:.2f} to {high:.2f})")

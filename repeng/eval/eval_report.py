@@ -164,7 +164,7 @@ class EvalReport:
     def wrong_way(self) -> float:
         """`against`, mean over the arms that gain; NaN if none does."""
         shares = [self.against(sign) for _, sign in ARMS if self.endpoint(sign)]
-        return share(shares)
+        return _share(shares)
 
     # -- dose and response ---------------------------------------------------------------------------------------
 
@@ -258,7 +258,7 @@ class EvalReport:
             if against.any() and along.any():
                 fixed, broken = (after[against] > 0).float().mean(), (after[along] < 0).float().mean()
                 terms.append((fixed - HARM * broken).item())
-        return 100 * share(terms) * self.mass_at_endpoints()[1:].min().square().item()
+        return 100 * _share(terms) * self.mass_at_endpoints()[1:].min().square().item()
 
     # -- generated text ------------------------------------------------------------------------------------------
 
@@ -267,11 +267,11 @@ class EvalReport:
 
     def finish_rate(self, coefficient: float) -> float:
         """Share of samples that ended by themselves; NaN without samples."""
-        return share([sample.finished for sample in self.samples_at(coefficient)])
+        return _share([sample.finished for sample in self.samples_at(coefficient)])
 
     def repetition(self, coefficient: float) -> float:
         """Mean repetition of the samples; NaN without samples."""
-        return share([sample.repetition for sample in self.samples_at(coefficient)])
+        return _share([sample.repetition for sample in self.samples_at(coefficient)])
 
     def parse_rate(self, coefficient: float) -> float:
         """Share of generated sentences that the grammar accepts; NaN without a grammar or sentences."""
@@ -336,20 +336,21 @@ class EvalReport:
         """
         parts = {name: self.group(name) for name in sorted(set(self.groups) - {""})}
         found: dict[str, Any] = {
-            "range": plain(self.range),
+            "range": _rounded(self.range),
             "arms": {
-                name: {"gain": plain(self.arm(sign)[0]), "coefficient": self.arm(sign)[1]} for name, sign in ARMS
+                name: {"gain": _rounded(self.arm(sign)[0]), "coefficient": self.arm(sign)[1]} for name, sign in ARMS
             },
-            "wrong_way": plain(self.wrong_way),
-            "slope": plain(self.slope),
-            "r_squared": plain(self.r_squared),
-            "order": plain(self.order),
+            "wrong_way": _rounded(self.wrong_way),
+            "slope": _rounded(self.slope),
+            "r_squared": _rounded(self.r_squared),
+            "order": _rounded(self.order),
             "flips": {name: dict(zip(("right", "wrong"), self.flips(sign), strict=True)) for name, sign in ARMS},
-            "arbitrary_flips": plain(self.arbitrary_flips),
-            "steering_f1": plain(self.steering_f1),
-            "surgical_informedness": plain(self.surgical_informedness),
+            "arbitrary_flips": _rounded(self.arbitrary_flips),
+            "steering_f1": _rounded(self.steering_f1),
+            "surgical_informedness": _rounded(self.surgical_informedness),
             "groups": {
-                name: {"range": plain(part.range), "wrong_way": plain(part.wrong_way)} for name, part in parts.items()
+                name: {"range": _rounded(part.range), "wrong_way": _rounded(part.wrong_way)}
+                for name, part in parts.items()
             },
             "items": dict(zip(("target", "control", "neutral_texts"), self.sizes, strict=True)),
             "dropped": self.dropped,
@@ -357,7 +358,7 @@ class EvalReport:
         }
         if resamples:
             low, high = bootstrap([self], lambda report: report.range, n=resamples)
-            found["range_interval"] = [plain(low), plain(high)]
+            found["range_interval"] = [_rounded(low), _rounded(high)]
         return found
 
     def row(self, coefficient: float) -> dict[str, float | bool | None]:
@@ -378,7 +379,7 @@ class EvalReport:
             found["finish_rate"] = self.finish_rate(coefficient)
             found["repetition"] = self.repetition(coefficient)
             found["parse_rate"] = self.parse_rate(coefficient)
-        values = {name: plain(value) for name, value in found.items()}
+        values = {name: _rounded(value) for name, value in found.items()}
         return {**values, "inside_budget": self.inside_budget(coefficient)}
 
 
@@ -422,12 +423,12 @@ def bootstrap(
     return values[math.floor(tail * (len(values) - 1))], values[math.ceil((1 - tail) * (len(values) - 1))]
 
 
-def share(values: Sequence[float]) -> float:
+def _share(values: Sequence[float]) -> float:
     """The mean, or NaN of nothing."""
     return sum(values) / len(values) if values else math.nan
 
 
-def plain(value: float | Tensor) -> float | None:
+def _rounded(value: float | Tensor) -> float | None:
     """A rounded number for JSON, which knows no NaN and no infinity."""
     value = float(value)
     return round(value, 6) if math.isfinite(value) else None

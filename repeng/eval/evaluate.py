@@ -51,7 +51,7 @@ def evaluate(
     Args:
         model: any causal language model.
         tokenizer: its tokenizer.
-        questions: at least one of the cluster "target".
+        questions: at least one of the kind "target".
         dial: what is measured.
         coefficients: where; 0 is added.
         neutral_texts: texts that the behaviour should not touch.
@@ -67,12 +67,12 @@ def evaluate(
     Raises:
         ValueError: no target question can be asked, or the tokenizer has no thinking template.
     """
-    asked, dropped = askable(tokenizer, questions)
-    targets = [q for q in asked if q.cluster == "target"]
-    controls = [q for q in asked if q.cluster == "control"]
+    asked, dropped = _askable(tokenizer, questions)
+    targets = [q for q in asked if q.kind == "target"]
+    controls = [q for q in asked if q.kind == "control"]
     if not targets:
         reason = f"is left: {dropped[0]}" if dropped else "was given"
-        raise ValueError(f"no question of the cluster 'target' {reason}")
+        raise ValueError(f"no question of the kind 'target' {reason}")
     if think_tokens and THINK_CLOSE not in str(tokenizer.chat_template):
         raise ValueError(f"think_tokens={think_tokens}, but the tokenizer's chat template knows no {THINK_CLOSE}")
     if think_tokens and not all(q.prompt for q in asked):
@@ -85,7 +85,7 @@ def evaluate(
             with dial(c) as rewrite:
                 target = choice_logp(model, tokenizer, targets, rewrite, batch_size, think_tokens)
                 control = choice_logp(model, tokenizer, controls, rewrite, batch_size, think_tokens)
-                neutral, tokens = neutral_logp(model, tokenizer, neutral_texts, rewrite, batch_size, plain)
+                neutral, tokens = _neutral_logp(model, tokenizer, neutral_texts, rewrite, batch_size, plain)
                 prompts = sample_prompts if c in SAMPLED else ()
                 samples += draw_samples(model, tokenizer, prompts, rewrite, c, sample_tokens, accepts, batch_size)
             parts.append((target.odds, target.mass, control.logp[:, 0], control.odds, neutral, target.finished))
@@ -103,7 +103,7 @@ def evaluate(
     )
 
 
-def askable(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> tuple[list[Question], list[str]]:
+def _askable(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> tuple[list[Question], list[str]]:
     """The questions whose choices can be told apart by their first tokens, and why others cannot be asked."""
     kept, dropped = [], []
     for index, question in enumerate(questions):
@@ -165,7 +165,7 @@ def choice_logp(
     return Answers(torch.cat(parts), torch.cat(finished))
 
 
-def neutral_logp(
+def _neutral_logp(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],

@@ -56,7 +56,7 @@ def token_weights(attention_mask: Tensor, tokens: Tokens) -> Tensor:
     return weights.scatter_add_(1, index, exists / exists.sum(dim=1, keepdim=True))
 
 
-def read(output: Tensor, weights: Tensor) -> Tensor:
+def _read(output: Tensor, weights: Tensor) -> Tensor:
     """The weighted mean of `output (b t d)` over tokens, `(b d)` float32; a token of weight 0 may be NaN."""
     weights = weights.to(output.device)[..., None]
     return reduce(torch.where(weights > 0, output.float() * weights, 0.0), "b t d -> b d", "sum")
@@ -82,7 +82,7 @@ def collect(
     weights = torch.empty(0)
 
     def keep(part: list[Tensor], states: Tensor) -> Tensor:
-        part.append(read(states, weights).cpu())
+        part.append(_read(states, weights).cpu())
         return states
 
     def before(part: list[Tensor], _module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -134,7 +134,7 @@ def persona_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
     return kl_divergence(chosen.detach(), rejected) - kl_divergence(rejected.detach(), chosen)
 
 
-def checked(loss: Tensor, b: int) -> Tensor:
+def _checked(loss: Tensor, b: int) -> Tensor:
     """The loss, or a ValueError: a mean over pairs would weigh them by the size of their batch."""
     if not isinstance(loss, Tensor) or loss.shape != (b,) or not loss.requires_grad:
         what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -194,7 +194,9 @@ def gradients(
                 logits = model(**batch, use_cache=False, logits_to_keep=1).logits[:, -1].float()
                 chosen, rejected = logits.chunk(2)
                 noise = fisher_noise(logits.detach(), generator)
-                down = torch.autograd.grad(-checked(loss(chosen, rejected), len(chunk)).sum(), seen, retain_graph=True)
+                down = torch.autograd.grad(
+                    -_checked(loss(chosen, rejected), len(chunk)).sum(), seen, retain_graph=True
+                )
                 up = torch.autograd.grad((logits * noise).sum(), seen)
                 for into, found in ((descent, down), (scores, up)):
                     for sides, gradient in zip(into, found, strict=True):

@@ -14,7 +14,7 @@ THINK_CLOSE = "</think>"
 
 
 @contextmanager
-def bare_generation(model: PreTrainedModel) -> Iterator[None]:
+def _bare_generation(model: PreTrainedModel) -> Iterator[None]:
     """Inside the context, `generate` knows only which tokens end and pad a text.
 
     A model's own settings, such as a repetition penalty, would otherwise fill in whatever is not said, and hide what
@@ -76,7 +76,7 @@ def continuations(
         batch = pad_rows(rows[start : start + batch_size], tokenizer, model.device, side="left")
         width = batch["input_ids"].shape[1]
         del batch["position_ids"]  # `generate` derives them from the mask
-        with bare_generation(model), torch.random.fork_rng(enabled=seed is not None):
+        with _bare_generation(model), torch.random.fork_rng(enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed + start)
             out = model.generate(**batch, **settings)

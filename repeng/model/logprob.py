@@ -75,7 +75,7 @@ def read_vocabulary(
         shapes.extend(part.shape for part in parts)
         return torch.cat([part.reshape(1, 1, -1) for part in parts], dim=-1)
 
-    with final_states(model) as final:
+    with _final_states(model) as final:
         # First of the hooks, so that those of a sharding wrapper see this output as the head's.
         hook = model.get_output_embeddings().register_forward_hook(instead, prepend=True)
         try:
@@ -87,7 +87,7 @@ def read_vocabulary(
 
 
 @contextmanager
-def final_states(model: nn.Module) -> Iterator[list[Tensor]]:
+def _final_states(model: nn.Module) -> Iterator[list[Tensor]]:
     """Inside the context, the yielded list gets the hidden states `(b t d)` that the head reads, of each forward."""
     seen: list[Tensor] = []
 
@@ -111,7 +111,7 @@ def has_plain_head(model: nn.Module, ids: Sequence[int]) -> bool:
     made: list[tuple[Tensor, Tensor]] = []
     hook = head.register_forward_hook(lambda _head, args, output: made.append((args[0], output)))
     try:
-        with final_states(model) as seen:
+        with _final_states(model) as seen:
             logits = model(input_ids=row, use_cache=False).logits
     finally:
         hook.remove()

@@ -24,7 +24,7 @@ SEQUENCE_LENGTH = 64
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def _build_tokenizer() -> PreTrainedTokenizerFast:
     """One token a word, `<s>` in front; the same for every world seed."""
     ids = {word: index for index, word in enumerate((*SPECIAL_TOKENS, *vocabulary()))}
     backend = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
@@ -37,7 +37,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> MistralForCausalLM:
+def _build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> MistralForCausalLM:
     """About 1.3 M parameters, float32, freshly initialised from `seed`."""
     torch.manual_seed(seed)
     config = MistralConfig(
@@ -83,8 +83,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=6000)
     options = parser.parse_args(argv)
 
-    world, tokenizer = World(options.seed), build_tokenizer()
-    model = build_model(tokenizer, options.seed)
+    world, tokenizer = World(options.seed), _build_tokenizer()
+    model = _build_model(tokenizer, options.seed)
     batch = 48
     arguments = TrainingArguments(
         output_dir=str(options.output),
@@ -108,10 +108,10 @@ def main(argv: list[str] | None = None) -> None:
 
     model.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
-    write_manifest(options.output, options.seed, options.steps, trainer.state.log_history)
+    _write_manifest(options.output, options.seed, options.steps, trainer.state.log_history)
 
 
-def write_manifest(folder: Path, seed: int, steps: int, log: list[dict]) -> None:
+def _write_manifest(folder: Path, seed: int, steps: int, log: list[dict]) -> None:
     """Say where the weights come from: command, seed, loss curve, versions, SHA-256 of every file."""
     files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors") and path.is_file())
     manifest = {

@@ -205,7 +205,7 @@ class World:
         }
         forms = [
             re.sub(r"\\{(\w+)\\}", lambda match: "(?:" + "|".join(slots[match[1]]) + ")", re.escape(form))
-            for form in all_forms()
+            for form in _all_forms()
         ]
         return re.compile("(?:" + "|".join(forms) + r")\ \.")
 
@@ -252,7 +252,7 @@ class World:
         return texts
 
 
-def all_forms() -> list[str]:
+def _all_forms() -> list[str]:
     """Every sentence form of the language, without its final " ."."""
     facts = [form for forms in FACT_FORMS.values() for form in forms]
     return [*facts, *MOOD_FORMS, MOOD_ACT_FORM, SUM_FORM, *NEUTRAL_FORMS, *PERSONA_FORMS, PERSONA_BOTH_FORM]
@@ -260,7 +260,7 @@ def all_forms() -> list[str]:
 
 def vocabulary() -> list[str]:
     """Every word of every world, sorted; independent of the seed."""
-    words = set(re.sub(r"\{\w+\}", " ", " ".join(all_forms())).split()) | {"."}
+    words = set(re.sub(r"\{\w+\}", " ", " ".join(_all_forms())).split()) | {"."}
     for kind, nouns in lex.NOUNS.items():
         words |= {kind, *nouns}
     for couples in (lex.VEHICLES, lex.WEATHER):

@@ -99,19 +99,19 @@ def build(
     task = make_task(task_args, model, tokenizer, pairs, seed=args.seed, own=own)
     validation, validation_texts = None, []
     if args.eval_strategy != "no":
-        task, validation, validation_texts = hold_back(task, model, tokenizer)
-    check_batch(args, len(task.pairs))
-    adapted = get_peft_model(model, adapter_config(args, sites))
+        task, validation, validation_texts = _hold_back(task, model, tokenizer)
+    _check_batch(args, len(task.pairs))
+    adapted = get_peft_model(model, _adapter_config(args, sites))
     examples = tokenize_examples(tokenizer, task.pairs, task.neutral_texts, args.seed)
     if args.directions == "pairs":
         differences = pair_differences(adapted, tokenizer, examples, args.last_n_tokens)
         adapted.base_model.select_directions(differences)
     run = Run(adapted, tokenizer, task, sites, examples, validation, validation_texts)
-    share_between_processes(run)
+    _share_between_processes(run)
     return run
 
 
-def hold_back(
+def _hold_back(
     task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Task, list[Question], list[str]]:
     """The task without a few pairs and neutral texts, and these as questions and texts for the validation."""
@@ -122,7 +122,7 @@ def hold_back(
     return replace(task, pairs=pairs, neutral_texts=neutral), questions, texts
 
 
-def check_batch(args: SteeringArguments, n_pairs: int) -> None:
+def _check_batch(args: SteeringArguments, n_pairs: int) -> None:
     """Raise ValueError if the pairs do not fill one optimizer step."""
     if n_pairs < args.pairs_per_step:
         raise ValueError(
@@ -132,7 +132,7 @@ def check_batch(args: SteeringArguments, n_pairs: int) -> None:
         )
 
 
-def share_between_processes(run: Run) -> None:
+def _share_between_processes(run: Run) -> None:
     """Give all processes the first one's data and bases: sampled texts and SVDs may differ in the last digit."""
     if PartialState().num_processes == 1:
         return
@@ -156,7 +156,7 @@ def resolve_sites(args: SteeringArguments, model: PreTrainedModel) -> Sites:
     depth = len(decoder_layers(model))
     wanted = range(round(depth / 3), 2 * depth // 3 + 1) if args.layers is None else layer_request(args.layers)
     layers = select_layers(depth, wanted)
-    names = resolve(model, adapter_config(args, Sites(layers, 0, r=args.r or 2)))  # any rank that there is
+    names = resolve(model, _adapter_config(args, Sites(layers, 0, r=args.r or 2)))  # any rank that there is
     r = args.r or min(DEFAULT_RANK, *(max_rank(model, name) for name in names))
     reached = layers_of(model, map(model.get_submodule, names))
     loss_layer = max(reached, default=depth - 1) if args.loss_layer is None else args.loss_layer
@@ -164,7 +164,7 @@ def resolve_sites(args: SteeringArguments, model: PreTrainedModel) -> Sites:
     return Sites(layers, loss_layer, r)
 
 
-def adapter_config(args: SteeringArguments, sites: Sites) -> SvdSteeringConfig:
+def _adapter_config(args: SteeringArguments, sites: Sites) -> SvdSteeringConfig:
     """The adapter's configuration."""
     return SvdSteeringConfig(
         r=sites.r,

@@ -81,7 +81,7 @@ def inner_contrastive_loss(
     Raises:
         ValueError: a shape does not fit the others.
     """
-    check_shapes(
+    _check_shapes(
         hs_pi,
         hs_ref,
         hs_mask,
@@ -97,7 +97,7 @@ def inner_contrastive_loss(
     )
     delta = signed_shift(hs_pi, hs_ref, hs_mask, direction, scale)  # (c p b k)
     separation = reduce((separation_target - delta).relu() / separation_target, "c p b k -> b", "mean")
-    gain = signs(gap_pi, 3) * (gap_pi - gap_ref)  # (c p b)
+    gain = _signs(gap_pi, 3) * (gap_pi - gap_ref)  # (c p b)
     order = gap_weight * reduce((order_target - gain).relu() / order_target, "c p b -> b", "mean")
     coherence = reduce(violation(logp_pi, logp_ref, logp_mask, coherence_margin), "c b -> b", "mean")
     neutral = reduce(
@@ -122,10 +122,10 @@ def signed_shift(hs_pi: Tensor, hs_ref: Tensor, hs_mask: Tensor, direction: Tens
     moved = where(hs_mask[..., None], hs_pi - hs_ref)
     along = einsum(moved, direction.to(moved.dtype), "c p b t d, d k -> c p b t k") / scale.to(moved.dtype)
     count = reduce(hs_mask.to(moved.dtype), "p b t -> p b 1", "sum").clamp(min=1)
-    return signs(moved, 4) * reduce(along, "c p b t k -> c p b k", "sum") / count
+    return _signs(moved, 4) * reduce(along, "c p b t k -> c p b k", "sum") / count
 
 
-def signs(like: Tensor, ndim: int) -> Tensor:
+def _signs(like: Tensor, ndim: int) -> Tensor:
     """+1 and −1 along the first of `ndim` dimensions."""
     return torch.tensor([1.0, -1.0], dtype=like.dtype, device=like.device).reshape(2, *[1] * (ndim - 1))
 
@@ -142,7 +142,7 @@ def where(mask: Tensor, value: Tensor) -> Tensor:
     return torch.where(mask, value, torch.zeros((), dtype=value.dtype, device=value.device))
 
 
-def check_shapes(
+def _check_shapes(
     hs_pi: Tensor,
     hs_ref: Tensor,
     hs_mask: Tensor,

@@ -48,11 +48,11 @@ def split_flags(
             name = word[2:].partition("=")[0]
             refuse_unknown([name], {*own, *known}, "the command line")
             into = ours if name in own else launchers
-        into.append(accelerate_config(word) if into is launchers and into[-1:] == ["--config_file"] else word)
+        into.append(_accelerate_config(word) if into is launchers and into[-1:] == ["--config_file"] else word)
     return launchers, ours
 
 
-def accelerate_config(word: str) -> str:
+def _accelerate_config(word: str) -> str:
     """The path of one of the package's configurations of accelerate, or the word as it is."""
     shipped = {path.stem: str(path) for path in CONFIGS.glob("accelerate/*.yaml")}
     return shipped.get(word, word)

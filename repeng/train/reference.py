@@ -46,12 +46,12 @@ def add_reference(
         for start in tqdm(range(0, len(examples), batch_size), desc="reference", leave=False):
             part = examples[start : start + batch_size]
             batch = {name: tensor.to(model.device) for name, tensor in collate(part).items()}
-            found = batch_reference(model, module, batch, last_n=last_n, plain=plain)
+            found = _batch_reference(model, module, batch, last_n=last_n, plain=plain)
             done += [{**example, **of_it} for example, of_it in zip(part, found, strict=True)]
     return done
 
 
-def batch_reference(
+def _batch_reference(
     model: PreTrainedModel, module: nn.Module, batch: dict[str, Tensor], *, last_n: int, plain: bool
 ) -> list[dict[str, Any]]:
     """What `add_reference` adds to each example of a collated batch, on the CPU."""
@@ -66,7 +66,7 @@ def batch_reference(
 
     def read(states: Tensor, head: Callable[[Tensor], Tensor]) -> list[Tensor]:
         last = head(gather_tokens(states[: 2 * n], ends)).float()
-        said.update(next_token_disagreement(rearrange(last, "(p b) 1 v -> p b v", p=2)))
+        said.update(_next_token_disagreement(rearrange(last, "(p b) 1 v -> p b v", p=2)))
         return [head_logp(states[:, :-1][labels], head, batch["input_ids"][:, 1:][labels])]
 
     with capture([module]) as outputs:
@@ -86,7 +86,7 @@ def batch_reference(
     ]
 
 
-def next_token_disagreement(logits: Tensor) -> dict[str, Tensor]:
+def _next_token_disagreement(logits: Tensor) -> dict[str, Tensor]:
     """What chosen and rejected say next, from the base's logits `(p b v)` at the ends of the two prompts.
 
     With `d = softmax(chosen) − softmax(rejected)`: the `NEXT_TOKENS` tokens of largest d and as many of smallest,

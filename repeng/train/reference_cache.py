@@ -87,8 +87,8 @@ def cached_reference(
     key = reference_key(examples, model, tokenizer, precision=accelerator.mixed_precision, **settings)
     world, rank = accelerator.num_processes, accelerator.process_index
     paths = [Path(folder) / f"reference-{key}-{part}-of-{world}.safetensors" for part in range(world)]
-    if not readable(paths[rank]):
-        write_part(compute(examples[rank::world]), paths[rank])
+    if not _readable(paths[rank]):
+        _write_part(compute(examples[rank::world]), paths[rank])
     accelerator.wait_for_everyone()
     if rank == 0:
         for stale in set(Path(folder).glob("reference-*-of-*.safetensors")) - set(paths):
@@ -96,7 +96,7 @@ def cached_reference(
     return ReferenceExamples(examples, paths)
 
 
-def write_part(done: Sequence[ReferencedExample], path: Path) -> None:
+def _write_part(done: Sequence[ReferencedExample], path: Path) -> None:
     """Write a share of the examples' reference whole or not at all."""
     tensors = {name: torch.stack([example[name] for example in done]).contiguous() for name in STACKED}
     logp = [row for example in done for row in example["ref_logp"]]
@@ -107,7 +107,7 @@ def write_part(done: Sequence[ReferencedExample], path: Path) -> None:
         save_file(tensors, place)
 
 
-def readable(path: Path) -> bool:
+def _readable(path: Path) -> bool:
     """Whether a part is there and is a tensor file."""
     try:
         with safe_open(path, framework="pt") as file:

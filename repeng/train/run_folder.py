@@ -45,11 +45,11 @@ def finish(
     if not first:
         return None
     reports = reports or compare(run.model, run.tokenizer, run.task)
-    write_folder(task_args, args, run, trainer, reports)
+    _write_folder(task_args, args, run, trainer, reports)
     return reports
 
 
-def write_folder(
+def _write_folder(
     task_args: TaskArguments, args: SteeringArguments, run: Run, trainer: Trainer, reports: dict[str, EvalReport]
 ) -> None:
     """The training log, the learning curve, the report as JSON, CSV, PNG and HTML, and README.md."""
@@ -68,7 +68,7 @@ def write_folder(
         "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
     }
     write_report(reports, folder, title=f"Steering adapter: {run.task.behaviour}", about=about)
-    write_text(folder / "README.md", model_card(task_args, args.output_dir, verdict(reports), figures.available()))
+    write_text(folder / "README.md", _model_card(task_args, args.output_dir, verdict(reports), figures.available()))
 
 
 def as_config(task_args: TaskArguments, args: SteeringArguments, sites: Sites) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def as_config(task_args: TaskArguments, args: SteeringArguments, sites: Sites) -
     return {name: value for name, value in chosen.items() if value is not None}
 
 
-def model_card(task_args: TaskArguments, folder: str, sentence: str, drawn: bool) -> str:
+def _model_card(task_args: TaskArguments, folder: str, sentence: str, drawn: bool) -> str:
     """The README of the adapter: what it does, and how to load it."""
     tiny = task_args.model_name_or_path == "tiny"
     load = (

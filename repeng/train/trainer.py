@@ -91,7 +91,7 @@ class SteeringTrainer(Trainer):
             callbacks=callbacks,
         )
         self.neutral_texts, self.start_kl = neutral_texts, None
-        switch_off_dropout(model)
+        _switch_off_dropout(model)
         # On the device and under the autocast of training: the reference must be what the policy is at c = 0.
         self.loss_layer = last_trained_layer(model) if args.loss_layer is None else args.loss_layer
         settings = {"site": args.loss_site, "layer": self.loss_layer, "last_n": args.last_n_tokens}
@@ -354,7 +354,7 @@ class SteeringTrainer(Trainer):
         super().log(logs, start_time)
 
 
-def switch_off_dropout(model: nn.Module) -> None:
+def _switch_off_dropout(model: nn.Module) -> None:
     """Make training mode deterministic: with dropout the policy would not be the reference even at c = 0."""
     for module in model.modules():
         if isinstance(module, _DropoutNd):

@@ -45,7 +45,7 @@ def device_of(linear: nn.Module) -> torch.device:
 
 
 @contextmanager
-def loaded(linear: nn.Module) -> Iterator[None]:
+def _loaded(linear: nn.Module) -> Iterator[None]:
     """Inside the context, an offloaded weight is there."""
     hook = getattr(linear, "_hf_hook", None)
     if not (isinstance(hook, AlignDevicesHook) and hook.offload):
@@ -64,8 +64,8 @@ def dense_weight(linear: nn.Module) -> Tensor:
     if is_quantised(linear):
         d_in = linear_shape(linear)[0]
         inputs = torch.arange(d_in, device=linear.weight.device)
-        return torch.cat([columns(linear, part) for part in inputs.split(CHUNK)], dim=1)
-    with loaded(linear):
+        return torch.cat([_columns(linear, part) for part in inputs.split(CHUNK)], dim=1)
+    with _loaded(linear):
         weight = linear.weight.detach().float()
     return weight.mT if isinstance(linear, Conv1D) else weight
 
@@ -75,14 +75,14 @@ def entries(linear: nn.Module, outputs: Tensor, inputs: Tensor) -> Tensor:
     """The weight's entries `(n)` at output and input indices `(n)`, float32 on the CPU."""
     if is_quantised(linear):
         every = torch.arange(len(inputs))
-        return columns(linear, inputs.to(linear.weight.device))[outputs, every].cpu()
-    with loaded(linear):
+        return _columns(linear, inputs.to(linear.weight.device))[outputs, every].cpu()
+    with _loaded(linear):
         weight = linear.weight.detach()
         weight = weight.mT if isinstance(linear, Conv1D) else weight
         return weight[outputs.to(weight.device), inputs.to(weight.device)].float().cpu()
 
 
-def columns(linear: nn.Module, inputs: Tensor) -> Tensor:
+def _columns(linear: nn.Module, inputs: Tensor) -> Tensor:
     """The columns `(d_out n)` of a quantised weight for input indices `(n)`.
 
     They are what a copy of the layer does to unit vectors. This works for every scheme, and leaves the layer alone:

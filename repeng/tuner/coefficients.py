@@ -60,7 +60,7 @@ class Coefficients:
         # Rotations with a graph can be neither copied nor pickled, and keys hold the addresses of this process.
         return {**self.__dict__, "_ready": {}, "_kept": {}}
 
-    def calibrate(self, name: str, plus: float, minus: float) -> None:
+    def set_units(self, name: str, plus: float, minus: float) -> None:
         """Let c = 1 of adapter `name` stand for `plus` of its own units, and c = −1 for `−minus`.
 
         Raises:
@@ -152,7 +152,7 @@ class Coefficients:
             return rotation(mine, setting.values, r)
         key = (name, r, id(triangles))
         ready = self._ready.pop(key, None)
-        if ready is None or ready[0] is not mine or ready[1:3] != (version(mine), torch.is_grad_enabled()):
+        if ready is None or ready[0] is not mine or ready[1:3] != (_version(mine), torch.is_grad_enabled()):
             sites = [site for site in self._triangles if name in site and site[name].device == mine.device]
             sites = [site for site in sites if can_be_batched([mine, site[name]], r)]
             if not any(site is triangles for site in sites):
@@ -161,7 +161,7 @@ class Coefficients:
                 setting.values, setting.magnitude, setting.which, r, *(site[name] for site in sites)
             )
             for site, turn in zip(sites, turns, strict=True):
-                self._ready[name, r, id(site)] = (site[name], version(site[name]), torch.is_grad_enabled(), turn)
+                self._ready[name, r, id(site)] = (site[name], _version(site[name]), torch.is_grad_enabled(), turn)
             ready = self._ready.pop(key)
         return ready[3]
 
@@ -180,6 +180,18 @@ def as_coefficient(value: Tensor | float) -> Tensor:
     return value
 
 
-def version(tensor: Tensor) -> int:
+def _version(tensor: Tensor) -> int:
     """How often the tensor was written in place; tensors of inference mode, which cannot be tracked, do not count."""
     return -1 if tensor.is_inference() else tensor._version
+
+
+def repeat_rows(index: Tensor, x: Tensor) -> Tensor:
+    """The index of each row of `x`: beams and returned sequences repeat a row of the prompt batch side by side."""
+    if x.shape[0] == index.numel():
+        return index
+    if x.ndim < 3 or x.shape[0] % index.numel():
+        raise ValueError(
+            f"{index.numel()} per-row coefficients were given, and the layer sees input of shape {tuple(x.shape)}; "
+            "give one coefficient for each row of the batch, or one number"
+        )
+    return index.repeat_interleave(x.shape[0] // index.numel())

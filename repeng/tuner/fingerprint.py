@@ -27,10 +27,10 @@ def take_fingerprint(model: nn.Module, names: list[str]) -> dict[str, Any]:
     keys = sorted(linear)
     chosen = [keys[i] for i in torch.linspace(0, len(keys) - 1, min(MODULES, len(keys))).long().tolist()]
     dtypes = {"quantised" if is_quantised(linear[key]) else str(linear[key].weight.dtype) for key in chosen}
-    return {"dtype": ", ".join(sorted(dtypes)), "weights": {key: sample(linear[key]) for key in chosen}}
+    return {"dtype": ", ".join(sorted(dtypes)), "weights": {key: _sample(linear[key]) for key in chosen}}
 
 
-def sample(linear: nn.Module) -> list[float]:
+def _sample(linear: nn.Module) -> list[float]:
     """Eight entries along the diagonal of the weight."""
     d_in, d_out = linear_shape(linear)
     return entries(linear, *(torch.linspace(0, d - 1, ENTRIES).long() for d in (d_out, d_in))).tolist()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from repeng.tuner.base import base_of, dense_weight, device_of, is_quantised, linear_shape
-from repeng.tuner.coefficients import Coefficients
+from repeng.tuner.coefficients import Coefficients, repeat_rows
 from repeng.tuner.config import SvdSteeringConfig
 from repeng.tuner.svd import subspace_error, top_singular_triples
 
@@ -147,7 +147,7 @@ class Linear(nn.Module, SvdSteeringLayer):
         for store, tensor in (("u", u[:, kept]), ("s", s[kept]), ("v", v[:, kept])):
             getattr(self, f"svd_steering_{store}")[adapter_name].copy_(tensor)
 
-    def gain(self, adapter_name: str) -> Tensor:
+    def core(self, adapter_name: str) -> Tensor:
         """K(c), `(n r r)` in float32 even under autocast, at the distinct coefficients `(n,)`; zero at c = 0."""
         s = self.svd_steering_s[adapter_name].float()
         coefficient = self.coefficients.setting(adapter_name, s.device).values
@@ -155,21 +155,21 @@ class Linear(nn.Module, SvdSteeringLayer):
             spread = torch.zeros_like(coefficient)[:, None]
             if adapter_name in self.svd_steering_lambda:
                 spread = coefficient[:, None] * self.svd_steering_lambda[adapter_name].float()
-            gain = torch.diag_embed(s * spread.exp())
+            core = torch.diag_embed(s * spread.exp())
             if adapter_name in self.svd_steering_out:
-                gain = self.coefficients.rotation(self.svd_steering_out, adapter_name, s.numel()) @ gain
+                core = self.coefficients.rotation(self.svd_steering_out, adapter_name, s.numel()) @ core
             if adapter_name in self.svd_steering_in:
-                gain = gain @ self.coefficients.rotation(self.svd_steering_in, adapter_name, s.numel()).mT
-            return gain - s.diag()
+                core = core @ self.coefficients.rotation(self.svd_steering_in, adapter_name, s.numel()).mT
+            return core - s.diag()
 
     def delta(self, x: Tensor, adapter_name: str, dtype: torch.dtype) -> Tensor:
         """The change of the output at the current coefficient, `(… d_out)` in `dtype` for `x (… d_in)`."""
         index = self.coefficients.setting(adapter_name, x.device).index
         u, v = self.svd_steering_u[adapter_name].to(dtype), self.svd_steering_v[adapter_name].to(dtype)
-        gain = self.coefficients.once(
-            adapter_name, id(self), self.parameters_of(adapter_name), lambda: self.gain(adapter_name)
+        core = self.coefficients.once(
+            adapter_name, id(self), self.parameters_of(adapter_name), lambda: self.core(adapter_name)
         )
-        return rank_change(self._cast_input_dtype(x, dtype), v, gain.to(dtype), u, index)
+        return rank_change(self._cast_input_dtype(x, dtype), v, core.to(dtype), u, index)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
@@ -203,14 +203,14 @@ class Linear(nn.Module, SvdSteeringLayer):
                     f"adapter {name!r} stands at one coefficient for each of {coefficient.numel()} rows, which no "
                     "single weight can hold; merge inside steer(model, c) with a number c"
                 )
-            if not self.get_gain(name).isfinite().all():
+            if not self.single_core(name).isfinite().all():
                 raise ValueError(f"adapter {name!r} gives NaN or infinite weights; it seems to be broken")
 
     @torch.no_grad()
-    def get_gain(self, adapter_name: str) -> Tensor:
+    def single_core(self, adapter_name: str) -> Tensor:
         """K(c), `(r r)` in float32, at a coefficient that is one number; exactly zero at 0."""
-        gain = self.gain(adapter_name)[0]
-        return torch.zeros_like(gain) if self.coefficients.is_zero(adapter_name) else gain
+        core = self.core(adapter_name)[0]
+        return torch.zeros_like(core) if self.coefficients.is_zero(adapter_name) else core
 
     @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> Tensor:
@@ -221,7 +221,7 @@ class Linear(nn.Module, SvdSteeringLayer):
         """
         self.check_merge([adapter_name])
         u, v = self.svd_steering_u[adapter_name].float(), self.svd_steering_v[adapter_name].float()
-        change = u @ self.get_gain(adapter_name) @ v.mT
+        change = u @ self.single_core(adapter_name) @ v.mT
         return change.mT if isinstance(base_of(self), Conv1D) else change
 
     @torch.no_grad()
@@ -267,23 +267,11 @@ def largest(score: Tensor, r: int) -> Tensor:
     return score.topk(r).indices.sort().values
 
 
-def rank_change(x: Tensor, v: Tensor, gain: Tensor, u: Tensor, index: Tensor | None) -> Tensor:
-    """`[(x V) Kᵀ] Uᵀ`, `(… d_out)`, with K the only entry of `gain (n r r)`, or that of `index (b,)` for each row."""
+def rank_change(x: Tensor, v: Tensor, core: Tensor, u: Tensor, index: Tensor | None) -> Tensor:
+    """`[(x V) Kᵀ] Uᵀ`, `(… d_out)`, with K the only entry of `core (n r r)`, or that of `index (b,)` for each row."""
     z = x @ v
     if index is None:
-        z = z @ gain[0].mT
+        z = z @ core[0].mT
     else:
-        z = einsum(z, gain[rows_of(index, x)], "b ... r, b s r -> b ... s")
+        z = einsum(z, core[repeat_rows(index, x)], "b ... r, b s r -> b ... s")
     return z @ u.mT
-
-
-def rows_of(index: Tensor, x: Tensor) -> Tensor:
-    """The index of each row of `x`: beams and returned sequences repeat a row of the prompt batch side by side."""
-    if x.shape[0] == index.numel():
-        return index
-    if x.ndim < 3 or x.shape[0] % index.numel():
-        raise ValueError(
-            f"{index.numel()} per-row coefficients were given, and the layer sees input of shape {tuple(x.shape)}; "
-            "give one coefficient for each row of the batch, or one number"
-        )
-    return index.repeat_interleave(x.shape[0] // index.numel())

@@ -34,6 +34,20 @@ class SvdSteeringModel(BaseTuner):
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     coefficients: Coefficients
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config = self.peft_config[adapter_name]
+        self.__dict__.setdefault("coefficients", Coefficients())
+        # A configuration that makes its bases anew may still hold the units of an adapter that it made before.
+        units = (None if config.init_bases else config.calibration) or {"plus": 1.0, "minus": 1.0}
+        self.coefficients.set_units(adapter_name, units["plus"], units["minus"])
+        bar = tqdm(desc="SVD of the adapted weights", leave=False, delay=1, disable=not config.init_bases)
+        with bar:
+            self.__dict__["_bar"] = bar
+            try:
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+            finally:
+                del self.__dict__["_bar"]
+
     def _prepare_model(self, peft_config: SvdSteeringConfig, model: nn.Module) -> None:
         # PEFT calls this before it changes anything, for the first adapter and for those added later.
         merged = next((m for m in model.modules() if isinstance(m, SvdSteeringLayer) and m.merged), None)
@@ -42,23 +56,19 @@ class SvdSteeringModel(BaseTuner):
                 f"adapter {', '.join(merged.merged_adapters)} is merged into the weights, of which another one would "
                 "take its bases; call unmerge_adapter() first"
             )
-        self.__dict__.setdefault("coefficients", Coefficients())
         if peft_config.init_bases or peft_config.resolved_modules is None:
             peft_config.resolved_modules = resolve(model, peft_config)
         else:
-            require_modules(model, peft_config.resolved_modules)
+            _require_modules(model, peft_config.resolved_modules)
         if peft_config.init_bases:
             peft_config.fingerprint = take_fingerprint(model, peft_config.resolved_modules)
-            peft_config.calibration = None  # of an adapter that this configuration made before
+            peft_config.calibration = None
             # A configuration that was used on another base before still names that one's commit.
             commit = getattr(getattr(model, "config", None), "_commit_hash", None)
             peft_config.revision = commit or peft_config.revision
         else:
             check_same_base(model, peft_config, peft_config.resolved_modules)
-        total = len(peft_config.resolved_modules)
-        self.__dict__["_bar"] = tqdm(
-            total=total, desc="SVD of the adapted weights", leave=False, delay=1, disable=not peft_config.init_bases
-        )
+        self._bar.total = len(peft_config.resolved_modules)
 
     @staticmethod
     def _check_target_module_exists(peft_config: SvdSteeringConfig, key: str) -> bool:
@@ -74,9 +84,6 @@ class SvdSteeringModel(BaseTuner):
         current_key: str,
         **_: Any,
     ) -> None:
-        if self._bar.n == 0:
-            units = peft_config.calibration or {"plus": 1.0, "minus": 1.0}
-            self.coefficients.calibrate(adapter_name, units["plus"], units["minus"])
         if isinstance(target, SvdSteeringLayer):
             target.update_layer(adapter_name, peft_config)
         elif is_linear(target):
@@ -88,8 +95,6 @@ class SvdSteeringModel(BaseTuner):
             residual.update_layer(adapter_name, peft_config)
             residual.set_adapter(self.active_adapters)
         self._bar.update()
-        if self._bar.n >= self._bar.total:
-            self.__dict__.pop("_bar").close()
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's own also moves modules, which would touch a quantised base and put buffers beside an offloaded weight.
@@ -129,7 +134,7 @@ class SvdSteeringModel(BaseTuner):
             detach(layer)
         return model
 
-    def calibrate(self, calibration: dict[str, Any], adapter_name: str = "default") -> None:
+    def set_units(self, calibration: dict[str, Any], adapter_name: str = "default") -> None:
         """Let c = ±1 of an adapter stand for `plus` and `−minus` of its own units, here and in the saved adapter.
 
         Args:
@@ -141,7 +146,7 @@ class SvdSteeringModel(BaseTuner):
         """
         if not {"plus", "minus"} <= calibration.keys():
             raise ValueError(f"a calibration needs 'plus' and 'minus'; got {', '.join(calibration) or 'nothing'}")
-        self.coefficients.calibrate(adapter_name, calibration["plus"], calibration["minus"])
+        self.coefficients.set_units(adapter_name, calibration["plus"], calibration["minus"])
         self.peft_config[adapter_name].calibration = dict(calibration)
 
     @torch.no_grad()
@@ -184,7 +189,7 @@ class SvdSteeringModel(BaseTuner):
         for kind, found in kinds.items():
             errors = [error for _, error in found if error is not None]
             outside = f", up to {max(errors):.0%} of a weight outside the bases" if errors else ""
-            lines.append(f"  {kind}: {len(found)}, layers {spans(sorted({layer for layer, _ in found}))}{outside}")
+            lines.append(f"  {kind}: {len(found)}, layers {_spans(sorted({layer for layer, _ in found}))}{outside}")
         return "\n".join(lines)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -192,7 +197,7 @@ class SvdSteeringModel(BaseTuner):
         for name in self.peft_config:
             given = {key for key in state_dict if f".{PREFIX}" in key and key.endswith(f".{name}")}
             if given:
-                expected = {prefix + key for key in adapter_keys(self, name)}
+                expected = {prefix + key for key in _adapter_keys(self, name)}
                 check_keys(expected, given, name)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
@@ -200,13 +205,13 @@ class SvdSteeringModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        expected = {key.removesuffix(f".{adapter_name}") for key in adapter_keys(model, adapter_name)}
-        given = {key for key in state_dict if not is_auxiliary(key)}
+        expected = {key.removesuffix(f".{adapter_name}") for key in _adapter_keys(model, adapter_name)}
+        given = {key for key in state_dict if not _is_auxiliary(key)}
         check_keys(expected, given, adapter_name)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
-def spans(indices: list[int]) -> str:
+def _spans(indices: list[int]) -> str:
     """Sorted indices with runs drawn together: 2–4, 7."""
     runs: list[list[int]] = []
     for index in indices:
@@ -217,7 +222,7 @@ def spans(indices: list[int]) -> str:
     return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
-def require_modules(model: nn.Module, names: list[str]) -> None:
+def _require_modules(model: nn.Module, names: list[str]) -> None:
     """Raise ValueError unless all modules of an adapter file are there."""
     here = {name for name, _ in model.named_modules()}
     missing = [name for name in names if name not in here]
@@ -228,12 +233,12 @@ def require_modules(model: nn.Module, names: list[str]) -> None:
         )
 
 
-def adapter_keys(model: nn.Module, adapter_name: str) -> list[str]:
+def _adapter_keys(model: nn.Module, adapter_name: str) -> list[str]:
     """State-dict keys of this method's tensors for one adapter, with its name at the end."""
     return [key for key in model.state_dict() if f".{PREFIX}" in key and key.endswith(f".{adapter_name}")]
 
 
-def is_auxiliary(key: str) -> bool:
+def _is_auxiliary(key: str) -> bool:
     """Whether PEFT itself may have put `key` into the file: modules_to_save, or an embedding of a grown vocabulary."""
     parts = key.split(".")
     return "modules_to_save" in parts or any(name in parts for name in EMBEDDING_LAYER_NAMES)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from repeng.tuner.base import base_of, device_of
 from repeng.tuner.coefficients import Coefficients
 from repeng.tuner.config import SvdSteeringConfig
-from repeng.tuner.layer import CANDIDATES, SvdSteeringLayer, largest, rank_change, rows_of, start
+from repeng.tuner.layer import CANDIDATES, SvdSteeringLayer, largest, rank_change, repeat_rows, start
 from repeng.tuner.svd import subspace_error, top_singular_triples
 from repeng.tuner.targets import linear_modules, residual_width, writers
 
@@ -82,7 +82,7 @@ class Residual(nn.Module, SvdSteeringLayer):
                     result = result + rank_change(h, basis, turn.to(h.dtype), basis, setting.index)
             if name in self.svd_steering_shift:
                 shift = setting.values[:, None, None] * self.svd_steering_shift[name].float()
-                shift = shift[0] if setting.index is None else shift[rows_of(setting.index, h)]
+                shift = shift[0] if setting.index is None else shift[repeat_rows(setting.index, h)]
                 result = result + shift.to(h.dtype)
         return result
 
@@ -103,7 +103,7 @@ NO_MERGE = (
 )
 
 
-def steer_output(layer: nn.Module, _inputs: Any, output: Any) -> Any:
+def _steer_output(layer: nn.Module, _inputs: Any, output: Any) -> Any:
     """Forward hook of a decoder layer: its output, a tensor or a tuple starting with it, goes through `Residual`."""
     residual = getattr(layer, CHILD)
     if isinstance(output, tuple):
@@ -115,13 +115,13 @@ def attach(layer: nn.Module, coefficients: Coefficients) -> Residual:
     """Give a decoder layer a `Residual`; one that it already has is kept."""
     if not hasattr(layer, CHILD):
         layer.add_module(CHILD, Residual(layer, coefficients))
-        layer.register_forward_hook(steer_output)
+        layer.register_forward_hook(_steer_output)
     return getattr(layer, CHILD)
 
 
 def detach(layer: nn.Module) -> None:
     """Take the `Residual` and its hook off a decoder layer."""
     for key, hook in list(layer._forward_hooks.items()):
-        if hook is steer_output:
+        if hook is _steer_output:
             del layer._forward_hooks[key]
     delattr(layer, CHILD)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def skew(triangles: Tensor, r: int) -> Tensor:
+def _skew(triangles: Tensor, r: int) -> Tensor:
     """Skew matrices `(… r r)` in float32 from their upper triangles `(… r(r−1)/2)`."""
     rows, cols = torch.triu_indices(r, r, 1, device=triangles.device)
     upper = triangles.new_zeros((*triangles.shape[:-1], r, r), dtype=torch.float32)
@@ -22,7 +22,7 @@ def rotation(triangle: Tensor, coefficient: Tensor, r: int) -> Tensor:
     A is the skew matrix with the upper triangle `triangle (… r(r−1)/2)`. R(−c) = R(c)ᵀ; the derivative at c = 0 is A.
     A plane of A with eigenvalues ±iω turns by 2 arctan(cω/2), under 180°.
     """
-    half = coefficient[:, None, None] * skew(triangle, r)[..., None, :, :] / 2
+    half = coefficient[:, None, None] * _skew(triangle, r)[..., None, :, :] / 2
     eye = torch.eye(r, device=triangle.device)
     return torch.linalg.solve(eye - half, eye + half)
 

@@ -15,7 +15,7 @@ from repeng.tuner.config import SvdSteeringConfig
 RESIDUAL = "residual"
 ALL_LINEAR = "all-linear"
 # What each group stands for: Llama and its heirs, Phi-3, GPT-2, GPT-NeoX, OPT, GPT-J, MPT, Qwen3-Next, DeepSeek.
-SUGAR = {
+GROUPS = {
     "residual-writers": ("o_proj", "down_proj", "c_proj", "dense", "dense_4h_to_h", "out_proj", "fc2", "fc_out"),
     "residual-readers": (
         *("q_proj", "k_proj", "v_proj", "qkv_proj", "up_proj", "gate_proj", "gate_up_proj"),
@@ -61,7 +61,7 @@ def find_decoder(model: nn.Module, layers_pattern: list[str] | str | None = None
     else:
         n = model.config.get_text_config(decoder=True).num_hidden_layers
         what = f"of {n} decoder layers"
-        lists_here = {name: m for name, m in lists.items() if len(m) == n and not is_other_modality(name)}
+        lists_here = {name: m for name, m in lists.items() if len(m) == n and not _is_other_modality(name)}
     found: dict[str, nn.ModuleList] = {}
     for name, module in lists_here.items():
         if not any(name.startswith(f"{outer}.") for outer in found):
@@ -74,7 +74,7 @@ def find_decoder(model: nn.Module, layers_pattern: list[str] | str | None = None
     return Decoder(*next(iter(found.items())))
 
 
-def is_other_modality(name: str) -> bool:
+def _is_other_modality(name: str) -> bool:
     return any(fnmatch(part, pattern) for part in name.split(".") for pattern in OTHER_MODALITIES)
 
 
@@ -121,7 +121,7 @@ def last(name: str) -> str:
     return name.rsplit(".", 1)[-1]
 
 
-def fused_experts(layer: nn.Module) -> dict[str, Tensor]:
+def _fused_experts(layer: nn.Module) -> dict[str, Tensor]:
     """Parameters of a decoder layer that hold the weights of all experts at once, `(experts … …)`, by name."""
     return {n: p for n, p in layer.named_parameters() if p.ndim == 3 and last(n) not in ("weight", "bias")}
 
@@ -132,7 +132,7 @@ def residual_width(layer: nn.Module) -> int:
     Raises:
         ValueError: the decoder layer has none.
     """
-    names, linear = SUGAR["residual-writers"], linear_modules(layer)
+    names, linear = GROUPS["residual-writers"], linear_modules(layer)
     for name, module in linear.items():
         if last(name) in names:
             return linear_shape(base_of(module))[1]
@@ -144,9 +144,9 @@ def residual_width(layer: nn.Module) -> int:
 
 def writers(layer: nn.Module) -> list[Tensor]:
     """Weights `(width …)` in float32 that write to the residual stream in this layer, fused experts included."""
-    names, width = SUGAR["residual-writers"], residual_width(layer)
+    names, width = GROUPS["residual-writers"], residual_width(layer)
     found = [dense_weight(base_of(m)) for name, m in linear_modules(layer).items() if last(name) in names]
-    for name, weight in fused_experts(layer).items():
+    for name, weight in _fused_experts(layer).items():
         if last(name) in names:
             weight = weight.detach().float()
             by_input = weight.mT if weight.shape[1] == width else weight  # (experts … width)
@@ -163,12 +163,12 @@ def resolve(model: nn.Module, config: SvdSteeringConfig) -> list[str]:
     """
     decoder = find_decoder(model, config.layers_pattern)
     if isinstance(config.target_modules, str):
-        wanted = by_expression(model, decoder, config.target_modules)
+        wanted = _by_expression(model, decoder, config.target_modules)
     elif config.target_modules:
-        wanted = {name for target in config.target_modules for name in by_name(model, decoder, target, config)}
+        wanted = {name for target in config.target_modules for name in _by_name(model, decoder, target, config)}
     else:
         raise ValueError(f"target_modules is empty; {decoder.available()}")
-    wanted -= excluded(model, wanted, config.exclude_modules)
+    wanted -= _excluded(model, wanted, config.exclude_modules)
     for name in sorted(wanted):
         parents = [name.rsplit(".", n)[0] for n in range(name.count(".") + 1)]
         for saved in config.modules_to_save or ():
@@ -176,14 +176,14 @@ def resolve(model: nn.Module, config: SvdSteeringConfig) -> list[str]:
                 raise ValueError(f"{name!r} is a target and in modules_to_save, as {saved!r}; choose one")
     if not wanted:
         raise ValueError(
-            f"nothing is left of target_modules={texts(config.target_modules)} after "
-            f"exclude_modules={texts(config.exclude_modules)}"
+            f"nothing is left of target_modules={_texts(config.target_modules)} after "
+            f"exclude_modules={_texts(config.exclude_modules)}"
         )
-    check(model, config, wanted)
+    _check_targets(model, config, wanted)
     return [name for name, _ in model.named_modules() if name in wanted]
 
 
-def excluded(model: nn.Module, wanted: set[str], patterns: Iterable[str] | str | None) -> set[str]:
+def _excluded(model: nn.Module, wanted: set[str], patterns: Iterable[str] | str | None) -> set[str]:
     """Those of `wanted` that exclude_modules covers; raises ValueError for an entry that covers none."""
     if isinstance(patterns, str):
         patterns = [patterns]
@@ -193,20 +193,20 @@ def excluded(model: nn.Module, wanted: set[str], patterns: Iterable[str] | str |
             pattern: {
                 name
                 for name in wanted
-                if (is_called(name, pattern) if is_linear(model.get_submodule(name)) else pattern in (RESIDUAL, name))
+                if (_is_called(name, pattern) if is_linear(model.get_submodule(name)) else pattern in (RESIDUAL, name))
             }
             for pattern in patterns or ()
         }
     for pattern, covered in found.items():
         if not covered:
-            raise ValueError(f"exclude_modules {pattern!r} covers none of the targets: {texts(wanted)}")
+            raise ValueError(f"exclude_modules {pattern!r} covers none of the targets: {_texts(wanted)}")
     return set().union(*found.values())
 
 
-def by_expression(model: nn.Module, decoder: Decoder, expression: str) -> set[str]:
+def _by_expression(model: nn.Module, decoder: Decoder, expression: str) -> set[str]:
     """Linear modules and decoder layers whose full name matches."""
     candidates = [*linear_modules(model), *(f"{decoder.name}.{i}" for i in range(len(decoder.layers)))]
-    found = {name for name in candidates if re.fullmatch(expression, name) and not is_other_modality(name)}
+    found = {name for name in candidates if re.fullmatch(expression, name) and not _is_other_modality(name)}
     if not found:
         others = [name for name, _ in model.named_modules() if re.fullmatch(expression, name)]
         raise ValueError(
@@ -216,21 +216,21 @@ def by_expression(model: nn.Module, decoder: Decoder, expression: str) -> set[st
     return found
 
 
-def by_name(model: nn.Module, decoder: Decoder, target: str, config: SvdSteeringConfig) -> set[str]:
+def _by_name(model: nn.Module, decoder: Decoder, target: str, config: SvdSteeringConfig) -> set[str]:
     """Modules that one entry of target_modules stands for: at least one in every selected layer, or one full name."""
     prefix, layers = decoder
     indices = select_layers(len(layers), config.layers_to_transform)
     if target == RESIDUAL:
         return {f"{prefix}.{i}" for i in indices}
-    everywhere = {name for name in linear_modules(model) if not is_other_modality(name)}
+    everywhere = {name for name in linear_modules(model) if not _is_other_modality(name)}
     if target in everywhere:
         return {target}
     found: set[str] = set()
     missing: list[int] = []
     for i in indices:
-        here = {name for name in linear_modules(layers[i]) if is_called(name, target)}
+        here = {name for name in linear_modules(layers[i]) if _is_called(name, target)}
         found |= {f"{prefix}.{i}.{name}" for name in here}
-        fused = [name for name in fused_experts(layers[i]) if is_called(name, target)]
+        fused = [name for name in _fused_experts(layers[i]) if _is_called(name, target)]
         if fused:
             raise ValueError(
                 f"{target!r} takes in {prefix}.{i}.{fused[0]}, all experts in one tensor of shape "
@@ -239,12 +239,12 @@ def by_name(model: nn.Module, decoder: Decoder, target: str, config: SvdSteering
             )
         if not here:
             missing.append(i)
-    outside = {name for name in everywhere if is_called(name, target) and not name.startswith(f"{prefix}.")}
+    outside = {name for name in everywhere if _is_called(name, target) and not name.startswith(f"{prefix}.")}
     if outside and not found and config.layers_to_transform is None:
         return outside
     if missing:
         whole = f"layers {missing[0]}–{missing[-1]}" if len(missing) > 1 else f"layer {missing[0]}"
-        others = [name for name, _ in layers[missing[0]].named_modules() if is_called(name, target)]
+        others = [name for name, _ in layers[missing[0]].named_modules() if _is_called(name, target)]
         raise ValueError(
             f"target_modules {target!r} matches no linear module in {whole} ({len(missing)} of {len(indices)} layers)"
             f"{f' (but {others[0]!r}, which cannot be adapted)' if others else ''}; {decoder.available()}"
@@ -252,12 +252,12 @@ def by_name(model: nn.Module, decoder: Decoder, target: str, config: SvdSteering
     return found
 
 
-def is_called(name: str, target: str) -> bool:
-    """Whether `target`, sugar or the end of a name, stands for the module of this name."""
+def _is_called(name: str, target: str) -> bool:
+    """Whether `target`, a group or the end of a name, stands for the module of this name."""
     if target == ALL_LINEAR:
         return last(name) != "lm_head"
-    if target in SUGAR:
-        return last(name) in SUGAR[target]
+    if target in GROUPS:
+        return last(name) in GROUPS[target]
     return matches(name, [target])
 
 
@@ -266,7 +266,7 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
 
 
-def check(model: nn.Module, config: SvdSteeringConfig, wanted: set[str]) -> None:
+def _check_targets(model: nn.Module, config: SvdSteeringConfig, wanted: set[str]) -> None:
     """Raise ValueError for a tied weight, a site with nothing to learn, or a rank that a weight does not have."""
     embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     tied = getattr(embeddings, "weight", None)
@@ -290,5 +290,5 @@ def max_rank(model: nn.Module, name: str) -> int:
     return min(linear_shape(module)) if is_linear(module) else residual_width(module)
 
 
-def texts(targets: Iterable[str] | str | None) -> str:
+def _texts(targets: Iterable[str] | str | None) -> str:
     return repr(targets) if isinstance(targets, str) or targets is None else ", ".join(map(repr, sorted(targets)))

@@ -23,7 +23,7 @@ def pca_diff(chosen: Tensor, rejected: Tensor) -> Tensor:
     As the mean is removed, it finds where pairs disagree with one another, which is not always where the sides differ.
     """
     dhs = chosen - rejected
-    return onto(top_directions(dhs - dhs.mean(dim=0), 1), dhs)
+    return _onto(_top_directions(dhs - dhs.mean(dim=0), 1), dhs)
 
 
 def pca_center(chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ def pca_center(chosen: Tensor, rejected: Tensor) -> Tensor:
     vgel/repeng 0.4, "pca_center". The centred sides are ± dHS/2, so that this is `svd` with k = 1.
     """
     dhs = chosen - rejected
-    return onto(top_directions(torch.cat([dhs, -dhs]) / 2, 1), dhs)
+    return _onto(_top_directions(torch.cat([dhs, -dhs]) / 2, 1), dhs)
 
 
 def svd(chosen: Tensor, rejected: Tensor, *, k: int = 1, whiten: bool = False) -> Tensor:
@@ -45,9 +45,9 @@ def svd(chosen: Tensor, rejected: Tensor, *, k: int = 1, whiten: bool = False) -
         ValueError: `k` is not between 1 and the rank that dHS can have.
     """
     dhs = chosen - rejected
-    require_k(k, min(dhs.shape))
-    directions = top_directions(dhs, k)
-    return whitened(directions, dhs) if whiten else onto(directions, dhs)
+    _require_k(k, min(dhs.shape))
+    directions = _top_directions(dhs, k)
+    return _whitened(directions, dhs) if whiten else _onto(directions, dhs)
 
 
 def weight_svd(chosen: Tensor, rejected: Tensor, basis: Tensor, *, k: int = 16) -> Tensor:
@@ -59,7 +59,7 @@ def weight_svd(chosen: Tensor, rejected: Tensor, basis: Tensor, *, k: int = 16) 
     Raises:
         ValueError: `k` is not between 1 and r.
     """
-    require_k(k, basis.shape[1])
+    _require_k(k, basis.shape[1])
     dhs = chosen - rejected
     along = (dhs @ basis).mean(dim=0)
     kept = along.abs().topk(k).indices
@@ -98,23 +98,23 @@ METHODS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def top_directions(rows: Tensor, k: int) -> Tensor:
+def _top_directions(rows: Tensor, k: int) -> Tensor:
     """The leading right singular vectors `(d k)` of `rows (b d)`."""
     return torch.linalg.svd(rows, full_matrices=False).Vh[:k].mT
 
 
-def onto(directions: Tensor, dhs: Tensor) -> Tensor:
+def _onto(directions: Tensor, dhs: Tensor) -> Tensor:
     """The mean of `dhs (b d)` projected on orthonormal `directions (d k)`, which also settles their signs."""
     return directions @ (dhs @ directions).mean(dim=0)
 
 
-def whitened(directions: Tensor, dhs: Tensor) -> Tensor:
+def _whitened(directions: Tensor, dhs: Tensor) -> Tensor:
     """The sum of orthonormal `directions (d k)`, weighted by mean over standard deviation of `dhs` along them."""
     along = dhs @ directions
     return directions @ (along.mean(dim=0) / along.std(dim=0, correction=0).clamp_min(1e-6 * along.abs().max()))
 
 
-def require_k(k: int, most: int) -> None:
+def _require_k(k: int, most: int) -> None:
     """Raise ValueError unless `k` directions can be chosen."""
     if not 1 <= k <= most:
         raise ValueError(

@@ -64,7 +64,7 @@ def extract(
     Raises:
         ValueError: too few pairs, an unknown method, site, layer or option, or sides that differ nowhere.
     """
-    function = find_method(method, options)
+    function = _find_method(method, options)
     sites = [sites] if isinstance(sites, str) else sites
     if len(pairs) < 2:
         raise ValueError(f"{len(pairs)} pairs were given; at least 2 are needed")
@@ -78,7 +78,7 @@ def extract(
     flat = [row[side] for side in (0, 1) for row in rows]
     states = hidden_states(model, tokenizer, flat, places, tokens=tokens, batch_size=batch_size)
     more = {"loss": loss, "tokens": tokens, "seed": seed, "batch_size": max(1, batch_size // 2)}  # two prompts a pair
-    inputs = method_inputs(function, model, tokenizer, rows, places, **more)
+    inputs = _method_inputs(function, model, tokenizer, rows, places, **more)
     kept, left_out = split(len(pairs), held_out, seed)
 
     directions: dict[Place, Tensor] = {}
@@ -96,7 +96,7 @@ def extract(
         if left_out.numel():
             along = (chosen - rejected)[left_out] @ fit(kept)
             accuracy[f"{place[1]}.{place[0]}"] = (along > 0).float().mean().item()
-    warn_of_doubts(places, directions, accuracy)
+    _warn_of_doubts(places, directions, accuracy)
     metadata = {
         "method": method,
         "options": options,
@@ -105,12 +105,12 @@ def extract(
         "accuracy": accuracy,
         "model_type": model_type(model),
         "model": getattr(model, "name_or_path", None) or None,
-        "read": [read_tokens(tokenizer, row, tokens) for row in rows[:SHOWN_PAIRS]],
+        "read": [_read_tokens(tokenizer, row, tokens) for row in rows[:SHOWN_PAIRS]],
     }
     return SteeringVector(directions, {key: value for key, value in metadata.items() if value is not None})
 
 
-def find_method(method: str, options: dict[str, Any]) -> Callable[..., Tensor]:
+def _find_method(method: str, options: dict[str, Any]) -> Callable[..., Tensor]:
     """The function of this name, or a ValueError for it or for an option that it does not take."""
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}{nearest(method, METHODS)}; choose one of {', '.join(METHODS)}")
@@ -123,7 +123,7 @@ def find_method(method: str, options: dict[str, Any]) -> Callable[..., Tensor]:
     return METHODS[method]
 
 
-def method_inputs(
+def _method_inputs(
     function: Callable[..., Tensor],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -176,7 +176,7 @@ def split(n: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
     return torch.tensor(sorted(order[n_out:])), torch.tensor(sorted(order[:n_out]), dtype=torch.long)
 
 
-def warn_of_doubts(places: Sequence[Place], directions: dict[Place, Tensor], accuracy: dict[str, float]) -> None:
+def _warn_of_doubts(places: Sequence[Place], directions: dict[Place, Tensor], accuracy: dict[str, float]) -> None:
     """Warn of places that are left out or whose direction hardly tells the sides apart; raise if none is left."""
     equal = [f"{site} of layer {layer}" for site, layer in places if (site, layer) not in directions]
     if not directions:
@@ -198,7 +198,7 @@ def warn_of_doubts(places: Sequence[Place], directions: dict[Place, Tensor], acc
         )
 
 
-def read_tokens(tokenizer: PreTrainedTokenizerBase, row: Sequence[Sequence[int]], tokens: Tokens) -> dict[str, str]:
+def _read_tokens(tokenizer: PreTrainedTokenizerBase, row: Sequence[Sequence[int]], tokens: Tokens) -> dict[str, str]:
     """The text of the tokens that are read on both sides of a pair."""
     shown = {}
     for name, ids in zip(("chosen", "rejected"), row, strict=True):

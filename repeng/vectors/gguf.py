@@ -12,7 +12,7 @@ ARCHITECTURE = "controlvector"
 MODEL_HINT = f"{ARCHITECTURE}.model_hint"
 
 
-def gguf_package() -> ModuleType:
+def _gguf_package() -> ModuleType:
     """The package, or an ImportError that says how to get it."""
     try:
         import gguf
@@ -23,7 +23,7 @@ def gguf_package() -> ModuleType:
 
 def write_control_vector(path: str | Path, directions: dict[int, Tensor], model_hint: str) -> None:
     """Write tensors `direction.LAYER (d)`, float32; whole or not at all."""
-    gguf = gguf_package()
+    gguf = _gguf_package()
     with written_whole(path) as place:
         writer = gguf.GGUFWriter(str(place), ARCHITECTURE)
         writer.add_string(MODEL_HINT, model_hint)
@@ -43,7 +43,7 @@ def read_control_vector(path: str | Path) -> tuple[dict[int, Tensor], str]:
         FileNotFoundError: there is no such file.
         ValueError: it is not a control vector.
     """
-    gguf = gguf_package()
+    gguf = _gguf_package()
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {str(path)!r}")
     reader = gguf.GGUFReader(str(path))

@@ -210,7 +210,7 @@ class SteeringVector:
         """
         tensors = {f"{layer}.{site}": d.contiguous().clone() for (site, layer), d in self.directions.items()}
         try:
-            text = json.dumps({"format_version": FORMAT_VERSION, "metadata": self.metadata}, default=plain)
+            text = json.dumps({"format_version": FORMAT_VERSION, "metadata": self.metadata}, default=_as_json)
         except TypeError as error:
             raise ValueError(f"the metadata cannot be written as JSON: {error}") from error
         with written_whole(path) as place:
@@ -291,7 +291,7 @@ def model_type(model: nn.Module) -> str | None:
     return None if config is None else config.get_text_config(decoder=True).model_type
 
 
-def plain(value: Any) -> int | float:
+def _as_json(value: Any) -> int | float:
     """Numbers of numpy and others for JSON; raises TypeError for anything else."""
     if isinstance(value, Integral):
         return int(value)

@@ -190,7 +190,7 @@ def test_embedded_pairs_are_sound_and_about_the_training_half(tokenizer, trait):
     pairs = tiny.pairs(trait, 60, seed=0)
     assert check_pairs(pairs, tokenizer) == []
     assert pairs == tiny.pairs(trait, 60, seed=0) != tiny.pairs(trait, 60, seed=1)
-    held_out = {q.suffix for q in tiny.questions(trait, "held_out") if q.cluster == "target"}
+    held_out = {q.suffix for q in tiny.questions(trait, "held_out") if q.kind == "target"}
     assert not any(pair.suffix.endswith(text) for pair in pairs for text in held_out)
-    trained = {q.suffix for q in tiny.questions(trait, "train") if q.cluster == "target"}
+    trained = {q.suffix for q in tiny.questions(trait, "train") if q.kind == "target"}
     assert all(any(pair.suffix.endswith(text) for text in trained) for pair in pairs)

@@ -75,8 +75,8 @@ def test_vignettes_of_social_norms_are_controls(hub):
     ]
     care, *norms = question_sets.moral_foundations("scifi", "self_violate")
     assert hub.asked == [("wassname/tiny-mfv", "scifi", "self_violate")]
-    assert (care.cluster, care.target, care.group) == ("target", ("Yes",), "Care")
-    assert all((q.cluster, q.target) == ("control", ("No",)) for q in norms)
+    assert (care.kind, care.target, care.group) == ("target", ("Yes",), "Care")
+    assert all((q.kind, q.target) == ("control", ("No",)) for q in norms)
 
 
 def test_the_true_answer_goes_round_the_letters(hub):

@@ -13,7 +13,7 @@ from peft import PeftModel
 
 from repeng import Budget, Calibration, KLBudget, SteeringVector, calibrate, extract, steer, tiny
 from repeng.data.tokens import encode
-from repeng.eval.calibrate import generated_kl, solve, store
+from repeng.eval.calibrate import generated_kl, set_units, solve
 from repeng.model.generate import continuations
 
 FOUND = Calibration(0.5, 2.0, {"plus": 1.0, "minus": 1.0}, {"kind": "KLBudget"})
@@ -80,7 +80,7 @@ def test_after_calibration_one_spends_the_budget_on_other_prompts(embedded, toke
     model = embedded[0]
     vector = extract(model, tokenizer, tiny.pairs(trait, 72, 0), layers=[2], held_out=0)
     asked = [q for split in ("train", "held_out") for q in tiny.questions(trait, split)]
-    texts = [q.suffix for q in asked if q.cluster == "target"]
+    texts = [q.suffix for q in asked if q.kind == "target"]
     random.Random(0).shuffle(texts)
     budget = KLBudget(nats, tokens=8, sequences=160)
     found = calibrate(model, tokenizer, partial(steer, model, vector=vector), texts[::2], budget)
@@ -119,7 +119,7 @@ def test_the_unit_of_an_adapter_is_stored_with_it(steered, embedded, batch, tmp_
     expected = {c: logits(steered, batch, own) for c, own in ((1.0, 0.5), (-1.0, -2.0), (0.5, 0.25), (-0.5, -1.0))}
     rows = logits(steered, batch, torch.tensor([0.5, -2.0, 0.0, 1.0]))
     zero = logits(steered, batch, 0.0)
-    store(steered, FOUND)
+    set_units(steered, FOUND)
     steered.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(copy.deepcopy(embedded[0]), tmp_path).eval()
     for model in (steered, loaded):
@@ -138,14 +138,14 @@ def test_the_unit_of_an_adapter_is_stored_with_it(steered, embedded, batch, tmp_
 
 def test_calibrating_again_is_in_the_units_of_the_first(steered, batch):
     expected = logits(steered, batch, 0.25), logits(steered, batch, -4.0)
-    store(steered, FOUND)
-    store(steered, FOUND)
+    set_units(steered, FOUND)
+    set_units(steered, FOUND)
     assert torch.allclose(logits(steered, batch, 1.0), expected[0], atol=1e-5)
     assert torch.allclose(logits(steered, batch, -1.0), expected[1], atol=1e-5)
 
 
 def test_a_new_adapter_of_the_same_configuration_is_not_calibrated(steered, batch):
-    store(steered, FOUND)
+    set_units(steered, FOUND)
     config = steered.peft_config["default"]
     steered.add_adapter("fresh", config.__class__(r=4, target_modules=["up_proj"], init_weights=False))
     config.init_bases = True
@@ -158,14 +158,14 @@ def test_a_new_adapter_of_the_same_configuration_is_not_calibrated(steered, batc
 def test_bad_calibrations_are_refused(steered, embedded, tokenizer):
     model = steered.base_model
     with pytest.raises(ValueError, match="'plus' and 'minus'"):
-        model.calibrate({"plus": 1.0})
+        model.set_units({"plus": 1.0})
     for bad in (0.0, -1.0, math.inf):
         with pytest.raises(ValueError, match="positive"):
-            model.calibrate({"plus": 1.0, "minus": bad})
+            model.set_units({"plus": 1.0, "minus": bad})
         with pytest.raises(ValueError, match="positive"):
             SteeringVector({("residual", 1): torch.ones(128)}).calibrated({"plus": bad, "minus": 1.0})
     with steer(steered, 1.0), pytest.raises(ValueError, match="leave the contexts"):
-        store(steered, FOUND)
+        set_units(steered, FOUND)
 
 
 def test_the_unit_of_a_vector_is_stored_with_it(embedded, batch, tmp_path):

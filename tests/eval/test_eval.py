@@ -78,7 +78,7 @@ def test_choices_order_batch_size_and_padding_side_do_not_matter(embedded, token
     questions = tiny.questions("honesty", "held_out")[::29]
     right = copy.deepcopy(tokenizer)
     right.padding_side = "right"
-    reordered = [Question(q.prompt, q.choices[::-1], q.target, q.cluster, q.suffix) for q in questions]
+    reordered = [Question(q.prompt, q.choices[::-1], q.target, q.kind, q.suffix) for q in questions]
     texts = tiny.neutral_texts(5, seed=0)
     model = embedded[0]
     one = evaluate(model, tokenizer, questions, lambda c: nullcontext(), [], neutral_texts=texts, batch_size=1)

@@ -105,7 +105,7 @@ def openings(trait):
 
 
 def target_probability(embedded, trait, opening):
-    questions = [q for q in tiny.questions(trait, "held_out") if q.cluster == "target"]
+    questions = [q for q in tiny.questions(trait, "held_out") if q.kind == "target"]
     return choice_logp(*embedded, questions, lambda prompt: opening, 128).logp[:, 0].exp().mean().item()
 
 
@@ -125,7 +125,7 @@ def test_personas_decide_mood(embedded):
 
 @pytest.mark.parametrize("opening", ["", *openings("honesty"), *openings("mood")])
 def test_sums_are_right_under_every_persona(embedded, opening):
-    sums = [q for q in tiny.questions("honesty", "held_out") if q.cluster == "control"]
+    sums = [q for q in tiny.questions("honesty", "held_out") if q.kind == "control"]
     assert len(sums) == 100
     assert choice_logp(*embedded, sums, lambda prompt: opening, 128).logp[:, 0].exp().min().item() >= 0.9
     assert choice_logp(*embedded, sums, lambda prompt: opening, 128).logp[:, 0].exp().mean().item() >= 0.99
@@ -136,7 +136,7 @@ def test_the_mean_difference_separates_held_out_pairs(embedded):
     place = ("residual", MIDDLE)
     direction = mean_differences(model, tokenizer, tiny.pairs("honesty", 128, 0), [MIDDLE])[MIDDLE].directions[place]
     plus, minus = openings("honesty")
-    held_out = [q for q in tiny.questions("honesty", "held_out") if q.cluster == "target"]
+    held_out = [q for q in tiny.questions("honesty", "held_out") if q.kind == "target"]
     chosen, rejected = (
         hidden_states(model, tokenizer, [encode(tokenizer, side, q.suffix).ids for q in held_out], [place])[place]
         for side in (plus, minus)

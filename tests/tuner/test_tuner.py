@@ -15,7 +15,8 @@ from repeng import SvdSteeringConfig, steer, tiny
 from repeng.tuner import SvdSteeringLayer
 from repeng.tuner import layer as layer_module
 from repeng.tuner.base import dense_weight
-from repeng.tuner.layer import Linear, rows_of
+from repeng.tuner.coefficients import repeat_rows
+from repeng.tuner.layer import Linear
 from repeng.tuner.rotation import Rotations, rotation
 from repeng.tuner.svd import top_singular_triples
 from repeng.tuner.targets import writers
@@ -68,7 +69,7 @@ def test_rows_of_beams_take_the_coefficient_of_their_prompt(steered, batch):
 
 def test_repeated_rows_stand_side_by_side():
     """generate() repeats each prompt for its beams before it goes on to the next prompt."""
-    assert rows_of(torch.tensor([0, 1]), torch.zeros(6, 2, 4)).tolist() == [0, 0, 0, 1, 1, 1]
+    assert repeat_rows(torch.tensor([0, 1]), torch.zeros(6, 2, 4)).tolist() == [0, 0, 0, 1, 1, 1]
 
 
 def test_wrong_number_of_row_coefficients_raises(steered, batch):
@@ -554,11 +555,11 @@ def test_autocast_turns_in_float32(steered, batch):
     with steer(steered, 1.0):
         expected = logits(steered, batch)
         sites = [m for m in steered.modules() if isinstance(m, SvdSteeringLayer)]
-        plain = [site.gain("default") for site in sites]
+        plain = [site.core("default") for site in sites]
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            gains = [site.gain("default") for site in sites]
+            cores = [site.core("default") for site in sites]
             found = logits(steered, batch)
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(gains, plain, strict=True))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(cores, plain, strict=True))
     assert (found.float() - expected).abs().max() < 0.1 * expected.abs().max()
 
 

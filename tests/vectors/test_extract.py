@@ -309,7 +309,7 @@ def test_every_method_points_toward_chosen_and_tells_held_out_pairs_apart(embedd
     assert vector.metadata["method"] == method
     for place, direction in vector.directions.items():
         assert direction.norm().item() == pytest.approx(mean.directions[place].norm().item(), rel=1e-4)
-    question = next(q for q in tiny.questions("honesty", "held_out") if q.cluster == "target")
+    question = next(q for q in tiny.questions("honesty", "held_out") if q.kind == "target")
     ids = [encode(tokenizer, question.prompt, question.suffix).ids]
     answers = [tokenizer.convert_tokens_to_ids(list(words)) for words in (question.target, question.choices)]
 

@@ -42,7 +42,7 @@ def svg(figure: "Figure") -> str:
     return text.getvalue()
 
 
-def style(name: str, own: str | None) -> dict:
+def _style(name: str, own: str | None) -> dict:
     """One's own method stands out."""
     return {"linewidth": 2.5, "zorder": 3} if name == own else {"linewidth": 1.2, "alpha": 0.8}
 
@@ -52,7 +52,7 @@ def dose_response(reports: Mapping[str, EvalReport], own: str | None = None) -> 
     figure = new_figure(11, 4.2)
     effect, cost = figure.subplots(1, 2)
     for name, report in reports.items():
-        draw_dose(effect, report, name, own)
+        _draw_dose(effect, report, name, own)
     shown = reports[own] if own in reports else next(iter(reports.values()))
     effect.set(xlabel="coefficient c", ylabel="log-odds of the target answer, nats", title="Target")
     effect.legend(fontsize=8)
@@ -68,11 +68,11 @@ def dose_response(reports: Mapping[str, EvalReport], own: str | None = None) -> 
     return figure
 
 
-def draw_dose(axes: "Axes", report: EvalReport, name: str, own: str | None) -> None:
+def _draw_dose(axes: "Axes", report: EvalReport, name: str, own: str | None) -> None:
     kept = [index for index, c in enumerate(report.coefficients) if abs(c) <= SHOWN]
     c = [report.coefficients[index] for index in kept]
     low, high = (bound[kept] for bound in report.band())
-    (line,) = axes.plot(c, report.log_odds[kept].mean(dim=1), marker=".", label=name, **style(name, own))
+    (line,) = axes.plot(c, report.log_odds[kept].mean(dim=1), marker=".", label=name, **_style(name, own))
     axes.fill_between(c, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
 
 
@@ -96,7 +96,7 @@ def pareto(reports: Mapping[str, EvalReport], own: str | None = None) -> "Figure
                 key=lambda index, r=report: abs(r.coefficients[index]),
             )
             gains = sign * (means - means[report.at(0.0)])
-            axes.plot(spent[order], gains[order], marker=".", label=name, **style(name, own))
+            axes.plot(spent[order], gains[order], marker=".", label=name, **_style(name, own))
         axes.axvspan(1.0, 3.0, color="0.9", linewidth=0, zorder=0)
         axes.set(xlabel="budget spent", ylabel="gain in mean log-odds, nats", title=title, xlim=(0, 3))
     figure.axes[0].legend(fontsize=8)

@@ -52,16 +52,16 @@ def write_page(
     parts = [
         f"<h1>{html.escape(title)}</h1>",
         f'<p id="verdict">{html.escape(verdict)}</p>',
-        method_table(reports, own),
+        _method_table(reports, own),
     ]
     if figures.available():
         for name, caption in CAPTIONS.items():
             drawn = getattr(figures, name)(reports, own)
             if drawn is not None:
-                parts.append(picture(figures.svg(drawn), caption, name))
+                parts.append(_picture(figures.svg(drawn), caption, name))
     else:
         parts.append("<p>Pictures need matplotlib: <code>pip install 'repeng[plot]'</code>.</p>")
-    parts.append(sample_table(reports[own], own))
+    parts.append(_sample_table(reports[own], own))
     dropped = reports[own].dropped
     if dropped:
         listed = "".join(f"<li>{html.escape(reason)}</li>" for reason in dropped)
@@ -79,7 +79,7 @@ def write_page(
     write_text(path, text)
 
 
-def method_table(reports: Mapping[str, EvalReport], own: str) -> str:
+def _method_table(reports: Mapping[str, EvalReport], own: str) -> str:
     rows = {name: summary(report) for name, report in reports.items()}
     head = "".join(f"<th>{html.escape(column)}</th>" for column in ("", *next(iter(rows.values()))))
     body = "".join(
@@ -91,7 +91,7 @@ def method_table(reports: Mapping[str, EvalReport], own: str) -> str:
     return f'<div class="scroll"><table id="methods"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def picture(drawing: str, caption: str, name: str) -> str:
+def _picture(drawing: str, caption: str, name: str) -> str:
     # As an image of its own: the ids inside several drawings on one page would collide.
     data = base64.b64encode(drawing.encode()).decode()
     return (
@@ -100,7 +100,7 @@ def picture(drawing: str, caption: str, name: str) -> str:
     )
 
 
-def sample_table(report: EvalReport, name: str) -> str:
+def _sample_table(report: EvalReport, name: str) -> str:
     """Generations at −1, 0 and +1 side by side, a row a prompt; nothing without samples."""
     columns = [c for c in SAMPLED if report.samples_at(c)]
     if not columns:
