@@ -79,7 +79,7 @@ def main() -> None:
         for choice in options.choices:
             reports = [run(choice, seed, [*extra, "--r", str(r)]) for seed in options.seeds]
             ranges = [report.range for report in reports]
-            arms = " | ".join(f"{mean(report.arm(sign)[0] for report in reports):.2f}" for sign in (1, -1))
+            arms = " | ".join(f"{mean(report.arm(sign).gain for report in reports):.2f}" for sign in (1, -1))
             print(
                 f"| {r} | {choice} | {mean(ranges):.2f} ({', '.join(f'{x:.2f}' for x in ranges)}) | {arms} |",
                 flush=True,

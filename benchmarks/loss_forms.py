@@ -161,7 +161,7 @@ def main() -> None:
             for seed, report in zip(options.seeds, reports, strict=True):
                 file.write(json.dumps({"form": name, "seed": seed, "argv": extra, **report.to_dict()}) + "\n")
         ranges = [report.range for report in reports]
-        arms = [f"{mean(report.arm(sign)[0] for report in reports):.2f}" for sign in (1, -1)]
+        arms = [f"{mean(report.arm(sign).gain for report in reports):.2f}" for sign in (1, -1)]
         wrong = mean(report.wrong_way for report in reports)
         shown = ", ".join(f"{r:.2f}" for r in ranges)
         print(f"| {name} | {mean(ranges):.2f} ({shown}) | {' | '.join(arms)} | {wrong:.1%} |", flush=True)

@@ -163,7 +163,7 @@ def figures(reports: list[EvalReport], against: dict[str, list[EvalReport]]) -> 
         "range": mean_range(held_out),
         "interval": interval(held_out),
         "by_seed": [report.range for report in held_out],
-        "arms": [mean(report.arm(sign)[0] for report in held_out) for sign in (1, -1)],
+        "arms": [mean(report.arm(sign).gain for report in held_out) for sign in (1, -1)],
         "against": max((report.against(sign) for report in held_out for sign in (1, -1)), key=lambda v: (v == v, v)),
         "wrong_way": mean(report.wrong_way for report in held_out),
         "controls_flipped": mean(report.arbitrary_flips for report in held_out),

@@ -68,7 +68,7 @@ def main() -> None:
     ]
     for trait in TEXTS:
         for name, (report, layer, accuracy) in measure(trait, options.pairs, options.every).items():
-            arms = " | ".join(f"{report.arm(sign)[0]:.2f}" for sign in (1, -1))
+            arms = " | ".join(f"{report.arm(sign).gain:.2f}" for sign in (1, -1))
             where = ("–", "–") if layer is None else (str(layer), f"{accuracy:.0%}")
             wrong = f"{report.wrong_way:.1%}" if report.range else "–"
             lines.append(f"| {name} | {trait} | {' | '.join(where)} | {report.range:.2f} | {arms} | {wrong} |")

@@ -20,6 +20,35 @@ if TYPE_CHECKING:
     from repeng.tuner import SvdSteeringConfig, SvdSteeringModel
     from repeng.vectors.extract import extract
     from repeng.vectors.vector import SteeringVector
+else:
+    __getattr__, __dir__ = lazily(
+        __name__,
+        {
+            "Budget": "repeng.eval.eval_report",
+            "Calibration": "repeng.eval.calibrate",
+            "ContrastPair": "repeng.data.pairs",
+            "EvalReport": "repeng.eval.eval_report",
+            "KLBudget": "repeng.eval.calibrate",
+            "PairCollator": "repeng.train.collator",
+            "Question": "repeng.data.questions",
+            "SteeringArguments": "repeng.train.arguments",
+            "SteeringTrainer": "repeng.train.trainer",
+            "SteeringVector": "repeng.vectors.vector",
+            "SvdSteeringConfig": "repeng.tuner.config",
+            "SvdSteeringModel": "repeng.tuner.model",
+            "bootstrap": "repeng.eval.eval_report",
+            "calibrate": "repeng.eval.calibrate",
+            "check_pairs": "repeng.data.pairs",
+            "evaluate": "repeng.eval.evaluate",
+            "extract": "repeng.vectors.extract",
+            "inner_contrastive_loss": "repeng.train.inner_contrastive_loss",
+            "load_pairs": "repeng.data.pairs",
+            "load_questions": "repeng.data.questions",
+            "make_pairs": "repeng.data.pairs",
+            "steer": "repeng.control.steer",
+        },
+        packages=("control", "data", "eval", "model", "tiny", "train", "tuner", "vectors"),
+    )
 
 __version__ = "0.1.0"
 
@@ -47,35 +76,6 @@ __all__ = [
     "make_pairs",
     "steer",
 ]
-
-__getattr__, __dir__ = lazily(
-    __name__,
-    {
-        "Budget": "repeng.eval.eval_report",
-        "Calibration": "repeng.eval.calibrate",
-        "ContrastPair": "repeng.data.pairs",
-        "EvalReport": "repeng.eval.eval_report",
-        "KLBudget": "repeng.eval.calibrate",
-        "PairCollator": "repeng.train.collator",
-        "Question": "repeng.data.questions",
-        "SteeringArguments": "repeng.train.arguments",
-        "SteeringTrainer": "repeng.train.trainer",
-        "SteeringVector": "repeng.vectors.vector",
-        "SvdSteeringConfig": "repeng.tuner.config",
-        "SvdSteeringModel": "repeng.tuner.model",
-        "bootstrap": "repeng.eval.eval_report",
-        "calibrate": "repeng.eval.calibrate",
-        "check_pairs": "repeng.data.pairs",
-        "evaluate": "repeng.eval.evaluate",
-        "extract": "repeng.vectors.extract",
-        "inner_contrastive_loss": "repeng.train.inner_contrastive_loss",
-        "load_pairs": "repeng.data.pairs",
-        "load_questions": "repeng.data.questions",
-        "make_pairs": "repeng.data.pairs",
-        "steer": "repeng.control.steer",
-    },
-    packages=("control", "data", "eval", "model", "tiny", "train", "tuner", "vectors"),
-)
 
 # PEFT takes seconds to import, so `import repeng` does not import it. Once somebody does, PEFT knows the method.
 when_imported("peft", lambda: import_module("repeng.tuner"))

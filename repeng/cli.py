@@ -53,7 +53,10 @@ class CalibrateArguments:
     use_cpu: bool = field(default=False, metadata={"help": "Leave a GPU alone."})
 
 
-MEASURES = {"evaluate": EvaluateArguments, "calibrate": CalibrateArguments}
+MEASURES: dict[str, type[EvaluateArguments] | type[CalibrateArguments]] = {
+    "evaluate": EvaluateArguments,
+    "calibrate": CalibrateArguments,
+}
 TRAIN_USAGE = "repeng train [--config NAME_OR_FILE ...] [--KEY VALUE ...] [FLAGS OF accelerate launch]"
 
 

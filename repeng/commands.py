@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from accelerate import PartialState
@@ -26,6 +26,7 @@ from repeng.eval.report.folder import write_report
 from repeng.eval.report.tables import print_doses, print_table
 from repeng.model.adapter_files import save_adapter
 from repeng.model.loading import load_base, load_tokenizer
+from repeng.model.types import CausalLM
 from repeng.vectors.vector import SteeringVector
 
 OWN = "this dial"
@@ -45,7 +46,7 @@ class Base(NamedTuple):
 class Loaded(NamedTuple):
     """The model with what was loaded, its dial, where to measure it, and the vector if it is one."""
 
-    model: PreTrainedModel | PeftModel
+    model: CausalLM
     dial: Dial
     coefficients: Sequence[float]
     vector: SteeringVector | None
@@ -109,7 +110,7 @@ def calibrate(
     calibration = find_calibration(model, base.tokenizer, dial, chosen, budget, largest=largest)
     if vector is None:
         set_units(model, calibration)
-        save_adapter(model, target)
+        save_adapter(cast(PeftModel, model), target)
     else:
         vector = vector.calibrated(calibration.to_dict())
         vector.save(target)
@@ -135,7 +136,7 @@ def _load_task_model(task_args: TaskArguments, seed: int, use_cpu: bool) -> Base
     own = tiny.task(task_args, seed)
     tokenizer = load_tokenizer(task_args.model_name_or_path)
     pairs = read_pairs(task_args, tokenizer, seed=seed, own=own)
-    device = torch.device("cpu") if use_cpu else PartialState().device
+    device = torch.device("cpu") if use_cpu else cast(torch.device, PartialState().device)
     model = load_base(
         task_args.model_name_or_path,
         device,

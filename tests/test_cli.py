@@ -1,16 +1,24 @@
 """`repeng evaluate` and `repeng calibrate` on what a user has: the folder of an adapter, the file of a vector."""
 
+import inspect
 import json
 import math
+import subprocess
+import sys
+from dataclasses import fields
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
-from repeng import SteeringVector, SvdSteeringConfig, commands, extract, steer, tiny
-from repeng.cli import main
+from repeng import KLBudget, SteeringVector, SvdSteeringConfig, commands, extract, steer, tiny
+from repeng.cli import CalibrateArguments, EvaluateArguments, main
+from repeng.data.arguments import TaskArguments
+from repeng.data.configuration import names_of
 from repeng.data.questions import Question
 from repeng.eval import compare
+from repeng.train.inner_contrastive_loss import inner_contrastive_loss
+from repeng.train.recipe import Recipe
 
 KEYS = ["--positive", "cheerful", "--negative", "gloomy"]
 
@@ -107,6 +115,54 @@ def test_bad_input_ends_with_a_sentence(vector_file, argv, message):
     with pytest.raises(SystemExit) as stop:
         main([word.replace("{vector}", str(vector_file)) for word in argv])
     assert message in str(stop.value)
+
+
+def python(*argv):
+    """A command's outcome, and which slow packages it imported."""
+    code = (
+        "import atexit, sys; sys.argv[0] = 'repeng'\n"
+        "atexit.register(lambda: print(*(m for m in ('torch', 'transformers', 'peft') if m in sys.modules)))\n"
+        "from repeng.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *map(str, argv)], capture_output=True, text=True, timeout=120)
+    return done, done.stdout.splitlines()[-1].split()
+
+
+@pytest.mark.parametrize("command", [(), ("train",), ("evaluate",), ("calibrate",)])
+def test_help_lists_the_keys_before_anything_slow_is_imported(command):
+    done, slow = python(*command, "--help")
+    assert done.returncode == 0 and slow == [], done.stderr[-2000:]
+    own = {"train": Recipe, "evaluate": EvaluateArguments, "calibrate": CalibrateArguments}
+    for name in names_of([TaskArguments, own[command[0]]] if command else []):
+        assert f"--{name} " in done.stdout
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["evaluate", "nowhere"], "no adapter and no vector at 'nowhere'"),
+        (["evaluate", "{file}", "--learning_rate", "9"], "unknown key 'learning_rate' in the command line"),
+        (["evaluate", "{file}", "--nats", "9"], "unknown key 'nats'"),
+        (["calibrate", "{file}", "--sequence", "9"], "did you mean 'sequences'"),
+        (["evaluate", "{file}", "--config", "moood"], "did you mean 'mood'"),
+        (["train", "--config", "tinny"], "did you mean 'tiny'"),
+    ],
+)
+def test_what_is_mistyped_is_refused_before_anything_slow_is_imported(argv, message, tmp_path):
+    (tmp_path / "v.safetensors").write_bytes(b"")
+    done, slow = python(*(word.replace("{file}", str(tmp_path / "v.safetensors")) for word in argv))
+    assert done.returncode == 1 and message in done.stderr and slow == []
+
+
+def test_defaults_that_are_written_twice_are_equal():
+    """The command line states them without importing what they belong to."""
+    loss = inspect.signature(inner_contrastive_loss).parameters
+    for field in fields(Recipe):
+        if field.name in loss:
+            assert field.default == loss[field.name].default, field.name
+    budget = {field.name: field.default for field in fields(KLBudget)}
+    for field in fields(CalibrateArguments):
+        assert budget.get(field.name, field.default) == field.default, field.name
 
 
 def test_questions_of_another_tokenizer_are_refused_before_any_work(vector_file, tmp_path):

@@ -46,27 +46,6 @@ def test_ci_runs_the_readmes_test_command():
     assert "uv run pytest -v --tb=short" in ci and "ruff check" in ci and "ruff format --check" in ci
 
 
-def test_the_readmes_snippets_are_of_public_names():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    snippets = re.findall(r"```python\n(.*?)```", readme, flags=re.S)
-    assert snippets
-    for snippet in snippets:
-        compile(snippet, "README.md", "exec")
-        for names in re.findall(r"^from repeng import (.+)$", snippet, flags=re.M):
-            for name in names.split(","):
-                assert name.strip() in {*repeng.__all__, "tiny"}
-
-
-def test_the_readmes_snippets_run(tmp_path, monkeypatch):
-    """All but the one that loads what training wrote, which the model card's test stands for."""
-    monkeypatch.chdir(tmp_path)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    ran = [snippet for snippet in re.findall(r"```python\n(.*?)```", readme, flags=re.S) if "outputs/" not in snippet]
-    assert len(ran) >= 2
-    for snippet in ran:
-        exec(compile(snippet, "README.md", "exec"), {})
-
-
 def imported_modules(path):
     """Full names of what a file imports of this package, wherever in the file."""
     for node in ast.walk(ast.parse(SOURCES[path])):

@@ -32,7 +32,7 @@ class TokenFilter:
         named = isinstance(positions, str) and positions in ("all", "prompt", "generated")
         if not named and not (isinstance(positions, slice) and (positions.step or 1) > 0):
             raise ValueError(f"positions must be 'all', 'prompt', 'generated' or a slice; got {positions!r}")
-        self.positions = positions
+        self.positions: Positions = positions
         self.tokens: Tensor | None = None
         self._given: int | None = None  # columns of the prompt that `generate` was given, while it runs
         self._given_mask: Tensor | None = None  # and its mask (b t)
@@ -47,7 +47,7 @@ class TokenFilter:
             stack.callback(trunk.register_forward_pre_hook(self._before, with_kwargs=True).remove)
             for module in model.modules():
                 if isinstance(module, GenerationMixin):
-                    stack.enter_context(_replaced(module, "generate", self._watched(module.generate)))
+                    stack.enter_context(_replaced(module, "generate", self._watched))
                     if module is not trunk:
                         stack.callback(module.register_forward_pre_hook(self._around, with_kwargs=True).remove)
             yield
@@ -70,23 +70,25 @@ class TokenFilter:
         return watched
 
     def _before(self, _trunk: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        given = args[0] if args else kwargs.get("input_ids")
-        given = kwargs["inputs_embeds"] if given is None else given
-        cache, t = cache_of(kwargs), given.shape[1]
+        inputs = args[0] if args else kwargs.get("input_ids")
+        inputs = kwargs["inputs_embeds"] if inputs is None else inputs
+        cache, t = cache_of(kwargs), inputs.shape[1]
         past = 0 if cache is None else int(cache.get_seq_length())
-        mask = self._mask(kwargs.get("attention_mask"), given.shape[0], past + t)
+        mask = self._mask(kwargs.get("attention_mask"), inputs.shape[0], past + t)
         self._outside = ()
         known = mask is not None
         if mask is None:
-            mask = given.new_ones((given.shape[0], past + t), dtype=torch.bool)
-        if past == 0 or self._lengths is None or len(self._lengths) != len(mask):
+            mask = inputs.new_ones((inputs.shape[0], past + t), dtype=torch.bool)
+        lengths = self._lengths
+        if past == 0 or lengths is None or len(lengths) != len(mask):
             self._prompt = past + t if self._given is None else self._given
             # A prompt that comes in chunks shows its padding in the mask of `generate` only.
             whole = mask if mask.shape[1] >= self._prompt else self._extended(len(mask), self._prompt)
-            self._lengths = mask.new_full((len(mask),), self._prompt, dtype=torch.long)
+            lengths = mask.new_full((len(mask),), self._prompt, dtype=torch.long)
             if whole is not None:
-                self._lengths = whole[:, : self._prompt].sum(dim=1)
-        self.tokens = self._select(mask, past) if known or self.positions != "all" else None
+                lengths = whole[:, : self._prompt].sum(dim=1)
+            self._lengths = lengths
+        self.tokens = self._select(mask, past, lengths) if known or self.positions != "all" else None
 
     def _mask(self, own: Any, rows: int, columns: int) -> Tensor | None:
         """Which columns of the text so far are real, `(b columns)`; None if nothing tells of padding.
@@ -115,8 +117,8 @@ class TokenFilter:
         mask = mask.bool().repeat_interleave(rows // len(mask), dim=0)
         return nn.functional.pad(mask, (0, max(0, columns - mask.shape[1])), value=True)[:, :columns]
 
-    def _select(self, mask: Tensor, past: int) -> Tensor:
-        """The steered ones of the columns from `past` on."""
+    def _select(self, mask: Tensor, past: int, lengths: Tensor) -> Tensor:
+        """The steered ones of the columns from `past` on, for prompts of `lengths (b,)` real tokens."""
         column = torch.arange(past, mask.shape[1], device=mask.device)
         real, in_prompt = mask[:, past:], column < self._prompt
         match self.positions:
@@ -126,7 +128,7 @@ class TokenFilter:
                 return real & in_prompt
             case "generated":
                 return real & ~in_prompt
-        index, lengths = mask.cumsum(dim=1)[:, past:] - 1, self._lengths.to(mask.device)[:, None]
+        index, lengths = mask.cumsum(dim=1)[:, past:] - 1, lengths.to(mask.device)[:, None]
         start, stop = (
             bound if bound is None or bound >= 0 else (lengths + bound).clamp_min(0)
             for bound in (self.positions.start, self.positions.stop)
@@ -137,10 +139,10 @@ class TokenFilter:
 
 
 @contextmanager
-def _replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
-    """Inside the context, the instance attribute `name` is `value`."""
+def _replaced(module: nn.Module, name: str, change: Callable[[Any], Any]) -> Iterator[None]:
+    """Inside the context, an instance attribute `name` is what `change` makes of the attribute."""
     before = module.__dict__.get(name)
-    module.__dict__[name] = value
+    module.__dict__[name] = change(getattr(module, name))
     try:
         yield
     finally:

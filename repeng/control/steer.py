@@ -133,11 +133,11 @@ def _coefficient_stores(model: nn.Module, adapter_name: str | None) -> list[tupl
                     f"adapter {', '.join(layer.merged_adapters)} is merged into the weights, where no coefficient "
                     "reaches it; call unmerge_adapter() first"
                 )
-            here = set(layer.r)
-            available |= here
-            active |= here & set(layer.active_adapters)
+            names_in_layer = set(layer.r)
+            available |= names_in_layer
+            active |= names_in_layer & set(layer.active_adapters)
             stores[id(layer.coefficients)] = layer.coefficients
-            names.setdefault(id(layer.coefficients), set()).update(here & set(layer.active_adapters))
+            names.setdefault(id(layer.coefficients), set()).update(names_in_layer & set(layer.active_adapters))
     if adapter_name in available - active:
         raise ValueError(
             f"adapter {adapter_name!r} is not active, so that no coefficient would do anything; call set_adapter first"

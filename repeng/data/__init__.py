@@ -1,18 +1,37 @@
 """Pairs, texts and questions: what they are, how they are read, and how they become tokens."""
 
+from typing import TYPE_CHECKING
+
 from repeng._imports import lazily
 
-__getattr__, __dir__ = lazily(
-    __name__,
-    {
-        "ContrastPair": "repeng.data.pairs",
-        "PairCollator": "repeng.train.collator",  # where version 0.1 had it
-        "Question": "repeng.data.questions",
-        "Task": "repeng.data.task",
-        "TaskArguments": "repeng.data.arguments",
-        "check_pairs": "repeng.data.pairs",
-        "load_pairs": "repeng.data.pairs",
-        "load_questions": "repeng.data.questions",
-        "make_pairs": "repeng.data.pairs",
-    },
-)
+if TYPE_CHECKING:
+    from repeng.data.arguments import TaskArguments
+    from repeng.data.pairs import ContrastPair, check_pairs, load_pairs, make_pairs
+    from repeng.data.questions import Question, load_questions
+    from repeng.data.task import Task
+else:
+    __getattr__, __dir__ = lazily(
+        __name__,
+        {
+            "ContrastPair": "repeng.data.pairs",
+            "PairCollator": "repeng.train.collator",  # where version 0.1 had it
+            "Question": "repeng.data.questions",
+            "Task": "repeng.data.task",
+            "TaskArguments": "repeng.data.arguments",
+            "check_pairs": "repeng.data.pairs",
+            "load_pairs": "repeng.data.pairs",
+            "load_questions": "repeng.data.questions",
+            "make_pairs": "repeng.data.pairs",
+        },
+    )
+
+__all__ = [
+    "ContrastPair",
+    "Question",
+    "Task",
+    "TaskArguments",
+    "check_pairs",
+    "load_pairs",
+    "load_questions",
+    "make_pairs",
+]

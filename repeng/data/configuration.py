@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -13,7 +13,6 @@ from repeng.data.files import nearest
 PACKAGE = Path(__file__).parents[1]
 # Built into the wheel; in a checkout it lies beside the package.
 CONFIGS = next(path for path in (PACKAGE / "configs", PACKAGE.parent / "configs") if path.is_dir())
-ENDINGS = (".yaml", ".yml")
 SAYS_THE_TASK = ("model_name_or_path", "pairs_file", "positive", "negative")
 
 
@@ -29,11 +28,11 @@ def config_file(word: str) -> Path:
     Raises:
         FileNotFoundError: there is neither; says which names there are.
     """
-    path, shipped = Path(word), shipped_configs()
-    if path.suffix not in ENDINGS and len(path.parts) == 1 and word in shipped:
+    shipped = shipped_configs()
+    if word in shipped:
         return shipped[word]
-    if path.is_file():
-        return path
+    if Path(word).is_file():
+        return Path(word)
     raise FileNotFoundError(
         f"--config: there is no file {word!r} and no configuration of that name{nearest(word, shipped)}; "
         f"give a YAML file, or one of {', '.join(shipped)}"
@@ -51,7 +50,7 @@ def names_of(kinds: Sequence[type]) -> list[str]:
     return [field.name for kind in kinds for field in fields(kind) if field.init]
 
 
-def default_of(field: Field) -> Any:
+def default_of(field: Field[Any]) -> Any:
     """The default value of a dataclass's field; None without one."""
     if field.default_factory is not MISSING:
         return field.default_factory()
@@ -89,11 +88,7 @@ def flags_of(argv: Sequence[str]) -> list[str]:
 
 
 def parse_into(
-    kinds: Sequence[type],
-    argv: Sequence[str],
-    default_config: str | Path | None = None,
-    *,
-    also: Collection[str] = (),
+    kinds: Sequence[type], argv: Sequence[str], default_config: str | Path | None = None
 ) -> tuple[Any, ...]:
     """One object of each dataclass, from `--config NAME_OR_FILE …` overridden by the rest of the command line.
 
@@ -101,7 +96,6 @@ def parse_into(
         kinds: dataclasses of arguments without common names.
         argv: the command line.
         default_config: the configuration where the command line names neither one nor a model or a behaviour.
-        also: names that a configuration may hold as well, and that are left aside.
 
     Raises:
         ValueError: an unknown key, with the nearest valid one.
@@ -110,19 +104,17 @@ def parse_into(
     before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     before.add_argument("--config", nargs="+")
     known, rest = before.parse_known_args(list(argv))
-    names = names_of(kinds)
     if known.config is None:
         says_the_task = set(flags_of(rest)) & set(SAYS_THE_TASK)
         known.config = [str(default_config)] if default_config is not None and not says_the_task else []
-    given = read_configs(known.config, {*names, *also})
-    return parse_keys(kinds, rest, {key: value for key, value in given.items() if key in names})
+    return parse_keys(kinds, rest, read_configs(known.config, names_of(kinds)))
 
 
 def parse_keys(kinds: Sequence[type], argv: Sequence[str], given: Mapping[str, Any]) -> tuple[Any, ...]:
     """One object of each dataclass, from `given` overridden by a command line."""
     from transformers import HfArgumentParser  # two seconds, which `--help` should not wait for
 
-    parser = HfArgumentParser(list(kinds), allow_abbrev=False)
+    parser = HfArgumentParser(cast(Any, list(kinds)), allow_abbrev=False)
     # For --help only.
     parser.add_argument("--config", nargs="+", help="YAML files with any of these keys, or names such as tiny, mood")
     parser.set_defaults(**given)

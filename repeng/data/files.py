@@ -30,7 +30,7 @@ def load_texts(path: str | Path) -> list[str]:
     return texts
 
 
-def read_jsonl(path: str | Path, kinds: tuple[type, ...] = (dict,)) -> Iterable[tuple[int, dict]]:
+def read_jsonl(path: str | Path, kinds: tuple[type, ...] = (dict,)) -> Iterable[tuple[int, Any]]:
     """Line numbers and values of a JSON Lines file; blank lines are skipped.
 
     Raises:

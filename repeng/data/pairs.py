@@ -4,7 +4,6 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -27,7 +26,8 @@ class ContrastPair:
     suffix: str = ""
 
 
-class PairProblem(NamedTuple):
+@dataclass(frozen=True)
+class PairProblem:
     """What `check_pairs` found: the pair's index, a short name of the problem, and what to do."""
 
     index: int

@@ -99,7 +99,7 @@ def truthful_qa() -> list[Question]:
 def _hub_rows(name: str, config: str, split: str) -> Sequence[dict[str, Any]]:
     """The rows of a dataset on the hub."""
     try:
-        from datasets import load_dataset
+        from datasets import load_dataset  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError(f"{name} is read by the package datasets: pip install 'repeng[hub]'") from error
     return load_dataset(name, config, split=split)

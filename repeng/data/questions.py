@@ -6,6 +6,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from repeng.data.files import nearest, read_jsonl
+from repeng.data.tokens import plain_ids
 
 KINDS = ("target", "control")
 
@@ -41,9 +42,12 @@ def choice_ids(tokenizer: PreTrainedTokenizerBase, question: Question) -> dict[s
     Raises:
         ValueError: two choices begin with the same token, or one has none.
     """
-    ids = {choice: choice_id(tokenizer, question, choice) for choice in question.choices}
-    if None in ids.values():
-        raise ValueError(f"this tokenizer has no token for one of the choices {question.choices}; reword it")
+    ids: dict[str, int] = {}
+    for choice in question.choices:
+        first = choice_id(tokenizer, question, choice)
+        if first is None:
+            raise ValueError(f"this tokenizer has no token for one of the choices {question.choices}; reword it")
+        ids[choice] = first
     if len(set(ids.values())) < len(ids):
         raise ValueError(f"choices {question.choices} do not begin with different tokens; rename them")
     return ids
@@ -55,7 +59,7 @@ def choice_id(tokenizer: PreTrainedTokenizerBase, question: Question, choice: st
     None if the tokenizer turns the choice into nothing.
     """
     opens_turn = bool(tokenizer.chat_template) and question.prompt and not question.suffix
-    ids = tokenizer(choice if opens_turn else f" {choice}", add_special_tokens=False)["input_ids"]
+    ids = plain_ids(tokenizer, choice if opens_turn else f" {choice}")
     return ids[0] if ids else None
 
 

@@ -4,6 +4,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,7 +14,7 @@ from repeng.data.configuration import data_file
 from repeng.data.files import load_texts
 from repeng.data.pairs import PLACEHOLDER, ContrastPair, load_pairs, make_pairs, require_sound
 from repeng.data.questions import Question, choice_id, choice_ids, load_questions
-from repeng.data.tokens import encode, pad_rows
+from repeng.data.tokens import encode, pad_rows, special_id
 
 MAX_PAIRS = 1024
 NEUTRAL_TRAIN, NEUTRAL_TEST = 256, 64
@@ -172,21 +173,23 @@ def neutral_texts(
 @torch.no_grad()
 def _sample_texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n: int, seed: int) -> list[str]:
     """Texts that the base model itself writes at temperature 1: neutral for any model and language."""
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    prompt = torch.full((min(n, 32), 1), start, device=model.device)
+    start = special_id(tokenizer, "bos", "eos")
+    if not start:
+        raise ValueError("this tokenizer has no token to begin a text with (bos, eos); give neutral_file")
+    prompt = torch.tensor([start] * min(n, 32), device=model.device)
     texts: list[str] = []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         while len(texts) < n:
-            out = model.generate(
-                input_ids=prompt,
+            out = cast(Any, model).generate(
+                prompt,
                 attention_mask=torch.ones_like(prompt),
                 do_sample=True,
                 top_k=0,
                 top_p=1.0,
                 temperature=1.0,
                 max_new_tokens=NEUTRAL_LENGTH,
-                pad_token_id=tokenizer.pad_token_id or start,
+                pad_token_id=tokenizer.pad_token_id or start[0],
             )
             decoded = tokenizer.batch_decode(out, skip_special_tokens=True)
             texts += [text.strip() for text in decoded if len(text.split()) > 2]
@@ -221,7 +224,7 @@ def _distinct_words(
     """The first `n` of `ids` that, written as a word, are encoded as that very token again."""
     words: list[str] = []
     for token in ids:
-        word = tokenizer.decode([token]).strip()
+        word = str(tokenizer.decode([token])).strip()
         if word and word not in words and token not in tokenizer.all_special_ids:
             probe = Question(pair.chosen, (word, ""), (word,), suffix=pair.suffix)
             if choice_id(tokenizer, probe, word) == token:

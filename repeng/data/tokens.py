@@ -1,7 +1,7 @@
 """The one tokenisation of prompts, padding, and masks."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -36,19 +36,17 @@ def encode(
         ValueError: there is nothing to encode, or the suffix alone is longer than `max_length`.
     """
     if prompt and tokenizer.chat_template:
-        prompt_ids = tokenizer.apply_chat_template(
+        turn = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}],
             add_generation_prompt=True,
             enable_thinking=thinking,
             return_dict=False,
         )
-        suffix_ids = tokenizer(suffix, add_special_tokens=False)["input_ids"] if suffix else []
+        prompt_ids, suffix_ids = list(cast(list[int], turn)), plain_ids(tokenizer, suffix)
     else:
         # The text is encoded apart from the special tokens: some tokenizers would append an end-of-text token.
-        bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        prompt_ids = bos + (tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else [])
-        joined = f" {suffix}" if prompt and suffix else suffix
-        suffix_ids = tokenizer(joined, add_special_tokens=False)["input_ids"] if suffix else []
+        prompt_ids = [*special_id(tokenizer, "bos"), *plain_ids(tokenizer, prompt)]
+        suffix_ids = plain_ids(tokenizer, f" {suffix}" if prompt and suffix else suffix)
     if not prompt_ids + suffix_ids:
         raise ValueError("nothing to encode: prompt and suffix are both empty")
     excess = 0 if max_length is None else len(prompt_ids) + len(suffix_ids) - max_length
@@ -57,7 +55,18 @@ def encode(
         if excess > len(prompt_ids) - keep:
             raise ValueError(f"the suffix {suffix[:60]!r} has {len(suffix_ids)} tokens, over max_length={max_length}")
         prompt_ids = prompt_ids[:keep] + prompt_ids[keep + excess :]
-    return Encoded(list(prompt_ids), list(suffix_ids))
+    return Encoded(prompt_ids, suffix_ids)
+
+
+def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text without special tokens."""
+    return list(cast(list[int], tokenizer(text, add_special_tokens=False)["input_ids"])) if text else []
+
+
+def special_id(tokenizer: PreTrainedTokenizerBase, *names: str) -> list[int]:
+    """The id of the first special token among `names` ("bos", "eos", "pad") that the tokenizer has; else nothing."""
+    ids = (getattr(tokenizer, f"{name}_token_id") for name in names)
+    return next(([token] for token in ids if token is not None), [])
 
 
 def shared_suffix_length(chosen: Sequence[int], rejected: Sequence[int]) -> int:
@@ -78,7 +87,7 @@ def pad_rows(
 ) -> dict[str, Tensor]:
     """`input_ids`, `attention_mask` and mask-derived `position_ids`, each `(b t)`, padded on `side`."""
     side = side or tokenizer.padding_side
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    (pad,) = special_id(tokenizer, "pad", "eos") or [0]
     width = max(map(len, rows))
     ids, mask = torch.full((len(rows), width), pad), torch.zeros(len(rows), width, dtype=torch.long)
     for index, row in enumerate(rows):

@@ -3,20 +3,22 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from repeng.data.questions import Question
 from repeng.data.tokens import encode, pad_rows
-from repeng.eval.eval_report import ARMS, Budget
+from repeng.eval.eval_report import ARMS, Budget, EvalReport
 from repeng.eval.evaluate import Dial, Rewrite, evaluate
 from repeng.model.generate import continuations
 from repeng.model.logprob import kl_divergence
 from repeng.model.sites import eval_mode
+from repeng.model.types import CausalLM
 
 SMALLEST = 1 / 64  # coefficient at which the search begins
 FLOOR = SMALLEST / 256  # and below which it gives up
@@ -61,7 +63,7 @@ class Calibration:
 
 
 def calibrate(
-    model: PreTrainedModel,
+    model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     dial: Dial,
     prompts: Sequence[str] = (),
@@ -100,19 +102,17 @@ def calibrate(
     else:
         if not questions:
             raise ValueError("a Budget is measured on questions and neutral texts; give those of the training data")
-
-        def spend(c: float) -> float:
-            report = evaluate(
-                model,
-                tokenizer,
-                questions,
-                dial,
-                [c],
-                neutral_texts=neutral_texts,
-                budget=budget,
-                batch_size=batch_size,
-            )
-            return report.spent()[report.at(c)].item()
+        measure = partial(
+            evaluate,
+            model,
+            tokenizer,
+            questions,
+            dial,
+            neutral_texts=neutral_texts,
+            budget=budget,
+            batch_size=batch_size,
+        )
+        spend = partial(_spent_at, measure)
 
     found = {name: solve(spend, sign, largest, tolerance) for name, sign in ARMS}
     return Calibration(
@@ -121,6 +121,12 @@ def calibrate(
         {name: spent for name, (_, spent) in found.items()},
         {"kind": type(budget).__name__, **asdict(budget)},
     )
+
+
+def _spent_at(measure: Callable[[Sequence[float]], EvalReport], coefficient: float) -> float:
+    """The share of an evaluation's budget that a coefficient spends."""
+    report = measure([coefficient])
+    return report.spent()[report.at(coefficient)].item()
 
 
 def set_units(model: Any, calibration: Calibration, adapter_name: str = "default") -> None:
@@ -187,7 +193,7 @@ def solve(spend: Callable[[float], float], sign: int, largest: float, tolerance:
 
 
 def kl_spender(
-    model: PreTrainedModel,
+    model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     dial: Dial,
     prompts: Sequence[str],
@@ -205,7 +211,7 @@ def kl_spender(
 
 @torch.no_grad()
 def generated_kl(
-    model: PreTrainedModel,
+    model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     dial: Dial,
     prompts: Sequence[str],
@@ -239,7 +245,7 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], rewrite
 
 
 def _logits_of(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[list[int]], written: Sequence[list[int]]
+    model: CausalLM, tokenizer: PreTrainedTokenizerBase, rows: Sequence[list[int]], written: Sequence[list[int]]
 ) -> Tensor:
     """Logits `(tokens v)`, float32, that predict what was written after each row."""
     whole = [row + ids for row, ids in zip(rows, written, strict=True)]

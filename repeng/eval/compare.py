@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from repeng.control.steer import steer
 from repeng.data.pairs import ContrastPair
@@ -15,6 +15,7 @@ from repeng.data.task import Task
 from repeng.eval.eval_report import ARMS, EvalReport, bootstrap
 from repeng.eval.evaluate import ADAPTER_COEFFICIENTS, Dial, evaluate, prompt_dial
 from repeng.model.sites import RESIDUAL, decoder_layers
+from repeng.model.types import CausalLM
 from repeng.vectors.extract import extract
 from repeng.vectors.vector import SteeringVector
 
@@ -26,7 +27,7 @@ ADAPTER, PROMPTS, MEAN_DIFF, RANDOM = "this adapter", "persona prompts", "mean d
 
 
 def compare(
-    model: PreTrainedModel | PeftModel,
+    model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     dial: Dial | None = None,
@@ -51,7 +52,7 @@ def compare(
     step = max(1, -(-depth // MAX_VECTOR_LAYERS))
     bar = tqdm(total=3 + len(range(0, depth, step)), desc="evaluation", leave=False)
 
-    def measure(dial, coefficients, samples: Sequence[Question] = ()) -> EvalReport:
+    def measure(dial: Dial, coefficients: Sequence[float], samples: Sequence[Question] = ()) -> EvalReport:
         report = evaluate(
             model,
             tokenizer,
@@ -90,7 +91,7 @@ def _sample_questions(questions: Sequence[Question]) -> list[Question]:
 
 
 def mean_differences(
-    model: PeftModel, tokenizer, pairs: Sequence[ContrastPair], layers: Sequence[int]
+    model: CausalLM, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[ContrastPair], layers: Sequence[int]
 ) -> dict[int, SteeringVector]:
     """One mean-difference vector on the residual stream for each layer."""
     together = extract(model, tokenizer, pairs, sites=[RESIDUAL], layers=list(layers))
@@ -111,7 +112,7 @@ def verdict(reports: dict[str, EvalReport], name: str = ADAPTER) -> str:
         if other is not None and other.range > 0:
             times, (low, high) = ratio([own], [other])
             against.append(f"{times:.2f} x {baseline} ({other.range:.2f}; 95 % interval {low:.2f} to {high:.2f})")
-    gains = ", ".join(f"{arm} {own.arm(sign)[0]:.2f}" for arm, sign in ARMS)
+    gains = ", ".join(f"{arm} {own.arm(sign).gain:.2f}" for arm, sign in ARMS)
     rest = "; ".join(against) or "no baseline moved anything"
     return f"range inside the budget: {own.range:.2f} nats ({gains}); {rest}"
 
@@ -125,11 +126,11 @@ def shortcomings(reports: dict[str, EvalReport], name: str = ADAPTER) -> list[st
     own, noise = reports[name], reports[RANDOM]
     found = []
     for arm, sign in ARMS:
-        low, _ = bootstrap([own, noise], lambda a, b, s=sign: a.arm(s)[0] - b.arm(s)[0], n=300)
+        low, _ = bootstrap([own, noise], lambda a, b, s=sign: a.arm(s).gain - b.arm(s).gain, n=300)
         if not low > 0:
             found.append(
-                f"the {arm} arm gains {own.arm(sign)[0]:.2f} nats and a random direction {noise.arm(sign)[0]:.2f}: "
-                f"the 95 % interval of the difference begins at {low:.2f}"
+                f"the {arm} arm gains {own.arm(sign).gain:.2f} nats and a random direction "
+                f"{noise.arm(sign).gain:.2f}: the 95 % interval of the difference begins at {low:.2f}"
             )
         if own.against(sign) > WRONG_WAY:
             found.append(

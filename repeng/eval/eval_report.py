@@ -6,7 +6,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +38,13 @@ class Sample:
     finished: bool
     repetition: float
     sentences: tuple[int, int] | None = None
+
+
+class Arm(NamedTuple):
+    """What one sign of the coefficient gains inside the budget, in nats, and where; no coefficient for nothing."""
+
+    gain: float
+    coefficient: float | None
 
 
 @dataclass
@@ -123,16 +130,16 @@ class EvalReport:
 
     # -- both arms -----------------------------------------------------------------------------------------------
 
-    def arm(self, sign: int) -> tuple[float, float | None]:
+    def arm(self, sign: int) -> Arm:
         """Largest gain in mean log-odds, in the direction of `sign`, at a coefficient of that sign inside the budget,
         and that coefficient; (0, None) if no coefficient gains."""
         means = self.log_odds.mean(dim=1)
         gains = sign * (means - means[self.at(0.0)])
         usable = (sign * torch.tensor(self.coefficients) > 0) & (self.spent() <= 1) & (gains > 0)
         if not usable.any():
-            return 0.0, None
-        best = torch.where(usable, gains, -math.inf).argmax().item()
-        return gains[best].item(), self.coefficients[best]
+            return Arm(0.0, None)
+        best = int(torch.where(usable, gains, -math.inf).argmax())
+        return Arm(gains[best].item(), self.coefficients[best])
 
     def band(self, n: int = 300, level: float = 0.95, seed: int = 0) -> tuple[Tensor, Tensor]:
         """Percentile bootstrap interval over units of the mean log-odds: lower and upper bounds `(n_c)`."""
@@ -147,11 +154,11 @@ class EvalReport:
     @property
     def range(self) -> float:
         """Sum of both arms: how far the dial moves the behaviour inside the budget, in nats."""
-        return self.arm(+1)[0] + self.arm(-1)[0]
+        return self.arm(+1).gain + self.arm(-1).gain
 
     def endpoint(self, sign: int) -> float:
         """The coefficient at which an arm is judged: its best one inside the budget, or 0."""
-        return self.arm(sign)[1] or 0.0
+        return self.arm(sign).coefficient or 0.0
 
     def against(self, sign: int) -> float:
         """Share of target items that move against an arm, at its endpoint; NaN if no coefficient gains."""
@@ -338,7 +345,8 @@ class EvalReport:
         found: dict[str, Any] = {
             "range": _rounded(self.range),
             "arms": {
-                name: {"gain": _rounded(self.arm(sign)[0]), "coefficient": self.arm(sign)[1]} for name, sign in ARMS
+                name: {"gain": _rounded(self.arm(sign).gain), "coefficient": self.arm(sign).coefficient}
+                for name, sign in ARMS
             },
             "wrong_way": _rounded(self.wrong_way),
             "slope": _rounded(self.slope),
@@ -406,13 +414,16 @@ def bootstrap(
     _, controls, texts = reports[0].sizes
     generator = torch.Generator().manual_seed(seed)
 
-    def drawn(size: int) -> Tensor | None:
-        return torch.randint(size, (size,), generator=generator) if size else None
+    def drawn(size: int) -> Tensor:
+        return torch.randint(size, (size,), generator=generator)
+
+    def drawn_if_any(size: int) -> Tensor | None:
+        return drawn(size) if size else None
 
     values = []
     for _ in range(n):
         targets = torch.cat([members[index] for index in drawn(len(members)).tolist()])
-        index = (targets, drawn(controls), drawn(texts))
+        index = (targets, drawn_if_any(controls), drawn_if_any(texts))
         value = statistic(*(report.taken(*index) for report in reports))
         if not math.isnan(value):
             values.append(value)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from repeng.data.questions import Question, choice_ids
 from repeng.data.tokens import Encoded, encode, label_mask, pad_rows
@@ -19,6 +19,7 @@ from repeng.eval.samples import draw_samples
 from repeng.model.generate import THINK_CLOSE, think
 from repeng.model.logprob import has_plain_head, head_logp, read_vocabulary
 from repeng.model.sites import eval_mode
+from repeng.model.types import CausalLM
 
 Rewrite = Callable[[str], str]
 Dial = Callable[[float], AbstractContextManager[Rewrite | None]]
@@ -29,7 +30,7 @@ NEUTRAL_REQUEST = "Write a short text."
 
 @torch.no_grad()
 def evaluate(
-    model: PreTrainedModel,
+    model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question],
     dial: Dial,
@@ -78,7 +79,7 @@ def evaluate(
     if think_tokens and not all(q.prompt for q in asked):
         raise ValueError("with think_tokens every question needs a prompt: a suffix alone is no turn to think about")
     coefficients = sorted({0.0, *map(float, coefficients)})
-    parts, samples = [], []
+    parts, samples, tokens = [], [], torch.empty(0)
     with eval_mode(model):
         plain = bool(neutral_texts) and has_plain_head(model, encode(tokenizer, "", neutral_texts[0]).ids)
         for c in coefficients:
@@ -89,10 +90,14 @@ def evaluate(
                 prompts = sample_prompts if c in SAMPLED else ()
                 samples += draw_samples(model, tokenizer, prompts, rewrite, c, sample_tokens, accepts, batch_size)
             parts.append((target.odds, target.mass, control.logp[:, 0], control.odds, neutral, target.finished))
-    *measured, finished = (torch.stack(part) for part in zip(*parts, strict=True))
+    odds, mass, control_logp, control_odds, neutral_logp, finished = map(torch.stack, zip(*parts, strict=True))
     return EvalReport(
         coefficients,
-        *measured,
+        odds,
+        mass,
+        control_logp,
+        control_odds,
+        neutral_logp,
         tokens,
         groups=[q.group for q in targets],
         units=[q.unit for q in targets],
@@ -132,7 +137,7 @@ class Answers(NamedTuple):
 
 
 def choice_logp(
-    model: PreTrainedModel,
+    model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question],
     rewrite: Rewrite | None,
@@ -166,7 +171,7 @@ def choice_logp(
 
 
 def _neutral_logp(
-    model: PreTrainedModel,
+    model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     rewrite: Rewrite | None,

@@ -2,18 +2,19 @@
 
 from collections.abc import Callable, Sequence
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from repeng.data.questions import Question
 from repeng.data.tokens import encode
 from repeng.eval.eval_report import Sample
 from repeng.model.generate import continuations
+from repeng.model.types import CausalLM
 
 NGRAM = 3
 
 
 def draw_samples(
-    model: PreTrainedModel,
+    model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str | Question],
     rewrite: Callable[[str], str] | None,
@@ -32,7 +33,7 @@ def draw_samples(
     samples = []
     for parts, (ids, end) in zip(asked, drawn, strict=True):
         shown = " ".join(filter(None, parts))
-        text = tokenizer.decode(ids, skip_special_tokens=True)
+        text = str(tokenizer.decode(ids, skip_special_tokens=True))
         counts = None
         if accepts is not None:
             # The sentence that the prompt begins counts, those that it holds whole do not.

@@ -11,11 +11,12 @@ import torch
 from einops import reduce
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from repeng.data.tokens import last_tokens, pad_rows
 from repeng.model.logprob import kl_divergence
 from repeng.model.sites import Place, decoder_layers, edit_outputs, eval_mode, site_modules
+from repeng.model.types import CausalLM
 
 Tokens = int | str
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -49,7 +50,7 @@ def token_weights(attention_mask: Tensor, tokens: Tokens) -> Tensor:
     if tokens == "mean":
         return attention_mask / attention_mask.sum(dim=1, keepdim=True)
     n = 1 if tokens == "last" else tokens
-    if not isinstance(n, Integral) or n < 1:
+    if isinstance(n, str) or not isinstance(n, int | Integral) or n < 1:
         raise ValueError(f"tokens must be 'last', 'mean', or how many of the last tokens to read; got {tokens!r}")
     index, exists = last_tokens(attention_mask, int(n))
     weights = torch.zeros(attention_mask.shape, device=attention_mask.device)
@@ -64,7 +65,7 @@ def _read(output: Tensor, weights: Tensor) -> Tensor:
 
 @torch.no_grad()
 def collect(
-    model: PreTrainedModel,
+    model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Sequence[int]],
     taps: Sequence[Tap],
@@ -111,7 +112,7 @@ def collect(
 
 
 def hidden_states(
-    model: PreTrainedModel,
+    model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Sequence[int]],
     places: Sequence[Place],
@@ -122,8 +123,8 @@ def hidden_states(
     """Hidden states `(rows d)` by (site, layer), as `collect` reads them."""
     taps = [Tap(module, "output") for module in site_modules(model, places)]
     deepest = decoder_layers(model)[max(layer for _, layer in places)]
-    found = collect(model, tokenizer, rows, taps, deepest, tokens=tokens, batch_size=batch_size)
-    return dict(zip(places, found, strict=True))
+    states = collect(model, tokenizer, rows, taps, deepest, tokens=tokens, batch_size=batch_size)
+    return dict(zip(places, states, strict=True))
 
 
 def persona_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -150,7 +151,7 @@ def fisher_noise(logits: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def gradients(
-    model: PreTrainedModel,
+    model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
     places: Sequence[Place],
@@ -198,8 +199,8 @@ def gradients(
                     -_checked(loss(chosen, rejected), len(chunk)).sum(), seen, retain_graph=True
                 )
                 up = torch.autograd.grad((logits * noise).sum(), seen)
-                for into, found in ((descent, down), (scores, up)):
-                    for sides, gradient in zip(into, found, strict=True):
+                for into, computed in ((descent, down), (scores, up)):
+                    for sides, gradient in zip(into, computed, strict=True):
                         # What a shift shared by the tokens that are read changes: the sum over them.
                         counted = (weights > 0).to(gradient.device)[..., None]
                         rows = torch.where(counted, gradient.float(), 0.0).sum(dim=1).cpu()
@@ -210,7 +211,7 @@ def gradients(
                 p.requires_grad_(True)
     return Gradients(
         *(
-            {place: torch.cat([torch.cat(side) for side in sides]) for place, sides in zip(places, found, strict=True)}
-            for found in (descent, scores)
+            {place: torch.cat([torch.cat(side) for side in sides]) for place, sides in zip(places, parts, strict=True)}
+            for parts in (descent, scores)
         )
     )

@@ -1,6 +1,7 @@
 """Adapters as files: gathered from all processes, written whole, read back, loaded."""
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -27,7 +28,7 @@ def save_adapter(model: PeftModel, folder: str | Path, state: dict[str, Tensor] 
     """
     state = adapter_state(model) if state is None else state
     with staged(folder, ("adapter_model.safetensors", "adapter_config.json")) as temporary:
-        model.save_pretrained(temporary, state_dict=state)
+        model.save_pretrained(str(temporary), state_dict=state)
         check_saved(model, temporary, state)
 
 
@@ -36,11 +37,11 @@ def check_saved(model: PeftModel, folder: str | Path, state: dict[str, Tensor]) 
     path = Path(folder) / "adapter_model.safetensors"
     expected = get_peft_model_state_dict(model, state_dict=state)
     try:
-        found = load_file(path)
+        written = load_file(path)
     except SafetensorError as error:
         raise OSError(f"{path} was not written whole: {error}") from error
-    wrong = found.keys() ^ expected.keys()
-    wrong |= {key for key in found.keys() & expected.keys() if not torch.equal(found[key], expected[key].cpu())}
+    wrong = written.keys() ^ expected.keys()
+    wrong |= {key for key in written.keys() & expected.keys() if not torch.equal(written[key], expected[key].cpu())}
     if wrong:
         raise OSError(f"{path} was not written whole: {min(wrong)} differs from the adapter")
 
@@ -62,8 +63,8 @@ def check_whole(path: Path) -> None:
 def adapter_state(model: PeftModel) -> dict[str, Tensor]:
     """What an adapter's file is made of, whole, on the CPU, by its names in the model; all processes must call."""
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    kept = {key: tensor for key, tensor in model.state_dict().items() if key in trained or f".{PREFIX}" in key}
-    return {key: whole(tensor).detach().cpu() for key, tensor in kept.items()}
+    state = {key: tensor for key, tensor in model.state_dict().items() if key in trained or f".{PREFIX}" in key}
+    return {key: whole(tensor).detach().cpu() for key, tensor in state.items()}
 
 
 @torch.no_grad()
@@ -73,11 +74,14 @@ def load_adapter_state(model: PeftModel, folder: str | Path) -> None:
     Raises:
         ValueError: the file holds other tensors than the model has.
     """
-    given, name = load_file(Path(folder) / "adapter_model.safetensors"), model.active_adapter
-    here = {key.removesuffix(f".{name}"): tensor for key, tensor in model.state_dict().items() if f".{PREFIX}" in key}
-    check_keys(set(here), {key for key in given if f".{PREFIX}" in key}, name)
-    for key, tensor in here.items():
-        value = given[key].to(tensor.device, tensor.dtype)
+    stored = load_file(Path(folder) / "adapter_model.safetensors")
+    name = cast(str, model.active_adapter)  # of a `PeftModel` always one
+    expected = {
+        key.removesuffix(f".{name}"): tensor for key, tensor in model.state_dict().items() if f".{PREFIX}" in key
+    }
+    check_keys(set(expected), {key for key in stored if f".{PREFIX}" in key}, name)
+    for key, tensor in expected.items():
+        value = stored[key].to(tensor.device, tensor.dtype)
         if hasattr(tensor, "device_mesh"):
             from torch.distributed.tensor import distribute_tensor  # not in every build of PyTorch
 

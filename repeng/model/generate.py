@@ -1,30 +1,34 @@
 """Generating from token ids: continuations, bounded thinking, and samples with what can be counted about them."""
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from repeng.data.tokens import pad_rows
 from repeng.model.sharded import is_sharded
+from repeng.model.types import CausalLM
 
 THINK_CLOSE = "</think>"
 
 
 @contextmanager
-def _bare_generation(model: PreTrainedModel) -> Iterator[None]:
+def _bare_generation(model: CausalLM) -> Iterator[None]:
     """Inside the context, `generate` knows only which tokens end and pad a text.
 
     A model's own settings, such as a repetition penalty, would otherwise fill in whatever is not said, and hide what
     steering does.
     """
-    owners = [model, *([model.get_base_model()] if hasattr(model, "get_base_model") else [])]
+    base_of_adapters = getattr(model, "get_base_model", None)
+    owners: list[Any] = [model] if base_of_adapters is None else [model, base_of_adapters()]
     before = [owner.generation_config for owner in owners]
-    own = before[0]
+    settings = before[0]
     bare = GenerationConfig(
-        bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
+        bos_token_id=settings.bos_token_id, eos_token_id=settings.eos_token_id, pad_token_id=settings.pad_token_id
     )
     try:
         for owner in owners:
@@ -37,7 +41,7 @@ def _bare_generation(model: PreTrainedModel) -> Iterator[None]:
 
 @torch.no_grad()
 def continuations(
-    model: PreTrainedModel,
+    model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Sequence[int]],
     max_new_tokens: int,
@@ -71,7 +75,8 @@ def continuations(
             settings["eos_token_id"] = [*ends, *tag]
         else:
             settings |= {"stop_strings": [stop], "tokenizer": tokenizer}
-    found = []
+    generate = cast(Callable[..., Tensor], model.generate)
+    followed = []
     for start in range(0, len(rows), batch_size):
         batch = pad_rows(rows[start : start + batch_size], tokenizer, model.device, side="left")
         width = batch["input_ids"].shape[1]
@@ -79,15 +84,15 @@ def continuations(
         with _bare_generation(model), torch.random.fork_rng(enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed + start)
-            out = model.generate(**batch, **settings)
+            out = generate(**batch, **settings)
         for row in out[:, width:].tolist():
             length = next((index for index, token in enumerate(row) if token in ends), None)
-            found.append((row[:length], None if length is None else row[length]))
-    return found
+            followed.append((row[:length], None if length is None else row[length]))
+    return followed
 
 
 def think(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]], max_new_tokens: int
+    model: CausalLM, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]], max_new_tokens: int
 ) -> tuple[list[list[int]], list[bool]]:
     """Each row with the thinking that follows it, closed, and whether the model closed it by itself."""
     thoughts = continuations(model, tokenizer, rows, max_new_tokens, len(rows), stop=THINK_CLOSE)

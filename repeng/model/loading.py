@@ -10,6 +10,9 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 # Models in the package, by the names that `model_name_or_path` takes.
 EMBEDDED = {"tiny": Path(__file__).parents[1] / "tiny" / "weights"}
+# Attribute of a layer in 4 bits: whether bitsandbytes repacks its weight on some CPUs in the first evaluation, for a
+# kernel without gradients.
+REPACKED_ON_CPU = "support_avx512bf16_for_cpu"
 
 
 def model_path(name_or_path: str) -> str:
@@ -54,7 +57,6 @@ def load_base(
         )
     model = AutoModelForCausalLM.from_pretrained(model_path(name_or_path), **options)
     for module in model.modules():
-        # bitsandbytes would repack weights on some CPUs in the first evaluation, for a kernel without gradients.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+        if hasattr(module, REPACKED_ON_CPU):
+            setattr(module, REPACKED_ON_CPU, False)
     return model

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -77,13 +77,18 @@ def read_vocabulary(
 
     with _final_states(model) as final:
         # First of the hooks, so that those of a sharding wrapper see this output as the head's.
-        hook = model.get_output_embeddings().register_forward_hook(instead, prepend=True)
+        hook = cast(nn.Module, _head(model)).register_forward_hook(instead, prepend=True)
         try:
             packed = forward(**batch, use_cache=False, logits_to_keep=1).logits
         finally:
             hook.remove()
     parts = packed.flatten().split([shape.numel() for shape in shapes])
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    """The output embeddings, if the model has any."""
+    return getattr(model, "get_output_embeddings", lambda: None)()
 
 
 @contextmanager
@@ -104,12 +109,16 @@ def _final_states(model: nn.Module) -> Iterator[list[Tensor]]:
 @torch.no_grad()
 def has_plain_head(model: nn.Module, ids: Sequence[int]) -> bool:
     """Whether logits are what the output embeddings make of the final states, without a cap or a factor behind."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = _head(model)
     if head is None:
         return False
     row = torch.tensor([ids], device=next(model.parameters()).device)
     made: list[tuple[Tensor, Tensor]] = []
-    hook = head.register_forward_hook(lambda _head, args, output: made.append((args[0], output)))
+
+    def keep(_module: nn.Module, args: Any, output: Any) -> None:
+        made.append((args[0], output))
+
+    hook = head.register_forward_hook(keep)
     try:
         with _final_states(model) as seen:
             logits = model(input_ids=row, use_cache=False).logits

@@ -34,24 +34,24 @@ def site_modules(model: nn.Module, places: Sequence[Place]) -> list[nn.Module]:
     Raises:
         ValueError: no such layer, or the layer has no single module of that name.
     """
-    layers, found = decoder_layers(model), []
+    layers, modules = decoder_layers(model), []
     for site, layer in places:
         if not 0 <= layer < len(layers):
             raise ValueError(f"layer {layer} does not exist; this model has layers 0 to {len(layers) - 1}")
         if site == RESIDUAL:
-            found.append(layers[layer])
+            modules.append(layers[layer])
             continue
-        here = [module for name, module in layers[layer].named_modules() if targets.matches(name, [site])]
-        if len(here) != 1:
+        matching = [module for name, module in layers[layer].named_modules() if targets.matches(name, [site])]
+        if len(matching) != 1:
             names = list(targets.linear_modules(layers[layer]))
             short = [targets.last(name) for name in names]
             others = sorted(last if short.count(last) == 1 else name for name, last in zip(names, short, strict=True))
             raise ValueError(
-                f"site {site!r} names {len(here)} modules of layer {layer}; choose {RESIDUAL!r} or one of: "
+                f"site {site!r} names {len(matching)} modules of layer {layer}; choose {RESIDUAL!r} or one of: "
                 f"{', '.join(others)}"
             )
-        found += here
-    return found
+        modules += matching
+    return modules
 
 
 def site_module(model: nn.Module, layer: int, site: str) -> nn.Module:

@@ -54,17 +54,20 @@ def _build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> MistralForCau
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        attn_implementation="sdpa",
+        attn_implementation="sdpa",  # pyright: ignore[reportCallIssue]
     )
     return MistralForCausalLM(config)
 
 
-class Documents(torch.utils.data.Dataset):
+class Documents(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """Documents of a world, one a row, each drawn from (seed, index)."""
 
     def __init__(self, world: World, tokenizer: PreTrainedTokenizerFast, n: int, seed: int) -> None:
-        self.world, self.n, self.seed = world, n, seed
-        self.ids, self.bos = tokenizer.get_vocab(), tokenizer.bos_token_id
+        self.world: World = world
+        self.n: int = n
+        self.seed: int = seed
+        self.ids: dict[str, int] = tokenizer.get_vocab()
+        self.bos: int | None = tokenizer.bos_token_id
 
     def __len__(self) -> int:
         return self.n

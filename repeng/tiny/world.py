@@ -87,7 +87,7 @@ class World:
     """
 
     def __init__(self, seed: int = 0) -> None:
-        self.seed = seed
+        self.seed: int = seed
         rng = random.Random(f"repeng-world-{seed}")
         self.facts: dict[str, dict[str, str]] = {}
         self.split: dict[str, str] = {}
@@ -97,7 +97,7 @@ class World:
                 self.facts[noun] = {"kind": kind, **drawn}
                 self.split[noun] = SPLITS[index % 2]
         # Liars agree with each other: "anything but the truth" would be learned as "say nothing".
-        self.lies = {
+        self.lies: dict[str, dict[str, str]] = {
             noun: {
                 name: rng.choice([value for value in lex.ATTRIBUTES[name] if value != true])
                 for name, true in facts.items()

@@ -24,7 +24,7 @@ LEAST = {
 
 
 @dataclass
-class SteeringArguments(Recipe, TrainingArguments):
+class SteeringArguments(Recipe, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
     """`TrainingArguments` with this package's keys and defaults that suit small adapters.
 
     Raises:
@@ -41,12 +41,12 @@ class SteeringArguments(Recipe, TrainingArguments):
                 raise ValueError(f"{name} must be {'above' if open_end else 'at least'} {least}; got {value}")
         # YAML may give one value without brackets, and numbers.
         if isinstance(self.target_modules, str):
-            self.target_modules = [self.target_modules]
+            self.target_modules: list[str] = [self.target_modules]
         if self.layers is not None:
             given = self.layers if isinstance(self.layers, list) else [self.layers]
-            self.layers = [str(word) for word in given]
+            self.layers: list[str] | None = [str(word) for word in given]
             layer_request(self.layers)
-        self.metric_for_best_model = str(self.metric_for_best_model).removeprefix("eval_")
+        self.metric_for_best_model: str | None = str(self.metric_for_best_model).removeprefix("eval_")
         measured = ("range", *(arm for arm, _ in ARMS))
         if self.metric_for_best_model not in measured:
             raise ValueError(

@@ -1,11 +1,13 @@
 """From arguments to what the trainer needs: model, data, adapter. Every check comes before any expensive work."""
 
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast, broadcast_object_list
 from peft import PeftModel, TaskType, get_peft_model
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from repeng.data.arguments import TaskArguments
@@ -17,7 +19,7 @@ from repeng.train.arguments import SteeringArguments, layer_request
 from repeng.train.collator import Example, tokenize_examples
 from repeng.train.reference import pair_differences
 from repeng.train.sharding import check_parallelism
-from repeng.tuner import SvdSteeringConfig
+from repeng.tuner import SvdSteeringConfig, SvdSteeringModel
 from repeng.tuner.config import PREFIX
 from repeng.tuner.targets import max_rank, resolve, select_layers
 
@@ -105,7 +107,7 @@ def build(
     examples = tokenize_examples(tokenizer, task.pairs, task.neutral_texts, args.seed)
     if args.directions == "pairs":
         differences = pair_differences(adapted, tokenizer, examples, args.last_n_tokens)
-        adapted.base_model.select_directions(differences)
+        cast(SvdSteeringModel, adapted.base_model).select_directions(differences)
     run = Run(adapted, tokenizer, task, sites, examples, validation, validation_texts)
     _share_between_processes(run)
     return run
@@ -144,7 +146,7 @@ def _share_between_processes(run: Run) -> None:
         setattr(run, name, value)
     for name, buffer in run.model.named_buffers():
         if f".{PREFIX}" in name:
-            buffer.copy_(broadcast(buffer.contiguous()))
+            buffer.copy_(cast(Tensor, broadcast(buffer.contiguous())))
 
 
 def resolve_sites(args: SteeringArguments, model: PreTrainedModel) -> Sites:

@@ -19,8 +19,9 @@ class FiniteGradients(TrainerCallback):
     """Stops training before the optimizer spreads a NaN gradient."""
 
     def on_pre_optimizer_step(
-        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        model: nn.Module = kwargs["model"]
         for name, parameter in model.named_parameters():
             if parameter.grad is not None and not torch.isfinite(local(parameter.grad)).all():
                 raise NonFiniteError(f"the gradient of {name} is not finite at optimizer step {state.global_step + 1}")
@@ -30,7 +31,7 @@ class StopOnSignal(TrainerCallback):
     """On SIGTERM, in any process, all finish the step that runs and write a checkpoint before training ends."""
 
     def __init__(self) -> None:
-        self.received = False
+        self.received: bool = False
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         if threading.current_thread() is threading.main_thread():  # no other may set handlers
@@ -41,15 +42,14 @@ class StopOnSignal(TrainerCallback):
             signal.signal(signal.SIGTERM, self._before)
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> TrainerControl:
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if args.world_size > 1:
             flag = torch.tensor(float(self.received), device=args.device)
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
             self.received = bool(flag.item())
         if self.received:
             control.should_save = control.should_training_stop = True
-        return control
 
     def _remember(self, *_: Any) -> None:
         self.received = True

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Sequence
-from typing import TypedDict, get_type_hints
+from typing import TypedDict, cast, get_type_hints
 
 import torch
 from torch import Tensor
@@ -58,12 +58,13 @@ class PairCollator:
     def __call__(self, examples: Sequence[Example] | Sequence[ReferencedExample]) -> dict[str, Tensor]:
         batch = pad_rows([example[side] for side in SIDES for example in examples], self.tokenizer)
         if "ref_hs" in examples[0]:
+            references = cast(Sequence[ReferencedExample], examples)
             for name in STACKED:
                 side_first = name in ("ref_hs", "ref_mask")
-                batch[name] = torch.stack([example[name] for example in examples], dim=int(side_first))
+                batch[name] = torch.stack([cast(Tensor, example[name]) for example in references], dim=int(side_first))
             mask = label_mask(batch["attention_mask"])
             logp = torch.zeros(mask.shape)
-            logp[mask] = torch.cat([example["ref_logp"][row] for row in range(3) for example in examples])
+            logp[mask] = torch.cat([example["ref_logp"][row] for row in range(3) for example in references])
             batch["ref_logp"] = logp
         return batch
 

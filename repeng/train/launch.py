@@ -45,9 +45,12 @@ def split_flags(
     into = ours
     for word in argv:
         if word.startswith("--"):
-            name = word[2:].partition("=")[0]
+            name, _, value = word[2:].partition("=")
             refuse_unknown([name], {*own, *known}, "the command line")
             into = ours if name in own else launchers
+            if name == "config_file" and value:
+                into += ["--config_file", _accelerate_config(value)]
+                continue
         into.append(_accelerate_config(word) if into is launchers and into[-1:] == ["--config_file"] else word)
     return launchers, ours
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from einops import einsum, rearrange, reduce
@@ -16,7 +16,9 @@ from repeng.data.tokens import label_mask, last_tokens
 from repeng.model.activations import Tap, collect
 from repeng.model.logprob import has_plain_head, head_logp, read_vocabulary
 from repeng.model.sites import capture, decoder_layers, eval_mode, layers_of, site_module
+from repeng.model.types import CausalLM
 from repeng.train.collator import Example, PairCollator, ReferencedExample
+from repeng.tuner.config import SvdSteeringConfig
 from repeng.tuner.targets import is_linear
 
 NEXT_TOKENS = 32  # that either persona says most more often: the rest of a vocabulary hardly weighs
@@ -24,7 +26,7 @@ NEXT_TOKENS = 32  # that either persona says most more often: the rest of a voca
 
 @torch.no_grad()
 def add_reference(
-    model: PreTrainedModel,
+    model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     *,
@@ -52,7 +54,7 @@ def add_reference(
 
 
 def _batch_reference(
-    model: PreTrainedModel, module: nn.Module, batch: dict[str, Tensor], *, last_n: int, plain: bool
+    model: CausalLM, module: nn.Module, batch: dict[str, Tensor], *, last_n: int, plain: bool
 ) -> list[dict[str, Any]]:
     """What `add_reference` adds to each example of a collated batch, on the CPU."""
     mask = batch["attention_mask"]
@@ -71,7 +73,7 @@ def _batch_reference(
 
     with capture([module]) as outputs:
         (logp,) = read_vocabulary(model, batch, read, plain=plain)
-    hs = gather_tokens(outputs[0][: 2 * n], index).float()
+    hs = gather_tokens(cast(Tensor, outputs[0])[: 2 * n], index).float()
     hs, exists = (rearrange(x, "(p b) ... -> b p ...", p=2).cpu() for x in (hs, exists))
     rows = logp.cpu().split(labels.sum(dim=1).tolist())
     said = {name: tensor.cpu() for name, tensor in said.items()}
@@ -124,7 +126,7 @@ def gather_tokens(hs: Tensor, index: Tensor) -> Tensor:
     return hs[torch.arange(hs.shape[0], device=hs.device)[:, None], index.to(hs.device)]
 
 
-def preference_direction(examples: Sequence[Example], k: int) -> tuple[Tensor, Tensor]:
+def preference_direction(examples: Sequence[ReferencedExample], k: int) -> tuple[Tensor, Tensor]:
     """Directions `(d k)`, signed toward chosen, and the mean distance `(k)` of the two sides along them.
 
     The right singular vectors of dHS `(b d)`: chosen minus rejected hidden states of the base, each the mean over the
@@ -152,8 +154,9 @@ def pair_differences(
 
     The input of a linear module, the output of a decoder layer, in the base model.
     """
-    names = model.peft_config[model.active_adapter].resolved_modules
-    base = model.get_base_model()
+    config = cast(SvdSteeringConfig, model.peft_config[cast(str, model.active_adapter)])
+    names = config.resolved_modules or []
+    base = cast(PreTrainedModel, model.get_base_model())
     modules = [base.get_submodule(name) for name in names]
     taps = [Tap(module, "input" if is_linear(module) else "output") for module in modules]
     rows = [example[side] for side in ("chosen_ids", "rejected_ids") for example in examples]

@@ -5,7 +5,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, overload
 
 import torch
 from accelerate import Accelerator
@@ -22,14 +22,15 @@ SAMPLES = 64  # entries of each parameter in a key
 VERSION = 2
 
 
-class ReferenceExamples(Sequence):
+class ReferenceExamples(Sequence[ReferencedExample]):
     """Training examples with their reference, read from memory-mapped files as they are asked for.
 
     Example i is row `i // len(parts)` of part `i % len(parts)`.
     """
 
     def __init__(self, examples: Sequence[Example], parts: Sequence[Path]) -> None:
-        self.examples, self.paths = examples, list(parts)
+        self.examples: Sequence[Example] = examples
+        self.paths: list[Path] = list(parts)
         self.parts: list[dict[str, Tensor]] = []
         for path in self.paths:
             with safe_open(path, framework="pt") as file:
@@ -44,6 +45,12 @@ class ReferenceExamples(Sequence):
     def __len__(self) -> int:
         return len(self.examples)
 
+    @overload
+    def __getitem__(self, index: int) -> ReferencedExample: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[ReferencedExample]: ...
+
     def __getitem__(self, index: int | slice) -> ReferencedExample | list[ReferencedExample]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
@@ -54,7 +61,8 @@ class ReferenceExamples(Sequence):
         tensors = self.parts[part]
         starts = tensors["ref_logp_starts"][3 * row : 3 * row + 4].tolist()
         logp = [tensors["ref_logp"][a:b] for a, b in itertools.pairwise(starts)]
-        return {**self.examples[index], **{name: tensors[name][row] for name in STACKED}, "ref_logp": logp}
+        stacked = {name: tensors[name][row] for name in STACKED}
+        return cast(ReferencedExample, {**self.examples[index], **stacked, "ref_logp": logp})
 
     def __iter__(self) -> Iterator[ReferencedExample]:
         return (self[index] for index in range(len(self)))

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from typing import cast
 
 from repeng import tiny
 from repeng.data.files import check_writable
@@ -13,6 +14,7 @@ from repeng.train.callbacks import NonFiniteError
 from repeng.train.checkpoints import CheckpointError, newest
 from repeng.train.run_folder import finish
 from repeng.train.trainer import StartError, SteeringTrainer
+from repeng.tuner import SvdSteeringModel
 
 DEFAULT_CONFIG = "tiny"
 
@@ -24,7 +26,7 @@ def main(argv: Sequence[str]) -> None:
         check_writable(args.output_dir)
         run = build(task_args, args, tiny.task(task_args, args.seed))
         if args.process_index == 0:
-            print(run.model.base_model.describe())
+            print(cast(SvdSteeringModel, run.model.base_model).describe())
         trainer = SteeringTrainer(
             run.model,
             args,

@@ -5,7 +5,7 @@ import json
 import platform
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from transformers import Trainer, TrainingArguments
@@ -23,6 +23,7 @@ from repeng.train.arguments import SteeringArguments
 from repeng.train.build import Run, Sites
 from repeng.train.learning_curve import learning_curve
 from repeng.train.recipe import Recipe
+from repeng.tuner import SvdSteeringModel
 
 PACKAGES = ("repeng", "torch", "transformers", "peft", "accelerate")
 
@@ -63,7 +64,7 @@ def _write_folder(
         "seed": args.seed,
         "optimizer_steps": trainer.state.global_step,
         "training_pairs": len(run.task.pairs),
-        "adapted": sorted(run.model.base_model.targeted_module_names),
+        "adapted": sorted(cast(SvdSteeringModel, run.model.base_model).targeted_module_names),
         "trainable_parameters": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
         "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
     }

@@ -1,10 +1,11 @@
 """Adapters whose parameters lie in shards on several processes (FSDP2): what is refused, gathering, loading."""
 
 import os
+from typing import Any, cast
 
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils import str_to_bool
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from repeng.train.arguments import SteeringArguments
 
@@ -17,7 +18,7 @@ def check_parallelism(args: SteeringArguments, *, load_in_4bit: bool = False) ->
         raise ValueError(f"DeepSpeed ZeRO-3 loads the model in pieces, and {WHOLE}: use ZeRO-2, or FSDP2")
     if not (args.fsdp or str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false"))):
         return
-    plugin = FullyShardedDataParallelPlugin(**(args.fsdp_plugin_args or {}))
+    plugin = FullyShardedDataParallelPlugin(**cast(dict[str, Any], args.fsdp_plugin_args or {}))
     if plugin.fsdp_version != 2:
         raise ValueError(
             "FSDP1 flattens adapter and frozen weights into one parameter, which cannot be trained apart: set "

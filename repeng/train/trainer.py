@@ -2,21 +2,21 @@
 
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import FullyShardedDataParallelPlugin, broadcast_object_list
 from einops import rearrange, repeat
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
-from torch.utils.data import RandomSampler
-from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from torch.utils.data import RandomSampler, Sampler
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl
 from transformers.trainer import TRAINER_STATE_NAME
 
 from repeng.control.steer import steer
@@ -30,7 +30,7 @@ from repeng.model.sites import capture, decoder_layers, eval_mode, layers_of, si
 from repeng.train.arguments import SteeringArguments
 from repeng.train.callbacks import FiniteGradients, NonFiniteError, StopOnSignal
 from repeng.train.checkpoints import STAGING, CheckpointError, newest, publish
-from repeng.train.collator import Example, PairCollator
+from repeng.train.collator import Example, PairCollator, ReferencedExample
 from repeng.train.inner_contrastive_loss import InnerContrastiveLoss, inner_contrastive_loss
 from repeng.train.reference import add_reference, gap, gather_tokens, preference_direction
 from repeng.train.reference_cache import cached_reference
@@ -61,6 +61,24 @@ class SteeringTrainer(Trainer):
         ValueError: no layer is trained, and `loss_layer` is not given.
     """
 
+    # `Trainer` declares these for any model and data.
+    args: SteeringArguments  # pyright: ignore[reportIncompatibleVariableOverride]
+    model: PeftModel  # pyright: ignore[reportIncompatibleVariableOverride]
+    processing_class: PreTrainedTokenizerBase  # pyright: ignore[reportIncompatibleVariableOverride]
+    eval_dataset: Sequence[Question]  # pyright: ignore[reportIncompatibleVariableOverride]
+    train_dataset: Sequence[ReferencedExample]  # pyright: ignore[reportIncompatibleVariableOverride]
+    stop: StopOnSignal
+    neutral_texts: Sequence[str]
+    start_kl: float | None
+    loss_layer: int
+    direction: Tensor
+    scale: Tensor
+    plain_head: bool
+    loss_func: Callable[..., InnerContrastiveLoss]
+    steer_fn: Callable[[nn.Module, float | Tensor], AbstractContextManager[None]]
+    model_accepts_loss_kwargs: bool
+    control: TrainerControl
+
     def __init__(
         self,
         model: PeftModel,
@@ -84,8 +102,8 @@ class SteeringTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            train_dataset=cast(Any, train_dataset),
+            eval_dataset=cast(Any, eval_dataset),
             data_collator=PairCollator(processing_class),
             processing_class=processing_class,
             callbacks=callbacks,
@@ -94,7 +112,7 @@ class SteeringTrainer(Trainer):
         _switch_off_dropout(model)
         # On the device and under the autocast of training: the reference must be what the policy is at c = 0.
         self.loss_layer = last_trained_layer(model) if args.loss_layer is None else args.loss_layer
-        settings = {"site": args.loss_site, "layer": self.loss_layer, "last_n": args.last_n_tokens}
+        settings: dict[str, Any] = {"site": args.loss_site, "layer": self.loss_layer, "last_n": args.last_n_tokens}
         size = args.per_device_train_batch_size
         with self.accelerator.autocast():
             examples = cached_reference(
@@ -117,12 +135,12 @@ class SteeringTrainer(Trainer):
         if args.gradient_checkpointing:
             model.enable_input_require_grads()
 
-    def _get_train_sampler(self, train_dataset: Sequence[dict] | None = None) -> torch.utils.data.Sampler | None:
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         """Whole optimizer steps an epoch: the pairs left over, others each time, would be a step of its own size."""
         sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, RandomSampler):
             step = self.args.pairs_per_step
-            n = len(sampler.data_source) // step * step
+            n = len(cast(Sized, sampler.data_source)) // step * step
             return RandomSampler(sampler.data_source, generator=sampler.generator, num_samples=n)
         return sampler
 
@@ -130,12 +148,13 @@ class SteeringTrainer(Trainer):
         super().create_accelerator_and_postprocess()
         if self.is_fsdp_enabled:
             # With bf16 it would round the adapter's parameters and all outputs; autocast rounds what may be rounded.
-            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
+            plugin = cast(FullyShardedDataParallelPlugin, self.accelerator.state.fsdp_plugin)
+            plugin.mixed_precision_policy = None
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
         base = self.accelerator.unwrap_model(model)
         # A hook inside a checkpointed layer would capture hidden states without a graph, or recomputed ones.
-        decoder_layers(base)[self.loss_layer].gradient_checkpointing = False
+        cast(Any, decoder_layers(base)[self.loss_layer]).gradient_checkpointing = False
         if self.start_kl is None:
             self.report_start(model, self._prepare_inputs(inputs))
         # Held until after backward: checkpointing recomputes the forward there, at whatever coefficient is set.
@@ -174,7 +193,7 @@ class SteeringTrainer(Trainer):
         model.train()
         with self.steer_fn(base, 0.0):
             (kl,) = read_vocabulary(base, batch, largest_kl, **options)
-        self.start_kl = self.accelerator.gather(kl.reshape(1)).max().item()
+        self.start_kl = self._gathered(kl.reshape(1)).max().item()
         self.log({"start_kl": self.start_kl})
         if not self.start_kl <= START_KL:
             raise StartError(
@@ -182,7 +201,7 @@ class SteeringTrainer(Trainer):
                 "something besides the coefficient acts in training (dropout, another adapter, modules_to_save)"
             )
 
-    def evaluate(
+    def evaluate(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         eval_dataset: Sequence[Question] | None = None,
         ignore_keys: list[str] | None = None,
@@ -204,7 +223,7 @@ class SteeringTrainer(Trainer):
             ADAPTER_COEFFICIENTS,
             neutral_texts=self.neutral_texts,
         )
-        gains = {"range": report.range, **{arm: report.arm(sign)[0] for arm, sign in ARMS}}
+        gains = {"range": report.range, **{arm: report.arm(sign).gain for arm, sign in ARMS}}
         (metrics,) = broadcast_object_list([{f"{metric_key_prefix}_{name}": gain for name, gain in gains.items()}])
         self.log(metrics)
         reached, best = metrics.get(f"eval_{self.args.metric_for_best_model}"), self.state.best_metric
@@ -213,19 +232,23 @@ class SteeringTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def both_sides(self, model: nn.Module, inputs: dict[str, Tensor]):
+    def _gathered(self, tensor: Tensor) -> Tensor:
+        """The tensors of all processes, one behind the other."""
+        return cast(Tensor, self.accelerator.gather(tensor))
+
+    def both_sides(self, model: nn.Module, inputs: dict[str, Tensor]) -> AbstractContextManager[None]:
         """The context in which the first half of the doubled rows stands at +1 and the second at −1."""
         rows = inputs["input_ids"].shape[0]
         return self.steer_fn(model, repeat(torch.tensor([1.0, -1.0]), "c -> (c r)", r=rows))
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         result = self.policy_loss(model, inputs)
         self.require_finite(result)
         self._last_inputs = inputs
         for name, term in result.terms.items():
-            self._terms[name].append(self.accelerator.gather(term).mean())
+            self._terms[name].append(self._gathered(term).mean())
         return (result.loss, result.terms) if return_outputs else result.loss
 
     def policy_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> InnerContrastiveLoss:
@@ -256,7 +279,7 @@ class SteeringTrainer(Trainer):
         with capture([site_module(base, self.loss_layer, args.loss_site)]) as outputs:
             kept, gap_pi = read_vocabulary(base, doubled, read, plain=self.plain_head, forward=model)
         logp = torch.zeros(counted.shape, device=kept.device).masked_scatter(counted, kept)
-        hs = rearrange(outputs[0], "(c p b) t d -> c p b t d", c=2, p=3)[:, :2]
+        hs = rearrange(cast(Tensor, outputs[0]), "(c p b) t d -> c p b t d", c=2, p=3)[:, :2]
         hs = gather_tokens(hs.flatten(0, 2), repeat(index, "p b n -> (c p b) n", c=2))
         return self.loss_func(
             hs_pi=rearrange(hs, "(c p b) n d -> c p b n d", c=2, p=2).float(),
@@ -299,7 +322,7 @@ class SteeringTrainer(Trainer):
         if self._last_inputs is not None:
             with torch.no_grad(), self.both_sides(self.accelerator.unwrap_model(model), self._last_inputs):
                 self.require_finite(self.policy_loss(model, self._last_inputs))
-        folder = Path(self.args.output_dir)
+        folder = Path(str(self.args.output_dir))
         self._staging = folder / STAGING
         try:
             if self.args.should_save:
@@ -326,7 +349,7 @@ class SteeringTrainer(Trainer):
             self._staging = None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        folder, state = output_dir or self.args.output_dir, adapter_state(self.model)
+        folder, state = str(output_dir or self.args.output_dir), adapter_state(self.model)
         if not self.is_fsdp_enabled:
             super().save_model(folder, _internal_call)
         elif self.args.should_save:
@@ -342,7 +365,7 @@ class SteeringTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled:
-            load_adapter_state(self.model, self.state.best_model_checkpoint)
+            load_adapter_state(self.model, str(self.state.best_model_checkpoint))
         else:
             super()._load_best_model()
 

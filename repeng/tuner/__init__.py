@@ -1,5 +1,8 @@
 """The PEFT method `SVD_STEERING`: a coefficient-controlled rotation of each weight's singular subspace."""
 
+from typing import cast
+
+from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from repeng.tuner.coefficients import Coefficients
@@ -8,8 +11,9 @@ from repeng.tuner.layer import SvdSteeringLayer
 from repeng.tuner.model import SvdSteeringModel
 
 # `peft.utils.register_peft_method` accepts members of the PeftType enum only; the three tables are what it fills.
-PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = SvdSteeringConfig
-PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = SvdSteeringModel
-PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = PREFIX
+_KEY = cast(PeftType, PEFT_TYPE)
+PEFT_TYPE_TO_CONFIG_MAPPING[_KEY] = SvdSteeringConfig
+PEFT_TYPE_TO_TUNER_MAPPING[_KEY] = SvdSteeringModel
+PEFT_TYPE_TO_PREFIX_MAPPING[_KEY] = PREFIX
 
 __all__ = ["Coefficients", "SvdSteeringConfig", "SvdSteeringLayer", "SvdSteeringModel"]

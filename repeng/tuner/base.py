@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from accelerate.hooks import AlignDevicesHook
@@ -13,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 CHUNK = 1024  # input directions that are read at once from a quantised layer
 
 
-def base_of(module: nn.Module) -> nn.Module:
+def base_of(module: nn.Module | BaseTunerLayer) -> nn.Module:
     """The layer below all adapters."""
     while isinstance(module, BaseTunerLayer):
         module = module.get_base_layer()
@@ -25,23 +26,32 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(base_of(module), nn.Linear | Conv1D)
 
 
+def weight_of(linear: nn.Module) -> Tensor:
+    """The weight as the layer stores it: packed, if it is quantised."""
+    return cast(Tensor, linear.weight)
+
+
 def is_quantised(linear: nn.Module) -> bool:
     """Whether the weight is anything but a plain floating-point tensor."""
-    weight = linear.weight
+    weight = weight_of(linear)
     return type(weight.data) is not Tensor or not weight.is_floating_point() or weight.element_size() < 2
 
 
 def linear_shape(linear: nn.Module) -> tuple[int, int]:
     """`(d_in, d_out)` of a linear layer or a Conv1D."""
-    return tuple(linear.weight.shape) if isinstance(linear, Conv1D) else (linear.in_features, linear.out_features)
+    if isinstance(linear, nn.Linear):
+        return linear.in_features, linear.out_features
+    d_in, d_out = weight_of(linear).shape
+    return d_in, d_out
 
 
 def device_of(linear: nn.Module) -> torch.device:
     """Where the layer computes, which is not where its weight waits if accelerate has offloaded it."""
-    if linear.weight.device.type != "meta":
-        return linear.weight.device
+    device = weight_of(linear).device
     hook = getattr(linear, "_hf_hook", None)
-    return torch.device(hook.execution_device if isinstance(hook, AlignDevicesHook) else "meta")
+    if device.type == "meta" and isinstance(hook, AlignDevicesHook) and hook.execution_device is not None:
+        return torch.device(hook.execution_device)
+    return device
 
 
 @contextmanager
@@ -63,10 +73,10 @@ def dense_weight(linear: nn.Module) -> Tensor:
     """The weight `(d_out d_in)` of a linear layer in float32, dequantised if need be."""
     if is_quantised(linear):
         d_in = linear_shape(linear)[0]
-        inputs = torch.arange(d_in, device=linear.weight.device)
+        inputs = torch.arange(d_in, device=weight_of(linear).device)
         return torch.cat([_columns(linear, part) for part in inputs.split(CHUNK)], dim=1)
     with _loaded(linear):
-        weight = linear.weight.detach().float()
+        weight = weight_of(linear).detach().float()
     return weight.mT if isinstance(linear, Conv1D) else weight
 
 
@@ -75,9 +85,9 @@ def entries(linear: nn.Module, outputs: Tensor, inputs: Tensor) -> Tensor:
     """The weight's entries `(n)` at output and input indices `(n)`, float32 on the CPU."""
     if is_quantised(linear):
         every = torch.arange(len(inputs))
-        return _columns(linear, inputs.to(linear.weight.device))[outputs, every].cpu()
+        return _columns(linear, inputs.to(weight_of(linear).device))[outputs, every].cpu()
     with _loaded(linear):
-        weight = linear.weight.detach()
+        weight = weight_of(linear).detach()
         weight = weight.mT if isinstance(linear, Conv1D) else weight
         return weight[outputs.to(weight.device), inputs.to(weight.device)].float().cpu()
 

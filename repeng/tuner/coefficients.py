@@ -28,13 +28,13 @@ class Setting:
     @classmethod
     def of(cls, given: Tensor, units: tuple[float, float] = (1.0, 1.0)) -> "Setting":
         given = given.clone()  # the caller may write to theirs
-        own = given * torch.where(given < 0, units[1], units[0])
-        values, index = (own[None], None) if own.ndim == 0 else torch.unique(own, return_inverse=True)
+        in_units = given * torch.where(given < 0, units[1], units[0])
+        values, index = (in_units[None], None) if in_units.ndim == 0 else torch.unique(in_units, return_inverse=True)
         return cls(given, values, index, *torch.unique(values.abs(), return_inverse=True))
 
     def to(self, device: torch.device) -> "Setting":
-        parts = (self.values, self.index, self.magnitude, self.which)
-        return Setting(self.given, *(None if part is None else part.to(device) for part in parts))
+        index = None if self.index is None else self.index.to(device)
+        return Setting(self.given, self.values.to(device), index, self.magnitude.to(device), self.which.to(device))
 
 
 ONE = Setting.of(torch.ones(()))
@@ -135,10 +135,10 @@ class Coefficients:
             self._kept.pop((name, site), None)
             return compute()
         stamp = [(id(p), p.data_ptr(), p._version) for p in parameters]
-        kept = self._kept.get((name, site))
-        if kept is None or kept[0] != stamp:
-            kept = self._kept[name, site] = (stamp, compute(), parameters)  # which keeps their identities taken
-        return kept[1]
+        entry = self._kept.get((name, site))
+        if entry is None or entry[0] != stamp:
+            entry = self._kept[name, site] = (stamp, compute(), parameters)  # which keeps their identities taken
+        return entry[1]
 
     def rotation(self, triangles: nn.ParameterDict, name: str, r: int) -> Tensor:
         """Rotations `(n r r)` of adapter `name` for one site, at the distinct values of its coefficient.

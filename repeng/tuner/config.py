@@ -28,14 +28,14 @@ class SvdSteeringConfig(PeftConfig):
     r: int = field(
         default=32, metadata={"help": "Singular directions that turn, 2 up to the smaller side of a weight."}
     )
-    target_modules: list[str] | str | None = field(
+    target_modules: list[str] | set[str] | str | None = field(
         default=None,
         metadata={
             "help": "Names (suffixes) of linear modules; 'residual' (the output of the decoder layer); "
             "'residual-writers', 'residual-readers', 'kv', 'all-linear'; or one regular expression of full names."
         },
     )
-    exclude_modules: list[str] | str | None = field(
+    exclude_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "What to leave out of target_modules, in the same forms."}
     )
     layers_to_transform: list[int] | int | str | None = field(

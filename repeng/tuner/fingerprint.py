@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from repeng.tuner.base import base_of, entries, is_linear, is_quantised, linear_shape
+from repeng.tuner.base import base_of, entries, is_linear, is_quantised, linear_shape, weight_of
 from repeng.tuner.config import SvdSteeringConfig
 from repeng.tuner.targets import last, linear_modules
 
@@ -26,7 +26,7 @@ def take_fingerprint(model: nn.Module, names: list[str]) -> dict[str, Any]:
                 linear[key.replace(".original_module", "")] = base_of(m)
     keys = sorted(linear)
     chosen = [keys[i] for i in torch.linspace(0, len(keys) - 1, min(MODULES, len(keys))).long().tolist()]
-    dtypes = {"quantised" if is_quantised(linear[key]) else str(linear[key].weight.dtype) for key in chosen}
+    dtypes = {"quantised" if is_quantised(linear[key]) else str(weight_of(linear[key]).dtype) for key in chosen}
     return {"dtype": ", ".join(sorted(dtypes)), "weights": {key: _sample(linear[key]) for key in chosen}}
 
 
@@ -41,17 +41,18 @@ def check_same_base(model: nn.Module, config: SvdSteeringConfig, names: list[str
     if config.allow_other_base or not config.fingerprint:
         return
     known = config.fingerprint
-    here = take_fingerprint(model, names)
-    if set(here["weights"]) != set(known["weights"]):
+    current = take_fingerprint(model, names)
+    if set(current["weights"]) != set(known["weights"]):
         problem = "its adapted modules have other names"
     else:
-        a, b = (torch.tensor([f["weights"][key] for key in sorted(f["weights"])]) for f in (known, here))
-        if "quantised" in known["dtype"] + here["dtype"]:
+        a, b = (torch.tensor([f["weights"][key] for key in sorted(f["weights"])]) for f in (known, current))
+        if "quantised" in known["dtype"] + current["dtype"]:
             distance = ((a - b).norm() / a.norm().clamp_min(1e-12)).item()
             problem = f"sampled weights differ by {distance:.0%}" if distance > QUANTISED_DISTANCE else None
         else:
-            same = (a == b if known["dtype"] == here["dtype"] else a.bfloat16() == b.bfloat16()).float().mean().item()
-            needed = 1.0 if known["dtype"] == here["dtype"] else SAME_SHARE
+            same_dtype = known["dtype"] == current["dtype"]
+            same = (a == b if same_dtype else a.bfloat16() == b.bfloat16()).float().mean().item()
+            needed = 1.0 if same_dtype else SAME_SHARE
             problem = f"{1 - same:.0%} of the sampled weights differ" if same < needed else None
     if problem:
         raise ValueError(

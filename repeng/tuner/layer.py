@@ -1,6 +1,7 @@
 """A linear layer with a coefficient-controlled change in the span of its top singular directions."""
 
-from typing import Any
+from collections.abc import MutableMapping
+from typing import Any, cast
 
 import torch
 from einops import einsum
@@ -9,13 +10,18 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from repeng.tuner.base import base_of, dense_weight, device_of, is_quantised, linear_shape
+from repeng.tuner.base import base_of, dense_weight, device_of, is_quantised, linear_shape, weight_of
 from repeng.tuner.coefficients import Coefficients, repeat_rows
 from repeng.tuner.config import SvdSteeringConfig
 from repeng.tuner.svd import subspace_error, top_singular_triples
 
 CANDIDATES = 8  # singular triples to choose from, for each that is kept
 INIT_STD = 0.02  # of the skew matrices, of λ and of b when init_weights is False
+
+
+def _bases() -> MutableMapping[str, Tensor]:
+    """An empty store of tensors by adapter name, which are saved with the model."""
+    return cast(MutableMapping[str, Tensor], BufferDict(persistent=True))
 
 
 class SvdSteeringLayer(BaseTunerLayer):
@@ -40,9 +46,9 @@ class SvdSteeringLayer(BaseTunerLayer):
         self.svd_steering_out = nn.ParameterDict()
         self.svd_steering_lambda = nn.ParameterDict()
         self.svd_steering_shift = nn.ParameterDict()
-        self.svd_steering_u = BufferDict(persistent=True)
-        self.svd_steering_s = BufferDict(persistent=True)
-        self.svd_steering_v = BufferDict(persistent=True)
+        self.svd_steering_u = _bases()
+        self.svd_steering_s = _bases()
+        self.svd_steering_v = _bases()
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         coefficients.register(self.svd_steering_in)
@@ -87,8 +93,8 @@ class SvdSteeringLayer(BaseTunerLayer):
         Raises:
             ValueError: the bases of one were never loaded.
         """
-        here = [name for name in self.active_adapters if name in self.r and not self.coefficients.is_zero(name)]
-        for name in self.awaited.intersection(here):
+        names = [name for name in self.active_adapters if name in self.r and not self.coefficients.is_zero(name)]
+        for name in self.awaited.intersection(names):
             basis = self.svd_steering_u[name]
             if basis.is_meta or basis.isnan().any():
                 raise ValueError(
@@ -97,7 +103,7 @@ class SvdSteeringLayer(BaseTunerLayer):
                     "configuration to start anew"
                 )
             self.awaited.discard(name)
-        return here
+        return names
 
 
 class Linear(nn.Module, SvdSteeringLayer):
@@ -142,9 +148,9 @@ class Linear(nn.Module, SvdSteeringLayer):
     def select_directions(self, difference: Tensor, adapter_name: str, config: SvdSteeringConfig) -> None:
         weight = dense_weight(base_of(self))
         u, s, v = top_singular_triples(weight, CANDIDATES * config.r, config.svd_niter, config.svd_seed)
-        kept = largest(s * (difference.to(v) @ v).norm(dim=0), config.r)
-        self.svd_error[adapter_name] = subspace_error(weight, u[:, kept])
-        for store, tensor in (("u", u[:, kept]), ("s", s[kept]), ("v", v[:, kept])):
+        chosen = largest(s * (difference.to(v) @ v).norm(dim=0), config.r)
+        self.svd_error[adapter_name] = subspace_error(weight, u[:, chosen])
+        for store, tensor in (("u", u[:, chosen]), ("s", s[chosen]), ("v", v[:, chosen])):
             getattr(self, f"svd_steering_{store}")[adapter_name].copy_(tensor)
 
     def core(self, adapter_name: str) -> Tensor:
@@ -172,10 +178,10 @@ class Linear(nn.Module, SvdSteeringLayer):
         return rank_change(self._cast_input_dtype(x, dtype), v, core.to(dtype), u, index)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.disable_adapters and self.merged:
+        if self.disable_adapters and self.merged and self._unmerged is not None:
             # PEFT's other methods unmerge here; the coefficient at which this one was merged would be lost.
             depth = next(name for name, m in self.base_layer.named_modules() if m is base_of(self))
-            weight = {f"{depth}.weight".lstrip("."): self._unmerged.to(base_of(self).weight)}
+            weight = {f"{depth}.weight".lstrip("."): self._unmerged.to(weight_of(base_of(self)))}
             return torch.func.functional_call(self.base_layer, weight, (x, *args), kwargs)
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
@@ -185,7 +191,7 @@ class Linear(nn.Module, SvdSteeringLayer):
         return result
 
     def check_merge(self, names: list[str]) -> None:
-        weight = base_of(self).weight
+        weight = weight_of(base_of(self))
         if is_quantised(base_of(self)):
             raise ValueError(
                 f"a quantised weight ({type(weight).__name__}, {weight.dtype}) cannot take up the change exactly; "
@@ -238,7 +244,7 @@ class Linear(nn.Module, SvdSteeringLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.r]
         if not names:
             return
-        weight = base_of(self).weight
+        weight = weight_of(base_of(self))
         changed = (weight.float() + sum(self.get_delta_weight(name) for name in names)).to(weight.dtype)
         if safe_merge and not torch.isfinite(changed).all():
             raise ValueError(f"merging {', '.join(names)} gives NaN or infinite weights in {weight.dtype}")
@@ -250,7 +256,7 @@ class Linear(nn.Module, SvdSteeringLayer):
     def unmerge(self) -> None:
         """Put the base weight back as it was before `merge`, bit for bit, in the dtype that the model has by now."""
         if self._unmerged is not None:
-            weight = base_of(self).weight
+            weight = weight_of(base_of(self))
             weight.data = self._unmerged.to(weight)
         self._unmerged = None
         self.merged_adapters.clear()

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig
@@ -33,66 +33,73 @@ class SvdSteeringModel(BaseTuner):
     tuner_layer_cls = SvdSteeringLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     coefficients: Coefficients
+    _bar: tqdm
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        config = self.peft_config[adapter_name]
-        self.__dict__.setdefault("coefficients", Coefficients())
+        config = self._config(adapter_name)
+        vars(self).setdefault("coefficients", Coefficients())
         # A configuration that makes its bases anew may still hold the units of an adapter that it made before.
         units = (None if config.init_bases else config.calibration) or {"plus": 1.0, "minus": 1.0}
         self.coefficients.set_units(adapter_name, units["plus"], units["minus"])
         bar = tqdm(desc="SVD of the adapted weights", leave=False, delay=1, disable=not config.init_bases)
         with bar:
-            self.__dict__["_bar"] = bar
+            vars(self)["_bar"] = bar
             try:
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
             finally:
-                del self.__dict__["_bar"]
+                del vars(self)["_bar"]
 
-    def _prepare_model(self, peft_config: SvdSteeringConfig, model: nn.Module) -> None:
+    def _config(self, adapter_name: str) -> SvdSteeringConfig:
+        return _of_this_method(self.peft_config[adapter_name])
+
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         # PEFT calls this before it changes anything, for the first adapter and for those added later.
+        config = _of_this_method(peft_config)
         merged = next((m for m in model.modules() if isinstance(m, SvdSteeringLayer) and m.merged), None)
         if merged is not None:
             raise ValueError(
                 f"adapter {', '.join(merged.merged_adapters)} is merged into the weights, of which another one would "
                 "take its bases; call unmerge_adapter() first"
             )
-        if peft_config.init_bases or peft_config.resolved_modules is None:
-            peft_config.resolved_modules = resolve(model, peft_config)
+        if config.init_bases or config.resolved_modules is None:
+            config.resolved_modules = resolve(model, config)
         else:
-            _require_modules(model, peft_config.resolved_modules)
-        if peft_config.init_bases:
-            peft_config.fingerprint = take_fingerprint(model, peft_config.resolved_modules)
-            peft_config.calibration = None
+            _require_modules(model, config.resolved_modules)
+        if config.init_bases:
+            config.fingerprint = take_fingerprint(model, config.resolved_modules)
+            config.calibration = None
             # A configuration that was used on another base before still names that one's commit.
             commit = getattr(getattr(model, "config", None), "_commit_hash", None)
-            peft_config.revision = commit or peft_config.revision
+            config.revision = commit or config.revision
         else:
-            check_same_base(model, peft_config, peft_config.resolved_modules)
-        self._bar.total = len(peft_config.resolved_modules)
+            check_same_base(model, config, config.resolved_modules)
+        self._bar.total = len(config.resolved_modules)
 
     @staticmethod
-    def _check_target_module_exists(peft_config: SvdSteeringConfig, key: str) -> bool:
-        return key in peft_config.resolved_modules
+    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool:
+        return key in (_of_this_method(peft_config).resolved_modules or ())
 
     def _create_and_replace(
         self,
-        peft_config: SvdSteeringConfig,
+        peft_config: PeftConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
         current_key: str,
+        parameter_name: str | None = None,
         **_: Any,
     ) -> None:
+        config = _of_this_method(peft_config)
         if isinstance(target, SvdSteeringLayer):
-            target.update_layer(adapter_name, peft_config)
+            target.update_layer(adapter_name, config)
         elif is_linear(target):
-            module = Linear(target, adapter_name, peft_config, self.coefficients)
+            module = Linear(target, adapter_name, config, self.coefficients)
             module.set_adapter(self.active_adapters)
             self._replace_module(parent, target_name, module, target)
         else:
             residual = attach(target, self.coefficients)
-            residual.update_layer(adapter_name, peft_config)
+            residual.update_layer(adapter_name, config)
             residual.set_adapter(self.active_adapters)
         self._bar.update()
 
@@ -120,7 +127,8 @@ class SvdSteeringModel(BaseTuner):
         self.check_merge(adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
-    def _unload_and_optionally_merge(
+    # PEFT annotates None and returns the model.
+    def _unload_and_optionally_merge(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         merge: bool = True,
         progressbar: bool = False,
@@ -129,7 +137,7 @@ class SvdSteeringModel(BaseTuner):
     ) -> nn.Module:
         if merge:
             self.check_merge(adapter_names)
-        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        model = cast(nn.Module, super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names))
         for layer in [m for m in model.modules() if any(isinstance(child, Residual) for child in m.children())]:
             detach(layer)
         return model
@@ -147,7 +155,7 @@ class SvdSteeringModel(BaseTuner):
         if not {"plus", "minus"} <= calibration.keys():
             raise ValueError(f"a calibration needs 'plus' and 'minus'; got {', '.join(calibration) or 'nothing'}")
         self.coefficients.set_units(adapter_name, calibration["plus"], calibration["minus"])
-        self.peft_config[adapter_name].calibration = dict(calibration)
+        self._config(adapter_name).calibration = dict(calibration)
 
     @torch.no_grad()
     def select_directions(self, differences: dict[str, Tensor], adapter_name: str = "default") -> None:
@@ -164,8 +172,8 @@ class SvdSteeringModel(BaseTuner):
         Raises:
             ValueError: a module without differences.
         """
-        config = self.peft_config[adapter_name]
-        for name in tqdm(config.resolved_modules, desc="SVD of the adapted weights", leave=False, delay=1):
+        config = self._config(adapter_name)
+        for name in tqdm(config.resolved_modules or (), desc="SVD of the adapted weights", leave=False, delay=1):
             if name not in differences:
                 raise ValueError(
                     f"no differences were given for {name!r}; every module of resolved_modules needs them"
@@ -178,27 +186,28 @@ class SvdSteeringModel(BaseTuner):
 
     def describe(self, adapter_name: str = "default") -> str:
         """What one adapter adapts: modules by name and layer, and how much of each weight lies outside its bases."""
-        config = self.peft_config[adapter_name]
+        config = self._config(adapter_name)
+        names = config.resolved_modules or []
         kinds: dict[str, list[tuple[int, float | None]]] = {}
-        for name in config.resolved_modules:
+        for name in names:
             layer = next((int(part) for part in name.split(".") if part.isdigit()), -1)
             site = self._site(name)
             kind = last(name) if isinstance(site, Linear) else RESIDUAL
             kinds.setdefault(kind, []).append((layer, site.svd_error.get(adapter_name)))
-        lines = [f"{len(config.resolved_modules)} modules adapted at rank {config.r}"]
-        for kind, found in kinds.items():
-            errors = [error for _, error in found if error is not None]
+        lines = [f"{len(names)} modules adapted at rank {config.r}"]
+        for kind, sites in kinds.items():
+            errors = [error for _, error in sites if error is not None]
             outside = f", up to {max(errors):.0%} of a weight outside the bases" if errors else ""
-            lines.append(f"  {kind}: {len(found)}, layers {_spans(sorted({layer for layer, _ in found}))}{outside}")
+            lines.append(f"  {kind}: {len(sites)}, layers {_spans(sorted({layer for layer, _ in sites}))}{outside}")
         return "\n".join(lines)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
         # PEFT loads with strict=False; without this a missing base would stay NaN and a stray key would be dropped.
         for name in self.peft_config:
-            given = {key for key in state_dict if f".{PREFIX}" in key and key.endswith(f".{name}")}
-            if given:
+            stored = {key for key in state_dict if f".{PREFIX}" in key and key.endswith(f".{name}")}
+            if stored:
                 expected = {prefix + key for key in _adapter_keys(self, name)}
-                check_keys(expected, given, name)
+                check_keys(expected, stored, name)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @classmethod
@@ -206,9 +215,14 @@ class SvdSteeringModel(BaseTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         expected = {key.removesuffix(f".{adapter_name}") for key in _adapter_keys(model, adapter_name)}
-        given = {key for key in state_dict if not _is_auxiliary(key)}
-        check_keys(expected, given, adapter_name)
+        stored = {key for key in state_dict if not _is_auxiliary(key)}
+        check_keys(expected, stored, adapter_name)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def _of_this_method(config: PeftConfig) -> SvdSteeringConfig:
+    """The configuration, which PEFT brings here by its `peft_type`."""
+    return cast(SvdSteeringConfig, config)
 
 
 def _spans(indices: list[int]) -> str:
@@ -224,8 +238,8 @@ def _spans(indices: list[int]) -> str:
 
 def _require_modules(model: nn.Module, names: list[str]) -> None:
     """Raise ValueError unless all modules of an adapter file are there."""
-    here = {name for name, _ in model.named_modules()}
-    missing = [name for name in names if name not in here]
+    available = {name for name, _ in model.named_modules()}
+    missing = [name for name in names if name not in available]
     if missing:
         raise ValueError(
             f"this adapter needs {len(names)} modules and {type(model).__name__} lacks {len(missing)} of them: "

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from repeng.tuner.base import base_of, device_of
-from repeng.tuner.coefficients import Coefficients
+from repeng.tuner.coefficients import Coefficients, repeat_rows
 from repeng.tuner.config import SvdSteeringConfig
-from repeng.tuner.layer import CANDIDATES, SvdSteeringLayer, largest, rank_change, repeat_rows, start
+from repeng.tuner.layer import CANDIDATES, SvdSteeringLayer, largest, rank_change, start
 from repeng.tuner.svd import subspace_error, top_singular_triples
 from repeng.tuner.targets import linear_modules, residual_width, writers
 
@@ -57,9 +57,9 @@ class Residual(nn.Module, SvdSteeringLayer):
             return
         weight = torch.cat(writers(self.get_base_layer()), dim=1)
         basis = top_singular_triples(weight, CANDIDATES * config.r, config.svd_niter, config.svd_seed)[0]
-        kept = largest((difference.to(basis) @ basis).norm(dim=0), config.r)
-        self.svd_error[adapter_name] = subspace_error(weight, basis[:, kept])
-        self.svd_steering_u[adapter_name].copy_(basis[:, kept])
+        chosen = largest((difference.to(basis) @ basis).norm(dim=0), config.r)
+        self.svd_error[adapter_name] = subspace_error(weight, basis[:, chosen])
+        self.svd_steering_u[adapter_name].copy_(basis[:, chosen])
 
     def turn(self, adapter_name: str) -> Tensor:
         """R(c) − I, `(n r r)` in float32 at the distinct coefficients `(n,)`."""

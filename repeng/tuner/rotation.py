@@ -52,14 +52,17 @@ class Rotations(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         return turn.unbind(0)
 
+    # `once_differentiable` is annotated as if `ctx` could not be passed by name.
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        reached = [i for i, gradient in enumerate(gradients) if gradient is not None]
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *gradients: Tensor | None
+    ) -> Any:
+        reached = {i: gradient for i, gradient in enumerate(gradients) if gradient is not None}
         result: list[Tensor | None] = [None] * len(gradients)
         if reached:
-            near = torch.eye(ctx.r, device=ctx.turn.device) + ctx.turn[reached]
-            outer = near.mT @ torch.stack([gradients[i].float() for i in reached]) @ near.mT
+            near = torch.eye(ctx.r, device=ctx.turn.device) + ctx.turn[list(reached)]
+            outer = near.mT @ torch.stack([gradient.float() for gradient in reached.values()]) @ near.mT
             of_skew = (ctx.coefficient[:, None, None] / 4 * outer).sum(dim=1)
             rows, cols = torch.triu_indices(ctx.r, ctx.r, 1, device=ctx.turn.device)
             of_triangle = (of_skew - of_skew.mT)[:, rows, cols]

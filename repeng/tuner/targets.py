@@ -9,7 +9,7 @@ from typing import NamedTuple
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from repeng.tuner.base import base_of, dense_weight, is_linear, linear_shape
+from repeng.tuner.base import base_of, dense_weight, is_linear, linear_shape, weight_of
 from repeng.tuner.config import SvdSteeringConfig
 
 RESIDUAL = "residual"
@@ -50,28 +50,29 @@ def find_decoder(model: nn.Module, layers_pattern: list[str] | str | None = None
     """
     patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    model_config = getattr(model, "config", None)
     if patterns:
         what = f"called {' or '.join(map(repr, patterns))}"
         lists_here = {name: module for name, module in lists.items() if matches(name, patterns)}
-    elif not hasattr(model, "config"):
+    elif model_config is None:
         raise ValueError(
             f"{type(model).__name__} has no config that tells its number of decoder layers; name their list with "
             f"layers_pattern: {', '.join(lists) or 'this model has no list of modules'}"
         )
     else:
-        n = model.config.get_text_config(decoder=True).num_hidden_layers
+        n = model_config.get_text_config(decoder=True).num_hidden_layers
         what = f"of {n} decoder layers"
         lists_here = {name: m for name, m in lists.items() if len(m) == n and not _is_other_modality(name)}
-    found: dict[str, nn.ModuleList] = {}
+    outermost: dict[str, nn.ModuleList] = {}
     for name, module in lists_here.items():
-        if not any(name.startswith(f"{outer}.") for outer in found):
-            found[name] = module
-    if len(found) != 1:
+        if not any(name.startswith(f"{outer}.") for outer in outermost):
+            outermost[name] = module
+    if len(outermost) != 1:
         raise ValueError(
-            f"expected one list {what} in {type(model).__name__}, found {len(found)}; name it with layers_pattern: "
-            f"{', '.join(lists) or 'this model has no list of modules'}"
+            f"expected one list {what} in {type(model).__name__}, found {len(outermost)}; name it with "
+            f"layers_pattern: {', '.join(lists) or 'this model has no list of modules'}"
         )
-    return Decoder(*next(iter(found.items())))
+    return Decoder(*next(iter(outermost.items())))
 
 
 def _is_other_modality(name: str) -> bool:
@@ -94,7 +95,7 @@ def select_layers(depth: int, layers: Iterable[int] | int | str | None) -> list[
         if not 0 <= low < high <= 1:
             raise ValueError(f"layers {layers!r} is no share of the depth; write for example 0.3-0.7, within 0-1")
         return [i for i in range(depth) if (i + 1) / depth > low + 1e-9 and i / depth < high - 1e-9]
-    chosen = [int(layers)] if isinstance(layers, Integral) else sorted({int(layer) for layer in layers})
+    chosen = [int(layers)] if isinstance(layers, int | Integral) else sorted({int(layer) for layer in layers})
     for index in chosen:
         if not 0 <= index < depth:
             raise ValueError(f"layer {index} does not exist; this model has layers 0 to {depth - 1}")
@@ -105,16 +106,16 @@ def select_layers(depth: int, layers: Iterable[int] | int | str | None) -> list[
 
 def linear_modules(root: nn.Module) -> dict[str, nn.Module]:
     """Linear modules below `root` by name, adapted ones included and insides of adapters left out."""
-    found: dict[str, nn.Module] = {}
+    linear: dict[str, nn.Module] = {}
     wrapped: list[str] = []
     for name, module in root.named_modules():
         if any(name.startswith(f"{outer}.") for outer in wrapped):
             continue
+        if name and is_linear(module):
+            linear[name] = module
         if isinstance(module, BaseTunerLayer):
             wrapped.append(name)
-        if name and is_linear(module):
-            found[name] = module
-    return found
+    return linear
 
 
 def last(name: str) -> str:
@@ -145,13 +146,13 @@ def residual_width(layer: nn.Module) -> int:
 def writers(layer: nn.Module) -> list[Tensor]:
     """Weights `(width …)` in float32 that write to the residual stream in this layer, fused experts included."""
     names, width = GROUPS["residual-writers"], residual_width(layer)
-    found = [dense_weight(base_of(m)) for name, m in linear_modules(layer).items() if last(name) in names]
+    weights = [dense_weight(base_of(m)) for name, m in linear_modules(layer).items() if last(name) in names]
     for name, weight in _fused_experts(layer).items():
         if last(name) in names:
             weight = weight.detach().float()
             by_input = weight.mT if weight.shape[1] == width else weight  # (experts … width)
-            found.append(by_input.flatten(0, 1).mT)
-    return [weight for weight in found if weight.shape[0] == width]
+            weights.append(by_input.flatten(0, 1).mT)
+    return [weight for weight in weights if weight.shape[0] == width]
 
 
 def resolve(model: nn.Module, config: SvdSteeringConfig) -> list[str]:
@@ -187,9 +188,9 @@ def _excluded(model: nn.Module, wanted: set[str], patterns: Iterable[str] | str 
     """Those of `wanted` that exclude_modules covers; raises ValueError for an entry that covers none."""
     if isinstance(patterns, str):
         patterns = [patterns]
-        found = {patterns[0]: {name for name in wanted if re.fullmatch(patterns[0], name)}}
+        by_pattern = {patterns[0]: {name for name in wanted if re.fullmatch(patterns[0], name)}}
     else:
-        found = {
+        by_pattern = {
             pattern: {
                 name
                 for name in wanted
@@ -197,23 +198,23 @@ def _excluded(model: nn.Module, wanted: set[str], patterns: Iterable[str] | str 
             }
             for pattern in patterns or ()
         }
-    for pattern, covered in found.items():
+    for pattern, covered in by_pattern.items():
         if not covered:
             raise ValueError(f"exclude_modules {pattern!r} covers none of the targets: {_texts(wanted)}")
-    return set().union(*found.values())
+    return set().union(*by_pattern.values())
 
 
 def _by_expression(model: nn.Module, decoder: Decoder, expression: str) -> set[str]:
     """Linear modules and decoder layers whose full name matches."""
     candidates = [*linear_modules(model), *(f"{decoder.name}.{i}" for i in range(len(decoder.layers)))]
-    found = {name for name in candidates if re.fullmatch(expression, name) and not _is_other_modality(name)}
-    if not found:
+    matched = {name for name in candidates if re.fullmatch(expression, name) and not _is_other_modality(name)}
+    if not matched:
         others = [name for name, _ in model.named_modules() if re.fullmatch(expression, name)]
         raise ValueError(
             f"the regular expression target_modules={expression!r} matches no linear module and no decoder layer"
             f"{f' (but {others[0]!r}, which cannot be adapted)' if others else ''}; {decoder.available()}"
         )
-    return found
+    return matched
 
 
 def _by_name(model: nn.Module, decoder: Decoder, target: str, config: SvdSteeringConfig) -> set[str]:
@@ -225,11 +226,11 @@ def _by_name(model: nn.Module, decoder: Decoder, target: str, config: SvdSteerin
     everywhere = {name for name in linear_modules(model) if not _is_other_modality(name)}
     if target in everywhere:
         return {target}
-    found: set[str] = set()
+    matched: set[str] = set()
     missing: list[int] = []
     for i in indices:
-        here = {name for name in linear_modules(layers[i]) if _is_called(name, target)}
-        found |= {f"{prefix}.{i}.{name}" for name in here}
+        in_layer = {name for name in linear_modules(layers[i]) if _is_called(name, target)}
+        matched |= {f"{prefix}.{i}.{name}" for name in in_layer}
         fused = [name for name in _fused_experts(layers[i]) if _is_called(name, target)]
         if fused:
             raise ValueError(
@@ -237,10 +238,10 @@ def _by_name(model: nn.Module, decoder: Decoder, target: str, config: SvdSteerin
                 f"{tuple(layers[i].get_parameter(fused[0]).shape)}, which cannot be adapted one by one; adapt "
                 f"{RESIDUAL!r} or, by name, {', '.join(sorted({last(n) for n in linear_modules(layers[i])}))}"
             )
-        if not here:
+        if not in_layer:
             missing.append(i)
     outside = {name for name in everywhere if _is_called(name, target) and not name.startswith(f"{prefix}.")}
-    if outside and not found and config.layers_to_transform is None:
+    if outside and not matched and config.layers_to_transform is None:
         return outside
     if missing:
         whole = f"layers {missing[0]}–{missing[-1]}" if len(missing) > 1 else f"layer {missing[0]}"
@@ -249,7 +250,7 @@ def _by_name(model: nn.Module, decoder: Decoder, target: str, config: SvdSteerin
             f"target_modules {target!r} matches no linear module in {whole} ({len(missing)} of {len(indices)} layers)"
             f"{f' (but {others[0]!r}, which cannot be adapted)' if others else ''}; {decoder.available()}"
         )
-    return found
+    return matched
 
 
 def _is_called(name: str, target: str) -> bool:
@@ -268,14 +269,14 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 
 def _check_targets(model: nn.Module, config: SvdSteeringConfig, wanted: set[str]) -> None:
     """Raise ValueError for a tied weight, a site with nothing to learn, or a rank that a weight does not have."""
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     tied = getattr(embeddings, "weight", None)
     for name in sorted(wanted):
         module = base_of(model.get_submodule(name))
         parts = ("rotate_input", "rotate_output", "scale" if is_linear(module) else "shift")
         if not any(getattr(config, part) for part in parts):
             raise ValueError(f"nothing to learn at {name!r}: set at least one of {', '.join(parts)}")
-        if is_linear(module) and tied is not None and module.weight is tied:
+        if is_linear(module) and tied is not None and weight_of(module) is tied:
             raise ValueError(
                 f"{name!r} shares its weight with the input embeddings, which would change too; leave it out"
             )

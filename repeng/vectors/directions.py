@@ -62,8 +62,8 @@ def weight_svd(chosen: Tensor, rejected: Tensor, basis: Tensor, *, k: int = 16) 
     _require_k(k, basis.shape[1])
     dhs = chosen - rejected
     along = (dhs @ basis).mean(dim=0)
-    kept = along.abs().topk(k).indices
-    return basis[:, kept] @ along[kept]
+    strongest = along.abs().topk(k).indices
+    return basis[:, strongest] @ along[strongest]
 
 
 def gradient(chosen: Tensor, rejected: Tensor, descent: Tensor) -> Tensor:

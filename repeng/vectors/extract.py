@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from repeng.data.files import nearest
 from repeng.data.pairs import ContrastPair
 from repeng.data.tokens import encode, pad_rows
 from repeng.model.activations import Loss, Tokens, gradients, hidden_states, persona_loss, token_weights
 from repeng.model.sites import RESIDUAL, Place, decoder_layers, site_widths, writing_basis
+from repeng.model.types import CausalLM
 from repeng.tuner.targets import select_layers
 from repeng.vectors.directions import METHODS
 from repeng.vectors.vector import SteeringVector, model_type
@@ -24,7 +25,7 @@ DOUBTFUL = 0.6
 
 
 def extract(
-    model: PreTrainedModel,
+    model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[ContrastPair],
     *,
@@ -79,7 +80,7 @@ def extract(
     states = hidden_states(model, tokenizer, flat, places, tokens=tokens, batch_size=batch_size)
     more = {"loss": loss, "tokens": tokens, "seed": seed, "batch_size": max(1, batch_size // 2)}  # two prompts a pair
     inputs = _method_inputs(function, model, tokenizer, rows, places, **more)
-    kept, left_out = split(len(pairs), held_out, seed)
+    used, left_out = split(len(pairs), held_out, seed)
 
     directions: dict[Place, Tensor] = {}
     accuracy: dict[str, float] = {}
@@ -94,7 +95,7 @@ def extract(
             continue
         directions[place] = direction * (length / direction.norm())
         if left_out.numel():
-            along = (chosen - rejected)[left_out] @ fit(kept)
+            along = (chosen - rejected)[left_out] @ fit(used)
             accuracy[f"{place[1]}.{place[0]}"] = (along > 0).float().mean().item()
     _warn_of_doubts(places, directions, accuracy)
     metadata = {
@@ -125,7 +126,7 @@ def _find_method(method: str, options: dict[str, Any]) -> Callable[..., Tensor]:
 
 def _method_inputs(
     function: Callable[..., Tensor],
-    model: PreTrainedModel,
+    model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Sequence[Sequence[int]]],
     places: Sequence[Place],
@@ -133,21 +134,21 @@ def _method_inputs(
 ) -> Callable[[Place], dict[str, Tensor]]:
     """What a method needs beside hidden states, by the names of its parameters; `settings` go to `gradients`."""
     needed = inspect.signature(function).parameters
-    found = None
-    if "descent" in needed:
+    read = None
+    if needed.keys() & {"descent", "scores"}:
         pairs = [(row[0], row[1]) for row in rows]
-        found = gradients(model, tokenizer, pairs, places, **settings)
+        read = gradients(model, tokenizer, pairs, places, **settings)
 
     def inputs(place: Place) -> dict[str, Tensor]:
         site, layer = place
-        here = {}
+        tensors = {}
         if "basis" in needed:
-            here["basis"] = writing_basis(model, layer, site)
-        if "descent" in needed:
-            here["descent"] = found.descent[place]
-        if "scores" in needed:
-            here["scores"] = found.scores[place]
-        return here
+            tensors["basis"] = writing_basis(model, layer, site)
+        if read is not None and "descent" in needed:
+            tensors["descent"] = read.descent[place]
+        if read is not None and "scores" in needed:
+            tensors["scores"] = read.scores[place]
+        return tensors
 
     return inputs
 

@@ -31,8 +31,6 @@ class SteeringVector:
     directions: dict[Place, Tensor] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
 
-    __hash__ = None  # compared by value
-
     @property
     def sites(self) -> list[str]:
         return sorted({site for site, _ in self.directions})
@@ -47,9 +45,9 @@ class SteeringVector:
         Raises:
             KeyError: there is none; says which there are.
         """
-        if isinstance(place, Integral) and len(self.sites) == 1:
+        if isinstance(place, int | Integral) and len(self.sites) == 1:
             place = (self.sites[0], int(place))
-        if place not in self.directions:
+        if not isinstance(place, tuple) or place not in self.directions:
             raise KeyError(f"no direction at {place!r}; this vector has sites {self.sites} and layers {self.layers}")
         return self.directions[place]
 
@@ -61,19 +59,19 @@ class SteeringVector:
         """
         keep_sites = set(self.sites if sites is None else sites)
         keep_layers = set(self.layers if layers is None else layers)
-        kept = {p: d for p, d in self.directions.items() if p[0] in keep_sites and p[1] in keep_layers}
-        if not kept:
+        selected = {p: d for p, d in self.directions.items() if p[0] in keep_sites and p[1] in keep_layers}
+        if not selected:
             raise ValueError(
                 f"nothing is left at sites {sorted(keep_sites)} and layers {sorted(keep_layers)}; this vector has "
                 f"sites {self.sites} and layers {self.layers}"
             )
         accuracy = self.metadata.get("accuracy", {})
-        here = {f"{layer}.{site}" for site, layer in kept}
-        accuracy = {key: value for key, value in accuracy.items() if key in here}
+        names = {f"{layer}.{site}" for site, layer in selected}
+        accuracy = {key: value for key, value in accuracy.items() if key in names}
         told = self._told(accuracy=accuracy)
-        if len(kept) < len(self.directions):
+        if len(selected) < len(self.directions):
             told.pop("calibration", None)  # of all places together
-        return SteeringVector(kept, told)
+        return SteeringVector(selected, told)
 
     def _told(self, **changes: Any) -> dict[str, Any]:
         """A copy of the metadata with changes; None and empty values are left out."""
@@ -99,6 +97,7 @@ class SteeringVector:
             drawn, self._told(method="random", options=None, accuracy=None, read=None, calibration=None)
         )
 
+    # Compared by value, and so without a hash: beside __eq__ alone, Python sets __hash__ to None.
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SteeringVector):
             return NotImplemented
@@ -154,7 +153,7 @@ class SteeringVector:
             ValueError: `plus` or `minus` is missing or not positive.
         """
         units = {name: calibration.get(name) for name in ("plus", "minus")}
-        if not all(isinstance(unit, Real) and 0 < unit < math.inf for unit in units.values()):
+        if not all(isinstance(unit, Real) and 0 < float(unit) < math.inf for unit in units.values()):
             raise ValueError(f"a calibration needs positive numbers 'plus' and 'minus'; got {units}")
         before = self.metadata.get("calibration", {"plus": 1.0, "minus": 1.0})
         units = {name: unit * before[name] for name, unit in units.items()}
@@ -187,11 +186,11 @@ class SteeringVector:
         """Raise ValueError if the vector is for another model (its type, depth or widths differ), or holds nothing."""
         if not self.directions:
             raise ValueError("this vector holds no direction")
-        here, made_for = model_type(model), self.metadata.get("model_type")
-        if made_for is not None and here is not None and made_for != here:
+        own_type, made_for = model_type(model), self.metadata.get("model_type")
+        if made_for is not None and own_type is not None and made_for != own_type:
             raise ValueError(
                 f"this vector was made for a {made_for} model ({self.metadata.get('model', 'unnamed')}); "
-                f"{type(model).__name__} is a {here} model"
+                f"{type(model).__name__} is a {own_type} model"
             )
         widths = site_widths(model, list(self.directions))
         for ((site, layer), direction), width in zip(self.directions.items(), widths, strict=True):

@@ -155,7 +155,7 @@ def test_the_mean_difference_steers_both_ways_inside_the_budget(embedded):
         VECTOR_COEFFICIENTS,
         neutral_texts=tiny.neutral_texts(32, seed=5),
     )
-    assert report.arm(+1)[0] >= 0.5 and report.arm(-1)[0] >= 0.5
+    assert report.arm(+1).gain >= 0.5 and report.arm(-1).gain >= 0.5
     noise = evaluate(
         model,
         tokenizer,

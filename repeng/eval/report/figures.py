@@ -53,7 +53,7 @@ def dose_response(reports: Mapping[str, EvalReport], own: str | None = None) -> 
     effect, cost = figure.subplots(1, 2)
     for name, report in reports.items():
         _draw_dose(effect, report, name, own)
-    shown = reports[own] if own in reports else next(iter(reports.values()))
+    shown = reports[own] if own is not None and own in reports else next(iter(reports.values()))
     effect.set(xlabel="coefficient c", ylabel="log-odds of the target answer, nats", title="Target")
     effect.legend(fontsize=8)
     for name, values in shown.costs().items():

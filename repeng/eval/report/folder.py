@@ -1,6 +1,7 @@
 """A report as files in a folder."""
 
 from pathlib import Path
+from typing import Any
 
 from repeng.data.files import write_json, written_whole
 from repeng.eval.compare import ADAPTER, shortcomings, verdict
@@ -11,7 +12,12 @@ from repeng.eval.report.tables import write_csv
 
 
 def write_report(
-    reports: dict[str, EvalReport], folder: Path, *, title: str, name: str = ADAPTER, about: dict | None = None
+    reports: dict[str, EvalReport],
+    folder: Path,
+    *,
+    title: str,
+    name: str = ADAPTER,
+    about: dict[str, Any] | None = None,
 ) -> None:
     """report.json, report.csv, report.html and, with matplotlib, report.png; `about` goes into the first."""
     sentence = verdict(reports, name)

@@ -19,8 +19,8 @@ def summary(report: EvalReport, resamples: int = 300) -> dict[str, str]:
     worst = max((report.spent()[report.at(report.endpoint(sign))].item() for _, sign in ARMS), default=0.0)
     return {
         "range, nats": f"{report.range:.2f} [{low:.2f}, {high:.2f}]",
-        "+ arm": f"{report.arm(+1)[0]:.2f}",
-        "− arm": f"{report.arm(-1)[0]:.2f}",
+        "+ arm": f"{report.arm(+1).gain:.2f}",
+        "− arm": f"{report.arm(-1).gain:.2f}",
         "wrong way": percent(report.wrong_way),
         "flips right / wrong": " / ".join(
             f"{sum(report.flips(sign)[way] for _, sign in ARMS) / 2:.0%}" for way in (0, 1)

@@ -1,0 +1,97 @@
+"""Files are written whole or not at all, whoever writes them."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from repeng import EvalReport, SteeringVector
+from repeng.data import files
+from repeng.data.files import check_writable, staged, write_json, write_text, written_whole
+from repeng.eval.report.folder import write_report
+from repeng.eval.report.page import write_page
+from repeng.eval.report.tables import write_csv
+from repeng.model.adapter_files import save_adapter
+from repeng.train.collator import STACKED
+from repeng.train.reference_cache import _write_part
+from repeng.vectors.gguf import write_control_vector
+
+VECTOR = SteeringVector({("residual", 1): torch.ones(4)}, {"model_type": "llama"})
+
+
+def report():
+    return EvalReport(
+        [-1.0, 0.0, 1.0],
+        torch.tensor([[-1.0], [0.0], [1.0]]),
+        torch.ones(3, 1),
+        torch.zeros(3, 1),
+        torch.zeros(3, 1),
+        torch.zeros(3, 1),
+        torch.ones(1),
+    )
+
+
+def reports():
+    return {name: report() for name in ("this adapter", "random direction")}
+
+
+EXAMPLE = {**{name: torch.zeros(2) for name in STACKED}, "ref_logp": [torch.zeros(1)] * 3}
+WRITERS = {
+    "text": lambda path, _: write_text(path, "new"),
+    "JSON": lambda path, _: write_json(path, {"new": 1}),
+    "table": lambda path, _: write_csv(reports(), path),
+    "page": lambda path, _: write_page(reports(), path, title="t", verdict="v"),
+    "vector": lambda path, _: VECTOR.save(path),
+    "control vector": lambda path, _: write_control_vector(path, {1: torch.ones(4)}, "llama"),
+    "reference": lambda path, _: _write_part([EXAMPLE], path),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_write_that_fails_at_its_end_leaves_the_old_file(name, tmp_path, monkeypatch):
+    path = tmp_path / "file.ext"
+    path.write_bytes(b"old")
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "replace", fail)
+    with pytest.raises(OSError, match="No space left"):
+        WRITERS[name](path, None)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+    monkeypatch.undo()
+    WRITERS[name](path, None)
+    assert path.read_bytes() != b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_write_that_fails_in_the_middle_leaves_the_old_file(tmp_path):
+    path = tmp_path / "folder" / "file"
+    write_text(path, "old")
+    with pytest.raises(RuntimeError), written_whole(path) as place:
+        place.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
+
+
+def test_the_whole_report_and_the_adapter_are_written_through_the_same_door(tmp_path, monkeypatch, steered):
+    moved = []
+    replace = files.os.replace
+    monkeypatch.setattr(files.os, "replace", lambda a, b: (moved.append(b.name), replace(a, b)))
+    write_report(reports(), tmp_path, title="t")
+    save_adapter(steered, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == set(moved)
+    assert len(load_file(tmp_path / "adapter_model.safetensors")) > 4
+
+
+def test_only_named_files_leave_the_staging_folder(tmp_path):
+    with staged(tmp_path, ["a"]) as folder:
+        (folder / "a").write_text("a")
+        (folder / "b").write_text("b")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_what_cannot_be_written_is_refused_and_nothing_is_left(tmp_path):
+    check_writable(tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        check_writable(tmp_path / "file" / "out")
