@@ -1,6 +1,6 @@
 """What an adapter costs in generation and training, against the base model and LoRA of the same rank and sites.
 
-python benchmarks/adapter_speed.py [--width 512] [--depth 12] [--r 64]
+python -m benchmarks.adapter_speed [--width 512] [--depth 12] [--r 64]
 """
 
 import argparse
@@ -10,10 +10,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
-from timing import seconds
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.timing import seconds
 from repeng import SvdSteeringConfig, steer
 
 SITES = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"]

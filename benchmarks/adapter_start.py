@@ -1,6 +1,6 @@
 """How long it takes to create an adapter against a full SVD of the same weights, and what its bases leave out.
 
-python benchmarks/adapter_start.py [--width 1024] [--r 64] [--svd_niter 0 1 2 4]
+python -m benchmarks.adapter_start [--width 1024] [--r 64] [--svd_niter 0 1 2 4]
 """
 
 import argparse
@@ -10,10 +10,10 @@ import torch
 from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
-from timing import seconds
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.timing import seconds
 from repeng import SvdSteeringConfig
 from repeng.tuner.base import dense_weight
 from repeng.tuner.layer import Linear

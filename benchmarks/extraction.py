@@ -1,6 +1,6 @@
 """Extraction of steering vectors: time against vgel/repeng 0.4.0 on the same model, and against the depth asked for.
 
-python benchmarks/extraction.py [--pairs 256] [--width 512] [--depth 12]
+python -m benchmarks.extraction [--pairs 256] [--width 512] [--depth 12]
 
 The neighbour runs in an environment of its own that uv makes, with the same versions of torch and transformers.
 """
@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from timing import seconds
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.timing import seconds
 from repeng import ContrastPair, extract, tiny
 
 THEIRS = """

@@ -1,4 +1,4 @@
-"""Every extraction method at its best layer, for both traits of the embedded model: `python benchmarks/vectors.py`.
+"""Every extraction method at its best layer, for both traits of the embedded model: `python -m benchmarks.vectors`.
 
 Vectors come from the same pairs; the layer is the one with the largest range on the held-out questions themselves,
 which flatters all of them alike. Prints a Markdown table; `--notes` puts it into research_notes.md.
@@ -74,7 +74,7 @@ def main() -> None:
             lines.append(f"| {name} | {trait} | {' | '.join(where)} | {report.range:.2f} | {arms} | {wrong} |")
     print("\n".join(lines))
     if options.notes:
-        command = f"`python benchmarks/vectors.py --pairs {options.pairs} --every {options.every} --notes`"
+        command = f"`python -m benchmarks.vectors --pairs {options.pairs} --every {options.every} --notes`"
         title = f"## {datetime.date.today()} Extraction methods on the embedded model"
         entry = f"{title}\n\n{command}, range in nats inside the budget.\n\n"
         head, first, rest = NOTES.read_text(encoding="utf-8").partition("\n## ")

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from repeng.train.collator import PairCollator
     from repeng.train.inner_contrastive_loss import inner_contrastive_loss
     from repeng.train.trainer import SteeringTrainer
-    from repeng.tuner import SvdSteeringConfig, SvdSteeringModel
+    from repeng.tuner.config import SvdSteeringConfig
+    from repeng.tuner.model import SvdSteeringModel
     from repeng.vectors.extract import extract
     from repeng.vectors.vector import SteeringVector
 else:

@@ -18,6 +18,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
+from repeng.data.tokens import special_id
 from repeng.tiny.world import World, vocabulary
 
 SEQUENCE_LENGTH = 64
@@ -67,7 +68,7 @@ class Documents(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         self.n: int = n
         self.seed: int = seed
         self.ids: dict[str, int] = tokenizer.get_vocab()
-        self.bos: int | None = tokenizer.bos_token_id
+        self.bos: int = special_id(tokenizer, "bos")[0]
 
     def __len__(self) -> int:
         return self.n

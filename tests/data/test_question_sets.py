@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from repeng import question_sets
+from repeng.data import question_sets
 
 DILEMMAS = (
     [

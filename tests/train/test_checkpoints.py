@@ -12,6 +12,7 @@ from support import arguments, prepare, trainer_for
 
 from repeng.data.pairs import ContrastPair
 from repeng.data.task import hold_out
+from repeng.eval.eval_report import Arm
 from repeng.model.adapter_files import adapter_state, check_saved, check_whole
 from repeng.train.checkpoints import STAGING, CheckpointError, newest
 from repeng.train.trainer import SteeringTrainer
@@ -133,7 +134,7 @@ BEST = {
 def give_ranges(monkeypatch, *ranges):
     """What the evaluations of a run find, in turn."""
     left = iter(ranges)
-    report = SimpleNamespace(arm=lambda sign: (0.5, None))
+    report = SimpleNamespace(arm=lambda sign: Arm(0.5, None))
     monkeypatch.setattr(
         "repeng.train.trainer.evaluate", lambda *_, **__: SimpleNamespace(range=next(left), **vars(report))
     )

@@ -21,7 +21,7 @@ QUICK = ("--max_steps", "2", "--save_steps", "1", "--num_pairs", "24", "--r", "4
 
 def launch(*argv, timeout=200):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", str(ROOT / "train.py")]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "160", "OMP_NUM_THREADS": "2"}
     return subprocess.run(
         [*command, *map(str, argv)], capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=environment
     )
@@ -30,7 +30,7 @@ def launch(*argv, timeout=200):
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
     folder, questions = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("data") / "questions.jsonl"
-    some = tiny.questions("honesty", "held_out")[::8]
+    some = tiny.questions("honesty", "held_out")[::16]
     questions.write_text("\n".join(json.dumps(asdict(question)) for question in some))
     done = launch(*QUICK, "--questions_file", questions, "--output_dir", folder)
     assert done.returncode == 0, done.stderr[-3000:]
