@@ -6,16 +6,14 @@ singular vectors of dX, what chosen minus rejected inputs of the site span. Prin
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from statistics import mean
 
 import torch
 from torch import Tensor
 
-from benchmarks.training import train
-from repeng import EvalReport, evaluate, steer
-from repeng.eval.evaluate import ADAPTER_COEFFICIENTS
+from benchmarks.training import ranges_row, trained_report
+from repeng.eval.report.tables import markdown
 from repeng.train.arguments import SteeringArguments
 from repeng.train.build import Run
 from repeng.train.reference import pair_differences
@@ -55,35 +53,19 @@ def put_bases(prepared: Run, args: SteeringArguments, choice: str) -> None:
             getattr(site, f"svd_steering_{name}")["default"].copy_(tensor)
 
 
-def run(choice: str, seed: int, extra: Sequence[str]) -> EvalReport:
-    """Train once with these bases and evaluate on held-out questions."""
-    prepared = train(seed, extra, prepare=partial(put_bases, choice=choice))
-    return evaluate(
-        prepared.model,
-        prepared.tokenizer,
-        prepared.task.questions,
-        lambda c: steer(prepared.model, c),
-        ADAPTER_COEFFICIENTS,
-        neutral_texts=prepared.task.unseen_neutral_texts,
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--r", type=int, nargs="+", default=[4, 8, 32])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--choices", nargs="+", choices=list(CHOICES), default=list(CHOICES))
     options, extra = parser.parse_known_args()
-    print("| r | directions | range (seeds) | + arm | − arm |\n|---|---|---|---|---|")
+    rows = {}
     for r in options.r:
         for choice in options.choices:
-            reports = [run(choice, seed, [*extra, "--r", str(r)]) for seed in options.seeds]
-            ranges = [report.range for report in reports]
-            arms = " | ".join(f"{mean(report.arm(sign).gain for report in reports):.2f}" for sign in (1, -1))
-            print(
-                f"| {r} | {choice} | {mean(ranges):.2f} ({', '.join(f'{x:.2f}' for x in ranges)}) | {arms} |",
-                flush=True,
-            )
+            prepare = partial(put_bases, choice=choice)
+            reports = [trained_report(seed, [*extra, "--r", str(r)], prepare=prepare) for seed in options.seeds]
+            rows[f"r = {r}, {choice}"] = ranges_row(reports)
+    print(markdown(rows, "directions"))
 
 
 if __name__ == "__main__":

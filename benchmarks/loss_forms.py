@@ -6,7 +6,7 @@ inside the budget of the main job). Writes one JSON line a run and prints a Mark
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -15,9 +15,8 @@ import torch
 from einops import einsum, rearrange, reduce
 from torch import Tensor
 
-from benchmarks.training import train
-from repeng import EvalReport, evaluate, steer
-from repeng.eval.evaluate import ADAPTER_COEFFICIENTS
+from benchmarks.training import ranges_row, trained_report
+from repeng.eval.report.tables import markdown, percent
 from repeng.train.inner_contrastive_loss import (
     InnerContrastiveLoss,
     inner_contrastive_loss,
@@ -134,19 +133,6 @@ FORMS: dict[str, Form] = {
 }
 
 
-def run(form: Form, seed: int, extra: Sequence[str] = ()) -> EvalReport:
-    """Train once and evaluate on held-out questions."""
-    prepared = train(seed, [*form.argv, *extra], loss_func=form.loss)
-    return evaluate(
-        prepared.model,
-        prepared.tokenizer,
-        prepared.task.questions,
-        lambda c: steer(prepared.model, c),
-        ADAPTER_COEFFICIENTS,
-        neutral_texts=prepared.task.unseen_neutral_texts,
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -154,17 +140,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/loss_forms.jsonl"))
     options, extra = parser.parse_known_args()
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    print("| form | range (seeds) | + arm | − arm | wrong way |\n|---|---|---|---|---|")
+    rows = {}
     for name in options.forms:
-        reports = [run(FORMS[name], seed, extra) for seed in options.seeds]
+        form = FORMS[name]
+        reports = [trained_report(seed, [*form.argv, *extra], loss_func=form.loss) for seed in options.seeds]
         with options.output.open("a", encoding="utf-8") as file:
             for seed, report in zip(options.seeds, reports, strict=True):
                 file.write(json.dumps({"form": name, "seed": seed, "argv": extra, **report.to_dict()}) + "\n")
-        ranges = [report.range for report in reports]
-        arms = [f"{mean(report.arm(sign).gain for report in reports):.2f}" for sign in (1, -1)]
-        wrong = mean(report.wrong_way for report in reports)
-        shown = ", ".join(f"{r:.2f}" for r in ranges)
-        print(f"| {name} | {mean(ranges):.2f} ({shown}) | {' | '.join(arms)} | {wrong:.1%} |", flush=True)
+        rows[name] = {**ranges_row(reports), "wrong way": percent(mean(report.wrong_way for report in reports))}
+    print(markdown(rows, "form"))
 
 
 if __name__ == "__main__":

@@ -2,9 +2,12 @@
 
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from statistics import mean
 
-from repeng import tiny
+from repeng import EvalReport, evaluate, steer, tiny
+from repeng.eval.evaluate import ADAPTER_COEFFICIENTS
 from repeng.train.arguments import SteeringArguments, parse_arguments
 from repeng.train.build import Run, build
 from repeng.train.trainer import SteeringTrainer
@@ -32,3 +35,27 @@ def train(
         prepare(run, args)
         trainer(run.model, args, run.examples, run.tokenizer, **options).train()
     return run
+
+
+def trained_report(seed: int, argv: Sequence[str] = (), **options) -> EvalReport:
+    """Train once, see `train`, and evaluate the adapter on the held-out questions."""
+    run = train(seed, argv, **options)
+    return evaluate(
+        run.model,
+        run.tokenizer,
+        run.task.questions,
+        partial(steer, run.model),
+        ADAPTER_COEFFICIENTS,
+        neutral_texts=run.task.unseen_neutral_texts,
+    )
+
+
+def ranges_row(reports: Sequence[EvalReport]) -> dict[str, str]:
+    """The mean range and that of each seed, and the arms, for a table."""
+    ranges = [report.range for report in reports]
+    shown = ", ".join(f"{value:.2f}" for value in ranges)
+    return {
+        "range (seeds)": f"{mean(ranges):.2f} ({shown})",
+        "+ arm": f"{mean(report.arm(+1).gain for report in reports):.2f}",
+        "− arm": f"{mean(report.arm(-1).gain for report in reports):.2f}",
+    }

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from repeng import EvalReport, SteeringVector, evaluate, extract, steer, tiny
 from repeng.eval.compare import VECTOR_COEFFICIENTS
 from repeng.eval.evaluate import prompt_dial
+from repeng.eval.report.tables import markdown, percent
 
 NOTES = Path(__file__).parent.parent / "research_notes.md"
 METHODS = {
@@ -38,7 +39,7 @@ def measure(trait: str, n_pairs: int, every: int) -> dict[str, tuple[EvalReport,
     model, tokenizer = tiny.load()
     pairs = tiny.pairs(trait, n_pairs, 0)
     questions = tiny.questions(trait, "held_out")[::every]
-    texts = tiny.neutral_texts(64, 1_000_003)
+    texts = tiny.neutral_texts(64, tiny.UNSEEN_SEED)
 
     def report(dial, coefficients) -> EvalReport:
         return evaluate(model, tokenizer, questions, dial, coefficients, neutral_texts=texts)
@@ -62,23 +63,25 @@ def main() -> None:
     parser.add_argument("--notes", action="store_true", help="put the table into research_notes.md")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", message="held-out accuracy|left out")
-    lines = [
-        "| method | trait | best layer | held-out accuracy | range | + arm | − arm | wrong way |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    rows = {}
     for trait in TEXTS:
         for name, (report, layer, accuracy) in measure(trait, options.pairs, options.every).items():
-            arms = " | ".join(f"{report.arm(sign).gain:.2f}" for sign in (1, -1))
-            where = ("–", "–") if layer is None else (str(layer), f"{accuracy:.0%}")
-            wrong = f"{report.wrong_way:.1%}" if report.range else "–"
-            lines.append(f"| {name} | {trait} | {' | '.join(where)} | {report.range:.2f} | {arms} | {wrong} |")
-    print("\n".join(lines))
+            rows[f"{name}, {trait}"] = {
+                "best layer": "–" if layer is None else str(layer),
+                "held-out accuracy": "–" if accuracy is None else f"{accuracy:.0%}",
+                "range": f"{report.range:.2f}",
+                "+ arm": f"{report.arm(+1).gain:.2f}",
+                "− arm": f"{report.arm(-1).gain:.2f}",
+                "wrong way": percent(report.wrong_way),
+            }
+    table = markdown(rows, "method and trait")
+    print(table)
     if options.notes:
         command = f"`python -m benchmarks.vectors --pairs {options.pairs} --every {options.every} --notes`"
         title = f"## {datetime.date.today()} Extraction methods on the embedded model"
         entry = f"{title}\n\n{command}, range in nats inside the budget.\n\n"
         head, first, rest = NOTES.read_text(encoding="utf-8").partition("\n## ")
-        NOTES.write_text(f"{head}\n{entry}{chr(10).join(lines)}\n{first}{rest}", encoding="utf-8")
+        NOTES.write_text(f"{head}\n{entry}{table}\n{first}{rest}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -101,6 +101,6 @@ def suffixes() -> list[str]:
 
 
 if __name__ == "__main__":
-    path = Path(__file__).with_name("suffixes.txt")
+    path: Path = Path(__file__).with_name("suffixes.txt")
     path.write_text("\n".join(suffixes()) + "\n", encoding="utf-8")
     print(f"{len(suffixes())} suffixes of {len(KINDS)} kinds: {path}")

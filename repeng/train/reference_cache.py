@@ -5,10 +5,9 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast, overload
+from typing import Any, Protocol, cast, overload
 
 import torch
-from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -20,6 +19,21 @@ from repeng.tuner.config import PREFIX
 
 SAMPLES = 64  # entries of each parameter in a key
 VERSION = 2
+
+
+class Processes(Protocol):
+    """What is asked of an `accelerate.Accelerator`."""
+
+    @property
+    def num_processes(self) -> int: ...
+
+    @property
+    def process_index(self) -> int: ...
+
+    @property
+    def mixed_precision(self) -> str: ...
+
+    def wait_for_everyone(self) -> None: ...
 
 
 class ReferenceExamples(Sequence[ReferencedExample]):
@@ -75,7 +89,7 @@ def cached_reference(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     folder: str | Path,
-    accelerator: Accelerator,
+    accelerator: Processes,
     **settings: Any,
 ) -> ReferenceExamples:
     """The examples with what `compute` finds on them, from files in `folder` if they fit, else computed and written.
@@ -89,7 +103,7 @@ def cached_reference(
         model: whose base parameters are part of the key.
         tokenizer: part of the key.
         folder: where the files lie.
-        accelerator: of the processes.
+        accelerator: knows the processes.
         settings: whatever else the reference depends on, as JSON.
     """
     key = reference_key(examples, model, tokenizer, precision=accelerator.mixed_precision, **settings)

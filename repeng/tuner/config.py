@@ -83,7 +83,7 @@ class SvdSteeringConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PEFT_TYPE
+        self.peft_type: str | None = PEFT_TYPE
         if not isinstance(self.format_version, int) or self.format_version > FORMAT_VERSION:
             raise ValueError(
                 f"this adapter has file format {self.format_version!r} and this version of repeng reads formats up to "

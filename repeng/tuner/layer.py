@@ -19,9 +19,12 @@ CANDIDATES = 8  # singular triples to choose from, for each that is kept
 INIT_STD = 0.02  # of the skew matrices, of λ and of b when init_weights is False
 
 
-def _bases() -> MutableMapping[str, Tensor]:
-    """An empty store of tensors by adapter name, which are saved with the model."""
-    return cast(MutableMapping[str, Tensor], BufferDict(persistent=True))
+Bases = MutableMapping[str, Tensor]  # by adapter name
+
+
+def _bases() -> Bases:
+    """An empty store of tensors, which are saved with the model."""
+    return cast(Bases, BufferDict(persistent=True))
 
 
 class SvdSteeringLayer(BaseTunerLayer):
@@ -34,21 +37,26 @@ class SvdSteeringLayer(BaseTunerLayer):
     `svd_error` holds ‖W − U Uᵀ W‖ / ‖W‖: how much of the weight lies outside the directions that turn.
     """
 
-    adapter_layer_names = ("svd_steering_in", "svd_steering_out", "svd_steering_lambda", "svd_steering_shift")
-    other_param_names = ("svd_steering_u", "svd_steering_s", "svd_steering_v", "r", "svd_error")
+    adapter_layer_names: tuple[str, ...] = (
+        "svd_steering_in",
+        "svd_steering_out",
+        "svd_steering_lambda",
+        "svd_steering_shift",
+    )
+    other_param_names: tuple[str, ...] = ("svd_steering_u", "svd_steering_s", "svd_steering_v", "r", "svd_error")
 
     def __init__(self, coefficients: Coefficients) -> None:
-        self.coefficients = coefficients
+        self.coefficients: Coefficients = coefficients
         self.r: dict[str, int] = {}
         self.svd_error: dict[str, float] = {}
         self.awaited: set[str] = set()  # adapters whose bases are still to come from a file
-        self.svd_steering_in = nn.ParameterDict()
-        self.svd_steering_out = nn.ParameterDict()
-        self.svd_steering_lambda = nn.ParameterDict()
-        self.svd_steering_shift = nn.ParameterDict()
-        self.svd_steering_u = _bases()
-        self.svd_steering_s = _bases()
-        self.svd_steering_v = _bases()
+        self.svd_steering_in: nn.ParameterDict = nn.ParameterDict()
+        self.svd_steering_out: nn.ParameterDict = nn.ParameterDict()
+        self.svd_steering_lambda: nn.ParameterDict = nn.ParameterDict()
+        self.svd_steering_shift: nn.ParameterDict = nn.ParameterDict()
+        self.svd_steering_u: Bases = _bases()
+        self.svd_steering_s: Bases = _bases()
+        self.svd_steering_v: Bases = _bases()
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         coefficients.register(self.svd_steering_in)
@@ -114,7 +122,9 @@ class Linear(nn.Module, SvdSteeringLayer):
     ) -> None:
         nn.Module.__init__(self)
         SvdSteeringLayer.__init__(self, coefficients)
-        self.base_layer = base_layer
+        self.base_layer: nn.Module = base_layer
+        self.in_features: int
+        self.out_features: int
         self.in_features, self.out_features = linear_shape(base_of(base_layer))
         self._unmerged: Tensor | None = None
         self._active_adapter = adapter_name

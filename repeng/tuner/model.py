@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.constants import (
     EMBEDDING_LAYER_NAMES,
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
@@ -29,8 +29,8 @@ class SvdSteeringModel(BaseTuner):
     `coefficients` is the one place that holds the coefficient of every adapter; `repeng.steer` sets it.
     """
 
-    prefix = PREFIX
-    tuner_layer_cls = SvdSteeringLayer
+    prefix: str = PREFIX
+    tuner_layer_cls: type[BaseTunerLayer] = SvdSteeringLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     coefficients: Coefficients
     _bar: tqdm

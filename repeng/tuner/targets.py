@@ -15,7 +15,7 @@ from repeng.tuner.config import SvdSteeringConfig
 RESIDUAL = "residual"
 ALL_LINEAR = "all-linear"
 # What each group stands for: Llama and its heirs, Phi-3, GPT-2, GPT-NeoX, OPT, GPT-J, MPT, Qwen3-Next, DeepSeek.
-GROUPS = {
+GROUPS: dict[str, tuple[str, ...]] = {
     "residual-writers": ("o_proj", "down_proj", "c_proj", "dense", "dense_4h_to_h", "out_proj", "fc2", "fc_out"),
     "residual-readers": (
         *("q_proj", "k_proj", "v_proj", "qkv_proj", "up_proj", "gate_proj", "gate_up_proj"),

@@ -58,7 +58,7 @@ def test_samples_are_greedy_continuations_at_three_coefficients(reports, embedde
 
 def test_the_rows_of_the_csv_are_those_of_the_reports(reports, tmp_path):
     write_csv(reports, tmp_path / "r.csv")
-    rows = list(csv.DictReader((tmp_path / "r.csv").open(encoding="utf-8")))
+    rows = list(csv.DictReader((tmp_path / "r.csv").read_text(encoding="utf-8").splitlines()))
     assert [row["method"] for row in rows] == ["a <vector>"] * 5 + ["prompts"] * 5
     own = reports["a <vector>"]
     assert float(rows[1]["log_odds"]) == pytest.approx(own.mean_log_odds(-0.5), abs=1e-5)

@@ -48,6 +48,7 @@ def test_version_1_loads_and_does_what_it_did():
             assert torch.allclose(logits(model), wanted, atol=1e-5), c
 
 
+@pytest.mark.filterwarnings("ignore:Unexpected keyword arguments.*a_field_of_tomorrow:UserWarning")  # PEFT's own
 @pytest.mark.parametrize("changes", [{"format_version": 2}, {"format_version": 7, "a_field_of_tomorrow": [1]}])
 def test_a_newer_file_is_refused(golden, changes):
     rewrite(golden, **changes)
@@ -77,6 +78,7 @@ def test_another_base_of_the_same_shape_is_refused(change):
         assert not torch.equal(logits(model), before)
 
 
+@pytest.mark.filterwarnings("ignore:(Unable to fetch remote file|Could not find a config file):UserWarning")  # PEFT's
 def test_the_override_is_not_saved(tmp_path):
     model = PeftModel.from_pretrained(moved(golden_base()), GOLDEN, allow_other_base=True)
     model.save_pretrained(tmp_path)

@@ -108,6 +108,7 @@ def uneven():
     return model
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 @pytest.mark.parametrize(
     "build, targets, settings, words",
     [
@@ -190,6 +191,7 @@ def test_what_lora_layers_take_in_a_forward_is_refused_by_name(argument):
         model(input_ids=torch.ones(1, 4, dtype=torch.long), **{argument: ["default"]})
 
 
+@pytest.mark.filterwarnings("ignore:(You are trying to modify a model|Already found a `peft_config`):UserWarning")
 def test_it_works_on_top_of_lora():
     """A site that another method has wrapped keeps that method's change."""
     ids = torch.arange(3, 9)[None]

@@ -473,6 +473,7 @@ def test_the_callers_tensor_is_not_the_coefficient(steered, batch, shape):
             assert torch.allclose(steered(batch).logits, expected, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Already following adapters were merged:UserWarning")  # PEFT's own
 def test_adapters_merged_one_after_the_other_come_off_together(base, batch):
     config = SvdSteeringConfig(r=4, target_modules=["q_proj"], init_weights=False)
     model = get_peft_model(base, config)

@@ -35,6 +35,7 @@ def one_by_one(model, ids, modules):
     return [output[0, -1] for output in outputs]
 
 
+@pytest.mark.filterwarnings("ignore:held-out accuracy below:UserWarning")
 def test_the_mean_difference_is_that_of_single_prompts_at_every_site_and_layer(embedded, pairs, rows):
     model, tokenizer = embedded
     vector = extract(model, tokenizer, pairs, sites=SITES, layers=[1, 4, 5])
@@ -301,6 +302,7 @@ def test_the_noise_has_the_covariance_of_the_fisher_matrix():
     assert torch.allclose(noise.T @ noise / len(noise), p.diag() - torch.outer(p, p), atol=5e-3)
 
 
+@pytest.mark.filterwarnings("ignore:held-out accuracy below:UserWarning")
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_points_toward_chosen_and_tells_held_out_pairs_apart(embedded, method):
     model, tokenizer = embedded
