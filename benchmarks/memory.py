@@ -55,7 +55,7 @@ def step(variant: str, vocabulary: int, pairs: int) -> float:
             "8",
         ]
         task_args, args = parse_arguments([*argv, "--per_device_train_batch_size", str(pairs)], CONFIG)
-        run = build(task_args, args, tiny.task(task_args, args.seed), model=model)
+        run = build(task_args, args, tiny.task(task_args, args.seed), model=model, tokenizer=tiny.load()[1])
         for example in run.examples:  # one length, as long as an answer
             for name in ("chosen_ids", "rejected_ids", "neutral_ids"):
                 example[name] = (example[name] * 20)[:128]

@@ -69,7 +69,7 @@ def step(method: str, options: argparse.Namespace) -> tuple[float, float]:
         argv += ["--bf16", str(torch.cuda.is_available()), "--gradient_checkpointing", str(options.checkpointing)]
         task_args, args = parse_arguments([*argv, "--layers", "0.3-0.7", "--directions", "top"], CONFIG)
         model = random_model(options.shape, args.device)
-        run = build(task_args, args, tiny.task(task_args, args.seed), model=model)
+        run = build(task_args, args, tiny.task(task_args, args.seed), model=model, tokenizer=tiny.load()[1])
         rng, vocabulary = random.Random(0), run.model.config.vocab_size
         for example in run.examples:
             for side in ("chosen_ids", "rejected_ids", "neutral_ids"):

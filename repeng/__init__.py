@@ -4,7 +4,7 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from repeng._imports import OldPaths, lazily, when_imported
+from repeng._imports import OldPaths, Package, lazily, when_imported
 
 if TYPE_CHECKING:
     from repeng.control.steer import steer
@@ -81,3 +81,4 @@ __all__ = [
 # PEFT takes seconds to import, so `import repeng` does not import it. Once somebody does, PEFT knows the method.
 when_imported("peft", lambda: import_module("repeng.tuner"))
 sys.meta_path.append(OldPaths())
+sys.modules[__name__].__class__ = Package

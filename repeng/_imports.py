@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
@@ -54,23 +55,31 @@ def when_imported(module: str, then: Callable[[], object]) -> None:
 
 
 class _Watcher(MetaPathFinder):
-    """Finds a module as the others would, once, and adds a call to the end of its import."""
+    """Finds a module as the others would, and adds a call to the end of its import.
+
+    Some only ask whether the module could be imported, so that it stays until the import has happened.
+    """
 
     def __init__(self, module: str, then: Callable[[], object]) -> None:
         self.module, self.then = module, then
+        self._asking = threading.local()
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != self.module:
+        if fullname != self.module or getattr(self._asking, "others", False):
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self._asking.others = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._asking.others = False
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
+                sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self]
                 self.then()
 
             spec.loader.exec_module = exec_module
@@ -78,10 +87,16 @@ class _Watcher(MetaPathFinder):
 
 
 class _MovedModule(ModuleType):
-    """What an old path imports. Some old modules had the name of their function, which must stay callable."""
+    """What an old path imports."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return vars(self)[self.__name__.rpartition(".")[2]](*args, **kwargs)
+
+class Package(ModuleType):
+    """A package whose functions are not hidden by former modules of the same name."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # `import repeng.extract` would put that module in the place of the function.
+        if not (isinstance(value, _MovedModule) and name in self.__all__):
+            super().__setattr__(name, value)
 
 
 class OldPaths(MetaPathFinder, Loader):

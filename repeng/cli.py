@@ -29,7 +29,7 @@ class EvaluateArguments:
 
     output: str | None = field(
         default=None,
-        metadata={"help": "Folder of the report; None = PATH/evaluation for an adapter, else PATH-report."},
+        metadata={"help": "Folder of the report; None = PATH/evaluation for an adapter, else beside PATH."},
     )
     require_steering: bool = field(
         default=False,
@@ -40,6 +40,7 @@ class EvaluateArguments:
     )
     seed: int = field(default=42, metadata={"help": "Draws pairs and neutral texts, as in training."})
     use_cpu: bool = field(default=False, metadata={"help": "Leave a GPU alone."})
+    bf16: bool = field(default=False, metadata={"help": "A base in 4 bits computes in bfloat16, as in training."})
 
 
 @dataclass
@@ -51,6 +52,7 @@ class CalibrateArguments:
     percentile: float = field(default=95.0, metadata={"help": "Percentile of the tokens' KL that must stay below."})
     seed: int = field(default=42, metadata={"help": "Draws pairs, as in training."})
     use_cpu: bool = field(default=False, metadata={"help": "Leave a GPU alone."})
+    bf16: bool = field(default=False, metadata={"help": "A base in 4 bits computes in bfloat16, as in training."})
 
 
 MEASURES: dict[str, type[EvaluateArguments] | type[CalibrateArguments]] = {
@@ -122,9 +124,17 @@ def train(argv: list[str]) -> None:
     launch(argv)
 
 
+def _path_first(argv: list[str]) -> list[str]:
+    """The words after a command with PATH in front, where options with several values cannot take it for theirs."""
+    words = argv[1:]
+    if words and words[0].startswith("-") and not words[-1].startswith("-"):
+        words = [words[-1], *words[:-1]]
+    return [*argv[:1], *words]
+
+
 def _measure(argv: list[str]) -> None:
     """Evaluate or calibrate what lies at a path."""
-    options, unknown = make_parser().parse_known_args(argv)
+    options, unknown = make_parser().parse_known_args(_path_first(argv))
     given, command, path = vars(options), options.command, options.path
     kinds = (MEASURES[command], TaskArguments)
     refuse_unknown(flags_of(unknown) or unknown, names_of(kinds), "the command line")
@@ -135,20 +145,18 @@ def _measure(argv: list[str]) -> None:
         configs = [str(path / "config.yaml")] if (path / "config.yaml").is_file() else []
     for word in configs:
         config_file(word)
-    words = [
-        word
-        for name in names_of(kinds)
-        if name in given
-        for word in (f"--{name}", *(given[name] if isinstance(given[name], list) else filter(None, [given[name]])))
-    ]
+    words: list[str] = []
+    for name in names_of(kinds):
+        if name in given:
+            value = given[name]
+            words += [f"--{name}", *(value if isinstance(value, list) else [] if value is None else [value])]
 
+    from repeng.commands import COMMANDS
     from repeng.train.arguments import SteeringArguments
 
     keys = read_configs(configs, {*names_of(kinds), *names_of([SteeringArguments])})
     arguments, task_args = parse_keys(kinds, words, {name: keys[name] for name in names_of(kinds) if name in keys})
-    from repeng import commands
-
-    getattr(commands, command)(path, task_args, **vars(arguments))
+    COMMANDS[command](path, task_args, **vars(arguments))
 
 
 if __name__ == "__main__":

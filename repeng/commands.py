@@ -53,7 +53,14 @@ class Loaded(NamedTuple):
 
 
 def evaluate(
-    path: Path, task_args: TaskArguments, *, output: str | None, require_steering: bool, seed: int, use_cpu: bool
+    path: Path,
+    task_args: TaskArguments,
+    *,
+    output: str | None,
+    require_steering: bool,
+    seed: int,
+    use_cpu: bool,
+    bf16: bool,
 ) -> None:
     """Print the table and the verdict, and write the report.
 
@@ -64,7 +71,7 @@ def evaluate(
         Path(output) if output else path / "evaluation" if path.is_dir() else path.with_name(f"{path.stem}-report")
     )
     check_writable(folder)
-    base = _load_task_model(task_args, seed, use_cpu)
+    base = _load_task_model(task_args, seed, use_cpu, bf16)
     task = make_task(task_args, base.model, base.tokenizer, base.pairs, seed=seed, own=base.own)
     loaded = _load_dial(path, base.model)
     reports = compare(loaded.model, base.tokenizer, task, loaded.dial, loaded.coefficients, OWN)
@@ -87,6 +94,7 @@ def calibrate(
     percentile: float,
     seed: int,
     use_cpu: bool,
+    bf16: bool,
 ) -> None:
     """Find and store the calibration, and check it on other prompts of the training set.
 
@@ -97,7 +105,7 @@ def calibrate(
     if target != path and target.exists():
         raise ValueError(f"a GGUF file holds no calibration, and {target} exists: move it, or calibrate that file")
     budget = KLBudget(nats, percentile, sequences=sequences)
-    base = _load_task_model(task_args, seed, use_cpu)
+    base = _load_task_model(task_args, seed, use_cpu, bf16)
     pairs, _ = split_pairs(task_args, base.pairs, base.own)
     prompts = _training_prompts(pairs, has_template=bool(base.tokenizer.chat_template))
     if len(prompts) < 2:
@@ -131,7 +139,7 @@ def calibrate(
     print(f"stored: {target}")
 
 
-def _load_task_model(task_args: TaskArguments, seed: int, use_cpu: bool) -> Base:
+def _load_task_model(task_args: TaskArguments, seed: int, use_cpu: bool, bf16: bool) -> Base:
     """The base model of a task, after its pairs were checked."""
     own = tiny.task(task_args, seed)
     tokenizer = load_tokenizer(task_args.model_name_or_path)
@@ -141,7 +149,7 @@ def _load_task_model(task_args: TaskArguments, seed: int, use_cpu: bool) -> Base
         task_args.model_name_or_path,
         device,
         load_in_4bit=task_args.load_in_4bit,
-        compute_dtype=torch.float32 if device.type == "cpu" else torch.bfloat16,
+        compute_dtype=torch.bfloat16 if bf16 else torch.float32,
     )
     return Base(model, tokenizer, pairs, own)
 
@@ -164,3 +172,6 @@ def _training_prompts(pairs: Sequence[ContrastPair], *, has_template: bool) -> l
     else:
         texts = [pair.suffix for pair in pairs]
     return list(dict.fromkeys(texts))
+
+
+COMMANDS = {"evaluate": evaluate, "calibrate": calibrate}

@@ -32,7 +32,7 @@ def arguments(tmp_path, **changes):
 
 
 def prepare(args, **given):
-    """The run of these arguments; `given` models go to `build`."""
+    """The run of these arguments; `given` goes to `build`."""
     return build(args.task_args, args, tiny.task(args.task_args, args.seed), **given)
 
 

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from repeng import KLBudget, SteeringVector, SvdSteeringConfig, commands, extract, steer, tiny
-from repeng.cli import CalibrateArguments, EvaluateArguments, main
+from repeng.cli import CalibrateArguments, EvaluateArguments, _path_first, main
 from repeng.data.arguments import TaskArguments
 from repeng.data.configuration import names_of
 from repeng.data.questions import Question
@@ -115,6 +115,15 @@ def test_bad_input_ends_with_a_sentence(vector_file, argv, message):
     with pytest.raises(SystemExit) as stop:
         main([word.replace("{vector}", str(vector_file)) for word in argv])
     assert message in str(stop.value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["v", "--config", "a", "b"], ["--config", "a", "b", "v"], ["--require_steering", "v"], ["--seed", "3", "v"]],
+)
+def test_the_path_stands_first_or_last(words):
+    assert _path_first(["evaluate", *words])[:2] == ["evaluate", "v"]
+    assert sorted(_path_first(["evaluate", *words])) == sorted(["evaluate", *words])
 
 
 def python(*argv):

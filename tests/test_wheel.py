@@ -55,8 +55,9 @@ def test_the_wheel_trains_and_the_readmes_python_runs(installed):
 def test_the_configurations_are_inside(installed):
     code = (
         "from repeng.data.configuration import data_file, shipped_configs; "
-        "from repeng.train.launch import _accelerate_config as c; import pathlib; "
-        "print(*sorted(shipped_configs()), data_file('suffixes').is_file(), pathlib.Path(c('fsdp2')).is_file())"
+        "from repeng.train.launch import accelerate_config; from pathlib import Path; "
+        "path = Path(accelerate_config('fsdp2', Path('.'))); "
+        "print(*sorted(shipped_configs()), data_file('suffixes').is_file(), path.is_file())"
     )
     names = run(installed, "python", "-c", code).split()
     expected = [path.stem for path in [*ROOT.glob("configs/*.yaml"), *ROOT.glob("configs/traits/*.yaml")]]

@@ -6,7 +6,7 @@ from repeng._imports import lazily
 
 if TYPE_CHECKING:
     from repeng.data.arguments import TaskArguments
-    from repeng.data.pairs import ContrastPair, check_pairs, load_pairs, make_pairs
+    from repeng.data.pairs import ContrastPair, PairProblem, check_pairs, load_pairs, make_pairs
     from repeng.data.questions import Question, load_questions
     from repeng.data.task import Task
 else:
@@ -14,6 +14,7 @@ else:
         __name__,
         {
             "ContrastPair": "repeng.data.pairs",
+            "PairProblem": "repeng.data.pairs",
             "PairCollator": "repeng.train.collator",  # where version 0.1 had it
             "Question": "repeng.data.questions",
             "Task": "repeng.data.task",
@@ -27,6 +28,7 @@ else:
 
 __all__ = [
     "ContrastPair",
+    "PairProblem",
     "Question",
     "Task",
     "TaskArguments",

@@ -1,6 +1,7 @@
 """Arguments that name a task: which model, which behaviour, which data."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from repeng.data.configuration import data_file
 
@@ -51,13 +52,19 @@ class TaskArguments:
     )
 
     def __post_init__(self) -> None:
+        if isinstance(self.templates, str):
+            self.templates: list[str] | None = [self.templates]  # YAML without brackets
+        for name in ("positive", "negative", *FILES):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise ValueError(f"{name} must be a text; got {value!r} (in YAML, write words such as no in quotes)")
         if (self.positive is None) != (self.negative is None):
             raise ValueError(f"give both positive and negative; got {self.positive!r} and {self.negative!r}")
         if (self.pairs_file is None) == (self.positive is None):
             raise ValueError("give either pairs_file, or positive and negative")
         for name in FILES:
             path = getattr(self, name)
-            if path is not None and not data_file(path).is_file():
+            if path is not None and not (data_file(path) if name == "suffixes_file" else Path(path)).is_file():
                 raise FileNotFoundError(f"{name}: there is no file {path!r}")
 
     @property

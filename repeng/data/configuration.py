@@ -12,7 +12,7 @@ from repeng.data.files import nearest
 
 PACKAGE = Path(__file__).parents[1]
 # Built into the wheel; in a checkout it lies beside the package.
-CONFIGS = next(path for path in (PACKAGE / "configs", PACKAGE.parent / "configs") if path.is_dir())
+CONFIGS = PACKAGE.parent / "configs" if (PACKAGE.parent / "configs" / "tiny.yaml").is_file() else PACKAGE / "configs"
 SAYS_THE_TASK = ("model_name_or_path", "pairs_file", "positive", "negative")
 
 
@@ -27,12 +27,14 @@ def config_file(word: str) -> Path:
 
     Raises:
         FileNotFoundError: there is neither; says which names there are.
+        ValueError: there are both.
     """
     shipped = shipped_configs()
+    if Path(word).is_file():
+        _refuse_two_meanings(word, shipped)
+        return Path(word)
     if word in shipped:
         return shipped[word]
-    if Path(word).is_file():
-        return Path(word)
     raise FileNotFoundError(
         f"--config: there is no file {word!r} and no configuration of that name{nearest(word, shipped)}; "
         f"give a YAML file, or one of {', '.join(shipped)}"
@@ -40,9 +42,22 @@ def config_file(word: str) -> Path:
 
 
 def data_file(word: str) -> Path:
-    """A path as it is, or, for the bare name `suffixes`, the list of answer beginnings in the package."""
+    """A path as it is, or, for the bare name `suffixes`, the list of answer beginnings in the package.
+
+    Raises:
+        ValueError: there is a file of that name, too.
+    """
     shipped = {path.stem: path for path in CONFIGS.glob("data/*.txt")}
+    if Path(word).is_file():
+        _refuse_two_meanings(word, shipped)
+        return Path(word)
     return shipped.get(word, Path(word))
+
+
+def _refuse_two_meanings(word: str, shipped: Collection[str]) -> None:
+    """Raise ValueError if the word is the path of a file and a name in the package."""
+    if word in shipped:
+        raise ValueError(f"{word!r} is a file here and a name in the package: write ./{word} for the file, or move it")
 
 
 def names_of(kinds: Sequence[type]) -> list[str]:
@@ -76,15 +91,15 @@ def read_configs(words: Sequence[str], allowed: Collection[str]) -> dict[str, An
 
 
 def refuse_unknown(keys: Collection[str], allowed: Collection[str], where: str) -> None:
-    """Raise ValueError for the first key that is not allowed."""
+    """Raise ValueError for the first key that is not allowed; `no_` before a key switches it off."""
     for key in keys:
-        if key not in allowed:
+        if key not in allowed and str(key).removeprefix("no_") not in allowed:
             raise ValueError(f"unknown key {key!r} in {where}{nearest(str(key), allowed)}")
 
 
 def flags_of(argv: Sequence[str]) -> list[str]:
-    """The names of the options on a command line."""
-    return [word[2:].split("=")[0] for word in argv if word.startswith("--")]
+    """The names of the options on a command line, `--num-pairs` as `num_pairs`."""
+    return [word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--")]
 
 
 def parse_into(
@@ -131,7 +146,7 @@ def add_keys(parser: argparse.ArgumentParser, kinds: Sequence[type], title: str)
     for kind in kinds:
         for field in fields(kind):
             if field.init:
-                nargs = field.metadata.get("nargs", "?" if field.type is bool else None)
+                nargs = field.metadata.get("nargs", "?" if field.type in (bool, bool | None) else None)
                 shown = f"{field.metadata['help']} Default: {default_of(field)}."
                 group.add_argument(
                     f"--{field.name}", nargs=nargs, default=argparse.SUPPRESS, metavar="VALUE", help=shown

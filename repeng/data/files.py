@@ -73,7 +73,11 @@ def staged(folder: str | Path, names: Iterable[str]) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
         yield Path(temporary)
+        probe = Path(temporary) / ".mode"
+        probe.touch()
         for name in names:
+            # Some libraries write files that nobody else may read, whatever the user's umask.
+            os.chmod(Path(temporary) / name, probe.stat().st_mode)
             os.replace(Path(temporary) / name, folder / name)
 
 

@@ -20,6 +20,13 @@ def model_path(name_or_path: str) -> str:
     return str(EMBEDDED.get(name_or_path, name_or_path))
 
 
+def model_name(model: PreTrainedModel) -> str:
+    """The name of an embedded model, or the hub id or folder that the model came from."""
+    path = model.name_or_path or ""
+    embedded = {str(folder): name for name, folder in EMBEDDED.items()}
+    return embedded.get(path, path) or f"{model.config.model_type}, made in memory"
+
+
 def load_tokenizer(name_or_path: str) -> Tokenizer:
     """The tokenizer of an embedded model, a hub id or a folder."""
     return AutoTokenizer.from_pretrained(model_path(name_or_path))

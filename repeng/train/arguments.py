@@ -1,13 +1,13 @@
-"""Arguments of a training run: those of `Trainer`, and the recipe."""
+"""Arguments of a training run: those of `Trainer`, and the recipe, which has their defaults."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from transformers import TrainingArguments
 
 from repeng.data.arguments import TaskArguments
-from repeng.data.configuration import parse_into
+from repeng.data.configuration import default_of, parse_into
 from repeng.eval.eval_report import ARMS
 from repeng.train.recipe import Recipe
 
@@ -31,7 +31,17 @@ class SteeringArguments(Recipe, TrainingArguments):  # pyright: ignore[reportInc
         ValueError: a value is out of its range.
     """
 
+    changed: tuple[str, ...] = field(default=(), init=False, metadata={"help": "Keys that are not at their defaults."})
+
     def __post_init__(self) -> None:
+        # Before `TrainingArguments` derives values from others.
+        values = {f.name: (getattr(self, f.name), default_of(f)) for f in fields(self) if f.init}
+        # HfArgumentParser gives False or None for a default that says "no" or nothing in other words.
+        self.changed = tuple(
+            name
+            for name, (value, default) in values.items()
+            if value != default and (value or default not in ("", "no"))
+        )
         super().__post_init__()
         if self.n_gpu > 1:
             self._n_gpu = 1  # one process, one GPU; DataParallel would hand each replica other rows

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from repeng.data.arguments import TaskArguments
 from repeng.data.questions import Question
 from repeng.data.task import Task, hold_out, make_task, questions_from_pairs, read_pairs
-from repeng.model.loading import load_base, load_tokenizer
+from repeng.model.loading import load_base, load_tokenizer, model_name
 from repeng.model.sites import decoder_layers, layers_of, site_module
 from repeng.train.arguments import SteeringArguments, layer_request
 from repeng.train.collator import Example, tokenize_examples
@@ -49,6 +49,7 @@ class Run:
     Attributes:
         model: the base with a fresh adapter.
         tokenizer: its tokenizer.
+        base: hub id or folder of the base model, or the name of an embedded one.
         task: the data; its pairs are those that are trained on.
         sites: where the adapter acts.
         examples: one per pair.
@@ -58,6 +59,7 @@ class Run:
 
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
+    base: str
     task: Task
     sites: Sites
     examples: list[Example] = field(default_factory=list)
@@ -80,17 +82,22 @@ def build(
         args: the training run that the user asked for.
         own: the task that belongs to the model, if it has one, for what `task_args` names no files for.
         model: the base model, on its device; by default the one that `task_args` names is loaded.
-        tokenizer: its tokenizer; likewise.
+        tokenizer: the tokenizer of `model`.
 
     Raises:
         ValueError, FileNotFoundError: naming what does not fit and what would.
     """
+    if (model is None) != (tokenizer is None):
+        raise ValueError("give both model and tokenizer, or neither")
     set_seed(args.seed)
     check_parallelism(args, load_in_4bit=task_args.load_in_4bit)
     if tokenizer is None:
         tokenizer = load_tokenizer(task_args.model_name_or_path)
     pairs = read_pairs(task_args, tokenizer, seed=args.seed, own=own)
-    if model is None:
+    base = task_args.model_name_or_path
+    if model is not None:
+        base = model_name(model)
+    else:
         model = load_base(
             task_args.model_name_or_path,
             args.device,
@@ -108,7 +115,7 @@ def build(
     if args.directions == "pairs":
         differences = pair_differences(adapted, tokenizer, examples, args.last_n_tokens)
         cast(SvdSteeringModel, adapted.base_model).select_directions(differences)
-    run = Run(adapted, tokenizer, task, sites, examples, validation, validation_texts)
+    run = Run(adapted, tokenizer, base, task, sites, examples, validation, validation_texts)
     _share_between_processes(run)
     return run
 

@@ -1,10 +1,18 @@
 """`repeng train`: hand a training run to `accelerate launch`."""
 
 import argparse
+import sys
 from collections.abc import Collection, Sequence
+from pathlib import Path
+from subprocess import CalledProcessError
+from tempfile import TemporaryDirectory
+
+import yaml
 
 from repeng.data.arguments import TaskArguments
-from repeng.data.configuration import CONFIGS, names_of, refuse_unknown
+from repeng.data.configuration import CONFIGS, flags_of, names_of, refuse_unknown
+
+LINKED = "deepspeed_config_file"  # in a configuration of accelerate: a path, from the folder that holds configs/
 
 
 def launch(argv: Sequence[str]) -> None:
@@ -18,12 +26,38 @@ def launch(argv: Sequence[str]) -> None:
         SystemExit: the training failed.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     from repeng.train.arguments import SteeringArguments
 
     parser = launch_command_parser()
     flags, rest = split_flags(argv, parser, {"config", *names_of((TaskArguments, SteeringArguments))})
-    launch_command(parser.parse_args([*flags, "--quiet", "--module", "repeng.train", *rest]))
+    arguments = parser.parse_args([*flags, "--quiet", "--module", "repeng.train", *rest])
+    with TemporaryDirectory(prefix="repeng-launch-") as folder:
+        if arguments.config_file is not None:
+            arguments.config_file = accelerate_config(arguments.config_file, Path(folder))
+        try:
+            launch_command(arguments)
+        except (CalledProcessError, ChildFailedError):
+            sys.exit(1)  # the processes have said why
+
+
+def accelerate_config(word: str, folder: Path) -> str:
+    """The path of one of the package's configurations of accelerate by its name, or the word as it is.
+
+    Where the configuration names another file of the package, a copy in `folder` names it by its whole path.
+    """
+    shipped = {path.stem: path for path in CONFIGS.glob("accelerate/*.yaml")}
+    if word not in shipped:
+        return word
+    settings = yaml.safe_load(shipped[word].read_text(encoding="utf-8"))
+    deepspeed = settings.get("deepspeed_config", {})
+    if LINKED not in deepspeed:
+        return str(shipped[word])
+    deepspeed[LINKED] = str(CONFIGS.parent / deepspeed[LINKED])
+    copy = folder / shipped[word].name
+    copy.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return str(copy)
 
 
 def split_flags(
@@ -45,17 +79,8 @@ def split_flags(
     into = ours
     for word in argv:
         if word.startswith("--"):
-            name, _, value = word[2:].partition("=")
+            (name,) = flags_of([word])
             refuse_unknown([name], {*own, *known}, "the command line")
-            into = ours if name in own else launchers
-            if name == "config_file" and value:
-                into += ["--config_file", _accelerate_config(value)]
-                continue
-        into.append(_accelerate_config(word) if into is launchers and into[-1:] == ["--config_file"] else word)
+            into = ours if name in own or name.removeprefix("no_") in own else launchers
+        into.append(word)
     return launchers, ours
-
-
-def _accelerate_config(word: str) -> str:
-    """The path of one of the package's configurations of accelerate, or the word as it is."""
-    shipped = {path.stem: str(path) for path in CONFIGS.glob("accelerate/*.yaml")}
-    return shipped.get(word, word)

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast, overload
@@ -113,6 +114,8 @@ def cached_reference(
         _write_part(compute(examples[rank::world]), paths[rank])
     accelerator.wait_for_everyone()
     if rank == 0:
+        for left_behind in Path(folder).glob(".saving-*"):  # by a run that was killed
+            shutil.rmtree(left_behind, ignore_errors=True)
         for stale in set(Path(folder).glob("reference-*-of-*.safetensors")) - set(paths):
             stale.unlink()
     return ReferenceExamples(examples, paths)

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import yaml
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from repeng.data.arguments import TaskArguments
-from repeng.data.configuration import default_of
 from repeng.data.files import write_text, written_whole
 from repeng.eval.compare import compare, verdict
 from repeng.eval.eval_report import EvalReport
@@ -20,7 +19,7 @@ from repeng.eval.report.folder import write_report
 from repeng.model.adapter_files import adapter_state, save_adapter
 from repeng.model.sharded import is_sharded
 from repeng.train.arguments import SteeringArguments
-from repeng.train.build import Run, Sites
+from repeng.train.build import Run
 from repeng.train.learning_curve import learning_curve
 from repeng.train.recipe import Recipe
 from repeng.tuner import SvdSteeringModel
@@ -36,7 +35,7 @@ def finish(
     first, sharded, state = trainer.is_world_process_zero(), is_sharded(model), adapter_state(model)
     if first:
         save_adapter(model, args.output_dir, state)
-        config = yaml.safe_dump(as_config(task_args, args, run.sites), sort_keys=False)
+        config = yaml.safe_dump(as_config(task_args, args, run), sort_keys=False)
         write_text(Path(args.output_dir) / "config.yaml", config)
     reports = None
     if sharded:  # what the processes hold together they can only run together
@@ -46,13 +45,11 @@ def finish(
     if not first:
         return None
     reports = reports or compare(run.model, run.tokenizer, run.task)
-    _write_folder(task_args, args, run, trainer, reports)
+    _write_folder(args, run, trainer, reports)
     return reports
 
 
-def _write_folder(
-    task_args: TaskArguments, args: SteeringArguments, run: Run, trainer: Trainer, reports: dict[str, EvalReport]
-) -> None:
+def _write_folder(args: SteeringArguments, run: Run, trainer: Trainer, reports: dict[str, EvalReport]) -> None:
     """The training log, the learning curve, the report as JSON, CSV, PNG and HTML, and README.md."""
     folder, history = Path(args.output_dir), trainer.state.log_history
     write_text(folder / "training_log.jsonl", "".join(json.dumps(row) + "\n" for row in history))
@@ -69,31 +66,26 @@ def _write_folder(
         "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
     }
     write_report(reports, folder, title=f"Steering adapter: {run.task.behaviour}", about=about)
-    write_text(folder / "README.md", _model_card(task_args, args.output_dir, verdict(reports), figures.available()))
+    write_text(folder / "README.md", _model_card(run, args.output_dir, verdict(reports), figures.available()))
 
 
-def as_config(task_args: TaskArguments, args: SteeringArguments, sites: Sites) -> dict[str, Any]:
-    """What `--config` takes to repeat the run: this package's keys, and others that differ from their defaults."""
-    own = {f.name for f in fields(Recipe)}
-    given = {**args.to_dict(), **asdict(sites)}
-    others = {
-        f.name: given[f.name]
-        for f in fields(TrainingArguments)
-        if f.init and f.name not in own and not f.name.endswith("_token") and given[f.name] != default_of(f)
-    }
-    chosen = {**asdict(task_args), **{name: given[name] for name in given if name in own}, **others}
-    return {name: value for name, value in chosen.items() if value is not None}
+def as_config(task_args: TaskArguments, args: SteeringArguments, run: Run) -> dict[str, Any]:
+    """What `--config` takes to repeat the run: this package's keys, and others that were given."""
+    names = [*(f.name for f in fields(Recipe)), *args.changed]
+    training = {**args.to_dict(), **asdict(run.sites)}
+    chosen = {**asdict(task_args), "model_name_or_path": run.base, **{name: training[name] for name in names}}
+    return {name: value for name, value in chosen.items() if value is not None and not name.endswith("_token")}
 
 
-def _model_card(task_args: TaskArguments, folder: str, sentence: str, drawn: bool) -> str:
+def _model_card(run: Run, folder: str, sentence: str, drawn: bool) -> str:
     """The README of the adapter: what it does, and how to load it."""
-    tiny = task_args.model_name_or_path == "tiny"
+    tiny = run.base == "tiny"
     load = (
         "base, tokenizer = tiny.load()"
         if tiny
         else (
-            f'base = AutoModelForCausalLM.from_pretrained("{task_args.model_name_or_path}")\n'
-            f'tokenizer = AutoTokenizer.from_pretrained("{task_args.model_name_or_path}")'
+            f'base = AutoModelForCausalLM.from_pretrained("{run.base}")\n'
+            f'tokenizer = AutoTokenizer.from_pretrained("{run.base}")'
         )
     )
     imports = (
@@ -106,9 +98,9 @@ def _model_card(task_args: TaskArguments, folder: str, sentence: str, drawn: boo
 library_name: peft
 tags: [steering, repeng]
 ---
-# Steering adapter: {task_args.behaviour}
+# Steering adapter: {run.task.behaviour}
 
-Base model: `{task_args.model_name_or_path}`. {sentence}.
+Base model: `{run.base}`. {sentence}.
 
 {picture}
 ```python

@@ -1,4 +1,4 @@
-"""Adapters whose parameters lie in shards on several processes (FSDP2): what is refused, gathering, loading."""
+"""Ways of sharing a model between processes that this training cannot follow."""
 
 import os
 from typing import Any, cast
@@ -30,6 +30,6 @@ def check_parallelism(args: SteeringArguments, *, load_in_4bit: bool = False) ->
         )
     if load_in_4bit:
         raise ValueError(
-            "FSDP does not shard 4-bit weights, so that nothing would be saved: use configs/accelerate/ddp.yaml for "
-            "load_in_4bit on several GPUs"
+            "FSDP does not shard 4-bit weights, so that nothing would be saved: use ddp.yaml of configs/accelerate "
+            "(--config_file ddp) for load_in_4bit on several GPUs"
         )

@@ -56,9 +56,6 @@ class SteeringTrainer(Trainer):
         processing_class: the tokenizer.
         loss_func: the loss, with the signature of `inner_contrastive_loss`.
         steer_fn: sets the coefficient of `model`, one number or one for each row; another PEFT method brings its own.
-
-    Raises:
-        ValueError: no layer is trained, and `loss_layer` is not given.
     """
 
     # `Trainer` declares these for any model and data.
@@ -388,13 +385,6 @@ def _switch_off_dropout(model: nn.Module) -> None:
 
 
 def last_trained_layer(model: nn.Module) -> int:
-    """Index of the deepest decoder layer that holds a trainable parameter.
-
-    Raises:
-        ValueError: none does.
-    """
+    """Index of the deepest decoder layer that holds a trainable parameter; of the last one if none does."""
     trained = (m for m in model.modules() if any(p.requires_grad for p in m.parameters(recurse=False)))
-    layers = layers_of(model, trained)
-    if not layers:
-        raise ValueError("no decoder layer of this model has trainable parameters; give loss_layer")
-    return max(layers)
+    return max(layers_of(model, trained), default=len(decoder_layers(model)) - 1)

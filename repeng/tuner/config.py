@@ -50,7 +50,7 @@ class SvdSteeringConfig(PeftConfig):
     )
     rotate_input: bool = field(default=True, metadata={"help": "Learn R_in, which turns the input directions V."})
     rotate_output: bool = field(default=False, metadata={"help": "Learn R_out, which turns the output directions U."})
-    scale: bool = field(default=True, metadata={"help": "Learn λ, the log-core of each singular value."})
+    scale: bool = field(default=True, metadata={"help": "Learn λ, the log-gain of each singular value."})
     shift: bool = field(default=True, metadata={"help": "Learn b, what is added to the residual stream."})
     svd_niter: int = field(
         default=2, metadata={"help": "Power iterations of the seeded randomised SVD; 0 = exact SVD."}

@@ -34,20 +34,17 @@ class SvdSteeringModel(BaseTuner):
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     coefficients: Coefficients
     _bar: tqdm
+    _injected: str
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        config = self._config(adapter_name)
         vars(self).setdefault("coefficients", Coefficients())
-        # A configuration that makes its bases anew may still hold the units of an adapter that it made before.
-        units = (None if config.init_bases else config.calibration) or {"plus": 1.0, "minus": 1.0}
-        self.coefficients.set_units(adapter_name, units["plus"], units["minus"])
-        bar = tqdm(desc="SVD of the adapted weights", leave=False, delay=1, disable=not config.init_bases)
-        with bar:
-            vars(self)["_bar"] = bar
+        shown = self._config(adapter_name).init_bases
+        with tqdm(desc="SVD of the adapted weights", leave=False, delay=1, disable=not shown) as bar:
+            vars(self).update(_bar=bar, _injected=adapter_name)
             try:
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
             finally:
-                del vars(self)["_bar"]
+                del vars(self)["_bar"], vars(self)["_injected"]
 
     def _config(self, adapter_name: str) -> SvdSteeringConfig:
         return _of_this_method(self.peft_config[adapter_name])
@@ -73,6 +70,8 @@ class SvdSteeringModel(BaseTuner):
             config.revision = commit or config.revision
         else:
             check_same_base(model, config, config.resolved_modules)
+        units = config.calibration or {"plus": 1.0, "minus": 1.0}
+        self.coefficients.set_units(self._injected, units["plus"], units["minus"])
         self._bar.total = len(config.resolved_modules)
 
     @staticmethod

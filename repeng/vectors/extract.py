@@ -51,7 +51,7 @@ def extract(
         pairs: contrast pairs, at least two.
         sites: "residual" or names of linear modules, such as "up_proj".
         layers: indices from 0, a share of the depth such as "0.3-0.7", or None for all.
-        method: one of `repeng.directions.METHODS`, where each is defined.
+        method: one of `repeng.vectors.directions.METHODS`, where each is defined.
         tokens: which tokens are read: "last", the mean of the last n, or "mean" of all.
         held_out: share of the pairs for the accuracy; 0 for none.
         loss: for "gradient" and "fisher": from next-token logits `(b v)` of chosen and rejected to `(b)`.

@@ -27,17 +27,20 @@ def test_every_shipped_configuration_has_a_name_of_its_own():
 def test_a_name_stands_for_a_shipped_file_and_a_path_for_itself(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mood.yaml").write_text("positive: a\nnegative: b\n")
-    (tmp_path / "mood").write_text("positive: c\nnegative: d\n")
     assert config_file("mood") == ROOT / "configs" / "traits" / "mood.yaml"
     assert config_file("mood.yaml").resolve() == tmp_path / "mood.yaml"
-    assert config_file("./mood").resolve() == tmp_path / "mood"
     with pytest.raises(FileNotFoundError, match=r"'moood'.*did you mean 'mood'.*tiny"):
         config_file("moood")
-
-
-def test_the_list_of_suffixes_has_a_name_too(tmp_path):
     assert data_file("suffixes") == ROOT / "configs" / "data" / "suffixes.txt"
-    assert data_file(str(tmp_path / "suffixes")) == tmp_path / "suffixes"
+
+
+@pytest.mark.parametrize("find, name", [(config_file, "mood"), (data_file, "suffixes")])
+def test_a_word_with_two_meanings_is_refused(tmp_path, monkeypatch, find, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text("")
+    with pytest.raises(ValueError, match=rf"write \./{name} for the file"):
+        find(name)
+    assert find(f"./{name}").resolve() == tmp_path / name
 
 
 def test_later_configurations_and_the_command_line_win(tmp_path):
@@ -56,6 +59,7 @@ def test_later_configurations_and_the_command_line_win(tmp_path):
         (["--pairs_file", "{pairs}"], False),
         (["--model_name_or_path={folder}", "--pairs_file", "{pairs}"], False),
         (["--positive", "warm", "--negative", "cold"], False),
+        (["--pairs-file", "{pairs}"], False),
         (["--config", "{own}"], False),
     ],
 )
@@ -89,6 +93,23 @@ def test_a_file_must_hold_keys_and_values(tmp_path):
 def test_data_that_is_not_there_is_named():
     with pytest.raises(FileNotFoundError, match="neutral_file: there is no file 'nowhere'"):
         TaskArguments(positive="a", negative="b", neutral_file="nowhere")
+
+
+def test_only_suffixes_have_a_name():
+    with pytest.raises(FileNotFoundError, match="neutral_file: there is no file 'suffixes'"):
+        TaskArguments(positive="a", negative="b", neutral_file="suffixes")
+
+
+@pytest.mark.parametrize("text, message", [("positive: no\nnegative: b\n", "positive must be a text; got False")])
+def test_yaml_that_reads_a_word_as_something_else_is_refused(tmp_path, text, message):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        parse_arguments(["--config", str(tmp_path / "a.yaml")])
+
+
+def test_one_template_needs_no_brackets(tmp_path):
+    (tmp_path / "a.yaml").write_text("positive: a\nnegative: b\ntemplates: Be {persona}.\n")
+    assert parse_arguments(["--config", str(tmp_path / "a.yaml")])[0].templates == ["Be {persona}."]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -36,13 +36,13 @@ def reports():
 
 EXAMPLE = {**{name: torch.zeros(2) for name in STACKED}, "ref_logp": [torch.zeros(1)] * 3}
 WRITERS = {
-    "text": lambda path, _: write_text(path, "new"),
-    "JSON": lambda path, _: write_json(path, {"new": 1}),
-    "table": lambda path, _: write_csv(reports(), path),
-    "page": lambda path, _: write_page(reports(), path, title="t", verdict="v"),
-    "vector": lambda path, _: VECTOR.save(path),
-    "control vector": lambda path, _: write_control_vector(path, {1: torch.ones(4)}, "llama"),
-    "reference": lambda path, _: _write_part([EXAMPLE], path),
+    "text": lambda path: write_text(path, "new"),
+    "JSON": lambda path: write_json(path, {"new": 1}),
+    "table": lambda path: write_csv(reports(), path),
+    "page": lambda path: write_page(reports(), path, title="t", verdict="v"),
+    "vector": lambda path: VECTOR.save(path),
+    "control vector": lambda path: write_control_vector(path, {1: torch.ones(4)}, "llama"),
+    "reference": lambda path: _write_part([EXAMPLE], path),
 }
 
 
@@ -56,10 +56,10 @@ def test_a_write_that_fails_at_its_end_leaves_the_old_file(name, tmp_path, monke
 
     monkeypatch.setattr(files.os, "replace", fail)
     with pytest.raises(OSError, match="No space left"):
-        WRITERS[name](path, None)
+        WRITERS[name](path)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
     monkeypatch.undo()
-    WRITERS[name](path, None)
+    WRITERS[name](path)
     assert path.read_bytes() != b"old" and list(tmp_path.iterdir()) == [path]
 
 
@@ -80,6 +80,13 @@ def test_the_whole_report_and_the_adapter_are_written_through_the_same_door(tmp_
     save_adapter(steered, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == set(moved)
     assert len(load_file(tmp_path / "adapter_model.safetensors")) > 4
+
+
+def test_others_may_read_what_the_umask_lets_them(tmp_path):
+    plain = tmp_path / "plain"
+    plain.touch()
+    VECTOR.save(tmp_path / "vector.safetensors")
+    assert (tmp_path / "vector.safetensors").stat().st_mode == plain.stat().st_mode
 
 
 def test_only_named_files_leave_the_staging_folder(tmp_path):

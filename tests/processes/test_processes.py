@@ -16,12 +16,12 @@ import torch
 from launches import launch_environment
 from peft import PeftModel
 from safetensors.torch import load_file
+from support import ROOT
 
 from repeng import steer, tiny
 
 pytestmark = pytest.mark.processes
 SCRIPT = Path(__file__).parent / "processes.py"
-ROOT = SCRIPT.parent.parent
 
 
 def start(folder, *argv, world=1, environment=None):

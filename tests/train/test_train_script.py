@@ -4,7 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +13,14 @@ import yaml
 from peft import PeftModel
 from support import ROOT
 
-from repeng import steer, tiny
-from repeng.train import run
+from repeng import commands, steer, tiny
+from repeng.data.arguments import TaskArguments
+from repeng.data.task import make_task
+from repeng.train import run as script
 from repeng.train.arguments import layer_request, parse_arguments
+from repeng.train.build import Sites, build
+from repeng.train.recipe import Recipe
+from repeng.train.run_folder import as_config
 
 QUICK = ("--max_steps", "2", "--save_steps", "1", "--num_pairs", "24", "--r", "4", "--logging_steps", "1")
 
@@ -61,6 +67,37 @@ def test_the_resolved_configuration_repeats_the_run(outcome):
     assert (again.max_steps, task.num_pairs, again.r, again.output_dir) == (2, 24, 4, str(folder))
     assert again.layers and again.loss_layer == max(layer_request(again.layers))
     assert "token" not in yaml.safe_load((folder / "config.yaml").read_text())
+
+
+def test_a_configuration_holds_what_was_given_and_nothing_that_follows_from_it(tmp_path):
+    """What `TrainingArguments` derives would win over the command line when the file is used again."""
+    given = {"gradient_checkpointing": "true", "adam_beta2": "0.9", "max_steps": "3", "output_dir": str(tmp_path)}
+    words = [word for key, value in given.items() for word in (f"--{key}", value)]
+    task, args = parse_arguments(["--config", "tiny", *words])
+    built = SimpleNamespace(base="tiny", sites=Sites([2, 3], 3, 8))
+    keys = as_config(task, args, built)
+    assert keys.keys() >= given.keys() and keys["layers"] == [2, 3]
+    ours = {f.name for f in fields(Recipe)} | {f.name for f in fields(TaskArguments)}
+    assert keys.keys() - ours == {"gradient_checkpointing", "adam_beta2"}
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(keys))
+    _, again = parse_arguments(["--config", str(tmp_path / "again.yaml"), "--gradient_checkpointing", "false"])
+    assert not again.gradient_checkpointing and again.adam_beta2 == 0.9
+
+
+def test_an_evaluation_asks_about_the_pairs_that_training_held_out(tmp_path):
+    """`repeng evaluate` reads config.yaml and draws by its seed."""
+    rows = [
+        {"chosen": f"{p.chosen} {p.suffix}", "rejected": f"{p.rejected} {p.suffix}"} for p in tiny.pairs("mood", 40, 0)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ["--pairs_file", str(tmp_path / "pairs.jsonl"), "--seed", "7", "--output_dir", str(tmp_path / "out")]
+    task_args, args = parse_arguments([*words, "--use_cpu", "true", "--r", "4"])
+    run = build(task_args, args, tiny.task(task_args, args.seed))
+    keys = as_config(task_args, args, run)
+    loaded = commands._load_task_model(task_args, keys["seed"], use_cpu=True, bf16=False)
+    task = make_task(task_args, loaded.model, loaded.tokenizer, loaded.pairs, seed=keys["seed"], own=loaded.own)
+    assert task.questions == run.task.questions and task.pairs == run.task.pairs
+    assert task.unseen_neutral_texts == run.task.unseen_neutral_texts
 
 
 def test_every_directory_that_training_writes_loads(outcome, batch):
@@ -184,9 +221,9 @@ def test_bad_input_is_refused_before_any_work(tmp_path, name, monkeypatch, capsy
         config = write(tmp_path / "c.yaml", "model_name_or_path: tiny\npositive: honest\nnegative: dishonest\n")
         given = yaml.safe_load(config.read_text()) | (yaml.safe_load(text) or {})
         config.write_text(yaml.safe_dump(given))
-    monkeypatch.setattr(run, "SteeringTrainer", None)
+    monkeypatch.setattr(script, "SteeringTrainer", None)
     with pytest.raises(SystemExit) as stop:
-        run.main(["--config", str(config), "--output_dir", str(tmp_path / "out"), *argv])
+        script.main(["--config", str(config), "--output_dir", str(tmp_path / "out"), *argv])
     assert message in str(stop.value)
     assert not list(tmp_path.glob("out/*"))
 
@@ -202,4 +239,4 @@ def test_a_bad_run_ends_with_a_status_and_one_sentence(tmp_path):
 def test_an_unwritable_folder_is_refused(tmp_path):
     blocker = write(tmp_path / "file", "")
     with pytest.raises(SystemExit, match="file"):
-        run.main(["--output_dir", str(blocker / "out")])
+        script.main(["--output_dir", str(blocker / "out")])

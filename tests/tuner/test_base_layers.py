@@ -66,7 +66,7 @@ schemes = pytest.mark.parametrize(
 )
 
 
-def test_training_in_four_bits_has_the_gradients_of_the_dense_weights(tmp_path):
+def test_training_in_four_bits_has_the_gradients_of_the_dense_weights(tmp_path, tokenizer):
     """Also after passes in evaluation mode, which building and the reference are."""
     pytest.importorskip("bitsandbytes")
     four = load_base("tiny", torch.device("cpu"), load_in_4bit=True)
@@ -76,7 +76,9 @@ def test_training_in_four_bits_has_the_gradients_of_the_dense_weights(tmp_path):
             dense.get_submodule(name).weight.data = dense_weight(module)
     gradients = []
     for base in (four, dense):
-        trainer = trainer_for(arguments(tmp_path / f"run-{len(gradients)}"), given={"model": base})
+        trainer = trainer_for(
+            arguments(tmp_path / f"run-{len(gradients)}"), given={"model": base, "tokenizer": tokenizer}
+        )
         step(trainer, trainer.train_dataset[:8])
         gradients.append({name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys() and any(
