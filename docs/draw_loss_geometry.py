@@ -90,7 +90,7 @@ def draw() -> None:
     ys = torch.linspace(-0.5, 1.1 * max(args.order_target, furthest["gap"]), 60)
     grid = [[loss_at(args, shift=x, gap=y) for x in xs.tolist()] for y in ys.tolist()]
     contours = plane.contourf(xs, ys, grid, levels=20, cmap="Greys")
-    figure.colorbar(contours, ax=plane, label="separation + weighted order, of a pair whose tokens lose nothing")
+    figure.colorbar(contours, ax=plane, label=f"separation + {args.order_weight:g} · order")
     plane.axvline(args.separation_target, color="tab:blue", linestyle="--", label="target of separation")
     plane.axhline(args.order_target, color="tab:purple", linestyle="--", label="target of order")
     for arm, colour in zip(ARMS, ("tab:orange", "tab:cyan"), strict=True):

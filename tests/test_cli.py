@@ -26,7 +26,7 @@ KEYS = ["--positive", "cheerful", "--negative", "gloomy"]
 @pytest.fixture(scope="module", autouse=True)
 def fewer_questions(module_patch):
     whole = tiny.questions
-    module_patch.setattr(tiny, "questions", lambda *args, **kwargs: whole(*args, **kwargs)[::6])
+    module_patch.setattr(tiny, "questions", lambda *args, **kwargs: whole(*args, **kwargs)[::12])
     module_patch.setattr(compare, "MAX_VECTOR_LAYERS", 2)
     for module in (compare, commands):
         module_patch.setattr(module, "VECTOR_COEFFICIENTS", (-2, -1, -0.5, 0.5, 1, 2))

@@ -103,7 +103,7 @@ def make_task(
     Raises:
         ValueError, FileNotFoundError: naming what does not fit and what would.
     """
-    kept, held_out = split_pairs(args, pairs, own)
+    learned_from, held_out = split_pairs(args, pairs, own)
     accepts = None
     if args.questions_file:
         questions = load_questions(args.questions_file)
@@ -114,7 +114,7 @@ def make_task(
     for question in questions:
         choice_ids(tokenizer, question)  # raises now what the evaluation would drop after the training
     neutral, unseen = neutral_texts(args, model, tokenizer, seed=seed, own=own)
-    return Task(args.behaviour, kept, neutral, unseen, questions, personas(args, own), accepts)
+    return Task(args.behaviour, learned_from, neutral, unseen, questions, personas(args, own), accepts)
 
 
 def split_pairs(

@@ -114,11 +114,11 @@ def calibrate(
         )
         spend = partial(_spent_at, measure)
 
-    found = {name: solve(spend, sign, largest, tolerance) for name, sign in ARMS}
+    solutions = {name: solve(spend, sign, largest, tolerance) for name, sign in ARMS}
     return Calibration(
-        found["plus"][0],
-        found["minus"][0],
-        {name: spent for name, (_, spent) in found.items()},
+        solutions["plus"][0],
+        solutions["minus"][0],
+        {name: spent for name, (_, spent) in solutions.items()},
         {"kind": type(budget).__name__, **asdict(budget)},
     )
 
@@ -143,9 +143,9 @@ def set_units(model: Any, calibration: Calibration, adapter_name: str = "default
         ValueError: the adapter's coefficient is set at the moment.
     """
     before = model.peft_config[adapter_name].calibration or {"plus": 1.0, "minus": 1.0}
-    found = calibration.to_dict()
-    found |= {name: found[name] * before[name] for name in ("plus", "minus")}
-    model.base_model.set_units(found, adapter_name)
+    units = calibration.to_dict()
+    units |= {name: units[name] * before[name] for name in ("plus", "minus")}
+    model.base_model.set_units(units, adapter_name)
 
 
 def solve(spend: Callable[[float], float], sign: int, largest: float, tolerance: float) -> tuple[float, float]:
@@ -224,7 +224,7 @@ def generated_kl(
     The base is the dial at 0; it reads the same tokens.
     """
     prompts = list(prompts) * math.ceil(budget.sequences / len(prompts))
-    found = []
+    parts = []
     with eval_mode(model):
         for start in range(0, len(prompts), batch_size):
             chunk = prompts[start : start + batch_size]
@@ -236,8 +236,8 @@ def generated_kl(
                 steered = _logits_of(model, tokenizer, rows, written)
             with dial(0.0) as rewrite:
                 base = _logits_of(model, tokenizer, _encoded(tokenizer, chunk, rewrite), written)
-            found.append(kl_divergence(steered, base).cpu())
-    return torch.cat(found)
+            parts.append(kl_divergence(steered, base).cpu())
+    return torch.cat(parts)
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], rewrite: Rewrite | None) -> list[list[int]]:

@@ -124,19 +124,19 @@ def shortcomings(reports: dict[str, EvalReport], name: str = ADAPTER) -> list[st
     lower end of the paired 95 % interval above 0, and at most 5 % of the items may move against it.
     """
     own, noise = reports[name], reports[RANDOM]
-    found = []
+    reasons = []
     for arm, sign in ARMS:
         low, _ = bootstrap([own, noise], lambda a, b, s=sign: a.arm(s).gain - b.arm(s).gain, n=300)
         if not low > 0:
-            found.append(
+            reasons.append(
                 f"the {arm} arm gains {own.arm(sign).gain:.2f} nats and a random direction "
                 f"{noise.arm(sign).gain:.2f}: the 95 % interval of the difference begins at {low:.2f}"
             )
         if own.against(sign) > WRONG_WAY:
-            found.append(
+            reasons.append(
                 f"{own.against(sign):.1%} of the items move against the {arm} arm; at most {WRONG_WAY:.0%} may"
             )
-    return found
+    return reasons
 
 
 def ratio(

@@ -116,8 +116,8 @@ class EvalReport:
 
     def cost(self, coefficient: float) -> dict[str, float]:
         """`costs` at one coefficient."""
-        here = self.at(coefficient)
-        return {name: values[here].item() for name, values in self.costs().items()}
+        index = self.at(coefficient)
+        return {name: values[index].item() for name, values in self.costs().items()}
 
     def spent(self) -> Tensor:
         """The largest cost as a share of its budget, `(n_c)`; 1 is the whole budget, a NaN is infinite."""
@@ -177,8 +177,8 @@ class EvalReport:
 
     def inner(self) -> tuple[Tensor, Tensor]:
         """Coefficients within [−1, 1] `(k)`, and the log-odds at them `(k n)`."""
-        kept = [index for index, c in enumerate(self.coefficients) if abs(c) <= 1]
-        return torch.tensor([self.coefficients[index] for index in kept]), self.log_odds[kept]
+        inside = [index for index, c in enumerate(self.coefficients) if abs(c) <= 1]
+        return torch.tensor([self.coefficients[index] for index in inside]), self.log_odds[inside]
 
     @property
     def slope(self) -> float:
@@ -297,8 +297,8 @@ class EvalReport:
         missing = set(names) - set(self.groups)
         if missing or not names:
             raise ValueError(f"no target question is of {sorted(missing)}; the groups are {sorted(set(self.groups))}")
-        kept = [index for index, group in enumerate(self.groups) if group in names]
-        return self.taken(torch.tensor(kept))
+        members = [index for index, group in enumerate(self.groups) if group in names]
+        return self.taken(torch.tensor(members))
 
     def taken(
         self, targets: Tensor | None = None, controls: Tensor | None = None, texts: Tensor | None = None
@@ -326,10 +326,10 @@ class EvalReport:
 
     def members(self) -> list[Tensor]:
         """Indices of the target questions of each unit."""
-        found: dict[str | int, list[int]] = {}
+        by_unit: dict[str | int, list[int]] = {}
         for index in range(self.log_odds.shape[1]):
-            found.setdefault((self.units[index] if self.units else "") or index, []).append(index)
-        return [torch.tensor(indices) for indices in found.values()]
+            by_unit.setdefault((self.units[index] if self.units else "") or index, []).append(index)
+        return [torch.tensor(indices) for indices in by_unit.values()]
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -342,7 +342,7 @@ class EvalReport:
         `resamples` of the bootstrap make the 95 % interval of the range; 0 for none.
         """
         parts = {name: self.group(name) for name in sorted(set(self.groups) - {""})}
-        found: dict[str, Any] = {
+        figures: dict[str, Any] = {
             "range": _rounded(self.range),
             "arms": {
                 name: {"gain": _rounded(self.arm(sign).gain), "coefficient": self.arm(sign).coefficient}
@@ -366,28 +366,28 @@ class EvalReport:
         }
         if resamples:
             low, high = bootstrap([self], lambda report: report.range, n=resamples)
-            found["range_interval"] = [_rounded(low), _rounded(high)]
-        return found
+            figures["range_interval"] = [_rounded(low), _rounded(high)]
+        return figures
 
     def row(self, coefficient: float) -> dict[str, float | bool | None]:
         """What was measured at one coefficient."""
-        here = self.at(coefficient)
-        found = {
+        index = self.at(coefficient)
+        measured = {
             "coefficient": coefficient,
-            "log_odds": self.log_odds[here].mean(),
-            "answer_mass": self.answer_mass[here].mean(),
+            "log_odds": self.log_odds[index].mean(),
+            "answer_mass": self.answer_mass[index].mean(),
         }
         if self.control_logp.shape[1]:
-            found["control_logp"] = self.control_logp[here].mean()
+            measured["control_logp"] = self.control_logp[index].mean()
         if self.neutral_logp.shape[1]:
-            found["neutral_nll"] = self.neutral_nll[here]
+            measured["neutral_nll"] = self.neutral_nll[index]
         if self.thought is not None:
-            found["thinking_finished"] = self.thought[here].float().mean()
+            measured["thinking_finished"] = self.thought[index].float().mean()
         if self.samples_at(coefficient):
-            found["finish_rate"] = self.finish_rate(coefficient)
-            found["repetition"] = self.repetition(coefficient)
-            found["parse_rate"] = self.parse_rate(coefficient)
-        values = {name: _rounded(value) for name, value in found.items()}
+            measured["finish_rate"] = self.finish_rate(coefficient)
+            measured["repetition"] = self.repetition(coefficient)
+            measured["parse_rate"] = self.parse_rate(coefficient)
+        values = {name: _rounded(value) for name, value in measured.items()}
         return {**values, "inside_budget": self.inside_budget(coefficient)}
 
 

@@ -110,15 +110,15 @@ def evaluate(
 
 def _askable(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> tuple[list[Question], list[str]]:
     """The questions whose choices can be told apart by their first tokens, and why others cannot be asked."""
-    kept, dropped = [], []
+    asked, dropped = [], []
     for index, question in enumerate(questions):
         try:
             choice_ids(tokenizer, question)
         except ValueError as error:
             dropped.append(f"question {index}: {error}")
         else:
-            kept.append(question)
-    return kept, dropped
+            asked.append(question)
+    return asked, dropped
 
 
 class Answers(NamedTuple):

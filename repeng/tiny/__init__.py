@@ -31,8 +31,8 @@ def world_of(path: str | Path) -> World | None:
     manifest = Path(path) / "manifest.json"
     if not manifest.is_file():
         return None
-    found = json.loads(manifest.read_text())
-    return World(found["seed"]) if "repeng.tiny.pretrain" in found.get("command", "") else None
+    contents = json.loads(manifest.read_text())
+    return World(contents["seed"]) if "repeng.tiny.pretrain" in contents.get("command", "") else None
 
 
 def trait_of(positive: str, negative: str) -> str:

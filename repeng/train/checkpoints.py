@@ -39,5 +39,5 @@ def publish(staging: Path, folder: Path, args: TrainingArguments, best: str | No
 def newest(folder: str | Path) -> str | None:
     """The checkpoint that was written last into a folder, if there is one; an earlier run may have gone further."""
     states = Path(folder).glob(f"checkpoint-*/{TRAINER_STATE_NAME}")
-    found = max(states, key=lambda path: path.stat().st_mtime_ns, default=None)
-    return None if found is None else str(found.parent)
+    latest = max(states, key=lambda path: path.stat().st_mtime_ns, default=None)
+    return None if latest is None else str(latest.parent)

@@ -48,8 +48,8 @@ def add_reference(
         for start in tqdm(range(0, len(examples), batch_size), desc="reference", leave=False):
             part = examples[start : start + batch_size]
             batch = {name: tensor.to(model.device) for name, tensor in collate(part).items()}
-            found = _batch_reference(model, module, batch, last_n=last_n, plain=plain)
-            done += [{**example, **of_it} for example, of_it in zip(part, found, strict=True)]
+            references = _batch_reference(model, module, batch, last_n=last_n, plain=plain)
+            done += [{**example, **of_it} for example, of_it in zip(part, references, strict=True)]
     return done
 
 

@@ -181,8 +181,8 @@ class SteeringTrainer(Trainer):
         def largest_kl(states: Tensor, head: Callable[[Tensor], Tensor]) -> list[Tensor]:
             pair = (reference[0], states[real])
             parts = zip(*(hs.split(tokens_at_once(hs, head)) for hs in pair), strict=True)
-            found = [kl_divergence(head(p).float(), head(q).float()).max() for p, q in parts]
-            return [torch.stack(found).max()]
+            divergences = [kl_divergence(head(p).float(), head(q).float()).max() for p, q in parts]
+            return [torch.stack(divergences).max()]
 
         bare = base.disable_adapter() if isinstance(base, PeftModel) else self.steer_fn(base, 0.0)
         with eval_mode(base), bare:
@@ -267,15 +267,15 @@ class SteeringTrainer(Trainer):
 
         def read(states: Tensor, head: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
             states = rearrange(states, "(c p b) t d -> c p b t d", c=2, p=3)
-            kept = torch.cat([states[c, p, :, :-1][mask[p]] for c, p in rows])
+            counted_logp = torch.cat([states[c, p, :, :-1][mask[p]] for c, p in rows])
             c, p, b = (torch.arange(n, device=states.device) for n in (2, *index.shape[:2]))
             ends = head(states[c[:, None, None], p[:, None], b, index[..., -1]]).float()  # (c p b v)
             gaps = gap(rearrange(ends, "c p b v -> b c p v"), inputs["next_ids"], inputs["next_weight"])
-            return head_logp(kept, head, ids[[0, 1, 2, 2], :, 1:][counted]), gaps
+            return head_logp(counted_logp, head, ids[[0, 1, 2, 2], :, 1:][counted]), gaps
 
         with capture([site_module(base, self.loss_layer, args.loss_site)]) as outputs:
-            kept, gap_pi = read_vocabulary(base, doubled, read, plain=self.plain_head, forward=model)
-        logp = torch.zeros(counted.shape, device=kept.device).masked_scatter(counted, kept)
+            counted_logp, gap_pi = read_vocabulary(base, doubled, read, plain=self.plain_head, forward=model)
+        logp = torch.zeros(counted.shape, device=counted_logp.device).masked_scatter(counted, counted_logp)
         hs = rearrange(cast(Tensor, outputs[0]), "(c p b) t d -> c p b t d", c=2, p=3)[:, :2]
         hs = gather_tokens(hs.flatten(0, 2), repeat(index, "p b n -> (c p b) n", c=2))
         return self.loss_func(

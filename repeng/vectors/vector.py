@@ -68,10 +68,10 @@ class SteeringVector:
         accuracy = self.metadata.get("accuracy", {})
         names = {f"{layer}.{site}" for site, layer in selected}
         accuracy = {key: value for key, value in accuracy.items() if key in names}
-        told = self._told(accuracy=accuracy)
+        metadata = self._told(accuracy=accuracy)
         if len(selected) < len(self.directions):
-            told.pop("calibration", None)  # of all places together
-        return SteeringVector(selected, told)
+            metadata.pop("calibration", None)  # of all places together
+        return SteeringVector(selected, metadata)
 
     def _told(self, **changes: Any) -> dict[str, Any]:
         """A copy of the metadata with changes; None and empty values are left out."""
@@ -129,8 +129,8 @@ class SteeringVector:
         if not isinstance(factor, Real):
             return NotImplemented
         scaled = {place: float(factor) * d for place, d in self.directions.items()}
-        told = self._told(calibration=None, accuracy=self.metadata.get("accuracy") if factor > 0 else None)
-        return SteeringVector(scaled, told)
+        metadata = self._told(calibration=None, accuracy=self.metadata.get("accuracy") if factor > 0 else None)
+        return SteeringVector(scaled, metadata)
 
     __rmul__ = __mul__
 

@@ -213,7 +213,9 @@ def compile_once(name: str, kind: str) -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("kind", tiny_models.KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind == "linear" else pytest.mark.slow) for kind in tiny_models.KINDS]
+)
 def test_one_compilation_serves_all_coefficients(kind):
     compile_once("qwen3", kind)
 
@@ -261,6 +263,7 @@ def loaded(tmp_path_factory):
     return load_file(folder / "logits.safetensors")
 
 
+@pytest.mark.processes
 @combinations
 def test_a_fresh_process_loads_the_same_logits_without_svd(loaded, name, kind):
     model = adapted(name, kind)

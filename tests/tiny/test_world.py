@@ -147,10 +147,11 @@ def test_the_mean_difference_separates_held_out_pairs(embedded):
 def test_the_mean_difference_steers_both_ways_inside_the_budget(embedded):
     model, tokenizer = embedded
     vector = mean_differences(model, tokenizer, tiny.pairs("honesty", 128, 0), [MIDDLE])[MIDDLE]
+    questions = tiny.questions("honesty", "held_out")[::3]
     report = evaluate(
         model,
         tokenizer,
-        tiny.questions("honesty", "held_out"),
+        questions,
         lambda c: steer(model, c, vector=vector),
         VECTOR_COEFFICIENTS,
         neutral_texts=tiny.neutral_texts(32, seed=5),
@@ -159,7 +160,7 @@ def test_the_mean_difference_steers_both_ways_inside_the_budget(embedded):
     noise = evaluate(
         model,
         tokenizer,
-        tiny.questions("honesty", "held_out"),
+        questions,
         lambda c: steer(model, c, vector=vector.random_like(0)),
         VECTOR_COEFFICIENTS,
         neutral_texts=tiny.neutral_texts(32, seed=5),

@@ -38,7 +38,9 @@ def outcome(tmp_path_factory):
     folder, questions = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("data") / "questions.jsonl"
     some = tiny.questions("honesty", "held_out")[::16]
     questions.write_text("\n".join(json.dumps(asdict(question)) for question in some))
-    done = launch(*QUICK, "--questions_file", questions, "--output_dir", folder)
+    neutral = questions.with_name("neutral.txt")
+    neutral.write_text("\n".join(tiny.neutral_texts(40, seed=0)))
+    done = launch(*QUICK, "--questions_file", questions, "--neutral_file", neutral, "--output_dir", folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, done
 

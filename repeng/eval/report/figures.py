@@ -69,10 +69,10 @@ def dose_response(reports: Mapping[str, EvalReport], own: str | None = None) -> 
 
 
 def _draw_dose(axes: "Axes", report: EvalReport, name: str, own: str | None) -> None:
-    kept = [index for index, c in enumerate(report.coefficients) if abs(c) <= SHOWN]
-    c = [report.coefficients[index] for index in kept]
-    low, high = (bound[kept] for bound in report.band())
-    (line,) = axes.plot(c, report.log_odds[kept].mean(dim=1), marker=".", label=name, **_style(name, own))
+    drawn = [index for index, c in enumerate(report.coefficients) if abs(c) <= SHOWN]
+    c = [report.coefficients[index] for index in drawn]
+    low, high = (bound[drawn] for bound in report.band())
+    (line,) = axes.plot(c, report.log_odds[drawn].mean(dim=1), marker=".", label=name, **_style(name, own))
     axes.fill_between(c, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
 
 
