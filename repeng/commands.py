@@ -1,7 +1,7 @@
 """What `repeng evaluate` and `repeng calibrate` do with the folder of an adapter, or the file of a vector."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -174,4 +174,4 @@ def _training_prompts(pairs: Sequence[ContrastPair], *, has_template: bool) -> l
     return list(dict.fromkeys(texts))
 
 
-COMMANDS = {"evaluate": evaluate, "calibrate": calibrate}
+COMMANDS: dict[str, Callable[..., None]] = {"evaluate": evaluate, "calibrate": calibrate}
