@@ -78,6 +78,7 @@ def exchanged(tmp_path_factory, embedded):
     return folder, pairs, ours, load_file(folder / "theirs.safetensors")
 
 
+@pytest.mark.filterwarnings("ignore:held-out accuracy below:UserWarning")
 @pytest.mark.parametrize(
     "method, theirs", [("pca_diff", "pca_diff"), ("pca_center", "pca_center"), ("mean_diff", "mean")]
 )
