@@ -38,7 +38,7 @@ COMMANDS = [
 ]
 # What makes a command of the README quick enough for a test.
 QUICK = {
-    "train": "--max_steps 2 --save_steps 1 --num_pairs 24 --use_cpu true --questions_file few.jsonl",
+    "train": "--max_steps 2 --save_steps 1 --num_pairs 40 --use_cpu true --questions_file few.jsonl",
     "evaluate": "--questions_file few.jsonl",
     "calibrate": "--sequences 8",
 }
