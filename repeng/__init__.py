@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from repeng.eval.calibrate import Calibration, KLBudget, calibrate
     from repeng.eval.eval_report import Budget, EvalReport, bootstrap
     from repeng.eval.evaluate import evaluate
+    from repeng.model.loading import load_model
     from repeng.train.arguments import SteeringArguments
     from repeng.train.collator import PairCollator
     from repeng.train.inner_contrastive_loss import inner_contrastive_loss
@@ -43,6 +44,7 @@ else:
             "evaluate": "repeng.eval.evaluate",
             "extract": "repeng.vectors.extract",
             "inner_contrastive_loss": "repeng.train.inner_contrastive_loss",
+            "load_model": "repeng.model.loading",
             "load_pairs": "repeng.data.pairs",
             "load_questions": "repeng.data.questions",
             "make_pairs": "repeng.data.pairs",
@@ -72,6 +74,7 @@ __all__ = [
     "evaluate",
     "extract",
     "inner_contrastive_loss",
+    "load_model",
     "load_pairs",
     "load_questions",
     "make_pairs",

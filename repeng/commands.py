@@ -142,12 +142,13 @@ def calibrate(
 def _load_task_model(task_args: TaskArguments, seed: int, use_cpu: bool, bf16: bool) -> Base:
     """The base model of a task, after its pairs were checked."""
     own = tiny.task(task_args, seed)
-    tokenizer = load_tokenizer(task_args.model_name_or_path)
+    tokenizer = load_tokenizer(task_args.model_name_or_path, task_args.gguf_file)
     pairs = read_pairs(task_args, tokenizer, seed=seed, own=own)
     device = torch.device("cpu") if use_cpu else cast(torch.device, PartialState().device)
     model = load_base(
         task_args.model_name_or_path,
         device,
+        gguf_file=task_args.gguf_file,
         load_in_4bit=task_args.load_in_4bit,
         compute_dtype=torch.bfloat16 if bf16 else torch.float32,
     )

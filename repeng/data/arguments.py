@@ -18,8 +18,10 @@ class TaskArguments:
     """
 
     model_name_or_path: str = field(
-        default="tiny", metadata={"help": "'tiny' (embedded), a local folder, or a hub id."}
+        default="tiny",
+        metadata={"help": "'tiny' (embedded), 'smollm2' (extra smollm2), a folder, a GGUF file, or a hub id."},
     )
+    gguf_file: str | None = field(default=None, metadata={"help": "Name of a GGUF file in that folder or on the hub."})
     load_in_4bit: bool = field(
         default=False, metadata={"help": "Load the base model in 4 bits (NF4), by bitsandbytes."}
     )

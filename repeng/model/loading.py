@@ -1,59 +1,65 @@
 """The base model on its device, in its own precision or in 4 bits, and its tokenizer."""
 
+import copy
 import importlib.util
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-# Models in the package, by the names that `model_name_or_path` takes.
-EMBEDDED = {"tiny": Path(__file__).parents[1] / "tiny" / "weights"}
+from repeng.model.sources import Source, find_source, name_of_folder
+
 # Attribute of a layer in 4 bits: whether bitsandbytes repacks its weight on some CPUs in the first evaluation, for a
 # kernel without gradients.
 REPACKED_ON_CPU = "support_avx512bf16_for_cpu"
 
 
-def model_path(name_or_path: str) -> str:
-    """The folder of an embedded model, or the hub id or folder as it is."""
-    return str(EMBEDDED.get(name_or_path, name_or_path))
-
-
 def model_name(model: PreTrainedModel) -> str:
-    """The name of an embedded model, or the hub id or folder that the model came from."""
-    path = model.name_or_path or ""
-    embedded = {str(folder): name for name, folder in EMBEDDED.items()}
-    return embedded.get(path, path) or f"{model.config.model_type}, made in memory"
+    """The name of an embedded or packaged model, or the hub id or folder that the model came from."""
+    path = model.name_or_path or f"{model.config.model_type}, made in memory"
+    return name_of_folder(path) or path
 
 
-def load_tokenizer(name_or_path: str) -> Tokenizer:
-    """The tokenizer of an embedded model, a hub id or a folder."""
-    return AutoTokenizer.from_pretrained(model_path(name_or_path))
+def load_tokenizer(name_or_path: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; see `load_base`."""
+    source = find_source(name_or_path, gguf_file)
+    return AutoTokenizer.from_pretrained(source.path, **_gguf_option(source))
 
 
 def load_base(
     name_or_path: str,
-    device: torch.device,
+    device: torch.device | str = "cpu",
     *,
+    gguf_file: str | None = None,
     load_in_4bit: bool = False,
     compute_dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
-    """The base model on the device of this process.
+    """The base model on a device. A GGUF file is dequantised to float32, and the model is a plain one.
 
     Args:
-        name_or_path: an embedded model, a hub id or a folder.
-        device: of this process.
+        name_or_path: an embedded model ("tiny"), one in a package ("smollm2"), a folder, a GGUF file, or a hub id.
+        device: where it goes.
+        gguf_file: name of a GGUF file in the folder or on the hub.
         load_in_4bit: quantise to NF4, by bitsandbytes.
         compute_dtype: of the matrix products of a model in 4 bits.
 
     Raises:
-        ValueError: 4 bits without bitsandbytes.
+        ValueError: a package is missing, or options do not go together.
+        FileNotFoundError: the folder has no such GGUF file.
     """
-    options: dict[str, Any] = {}
+    source, device = find_source(name_or_path, gguf_file), torch.device(device)
+    options: dict[str, Any] = _gguf_option(source)
     if device.type != "cpu":
         options["device_map"] = {"": device}  # else it would pass through main memory, once for each process
     if load_in_4bit:
+        if source.gguf_file is not None:
+            raise ValueError(f"load_in_4bit does not go with {source.gguf_file}: a GGUF file is dequantised")
         if importlib.util.find_spec("bitsandbytes") is None:
             raise ValueError("load_in_4bit needs bitsandbytes: pip install 'repeng[bnb]'")
         options["quantization_config"] = BitsAndBytesConfig(
@@ -62,8 +68,40 @@ def load_base(
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute_dtype,
         )
-    model = AutoModelForCausalLM.from_pretrained(model_path(name_or_path), **options)
+    if source.gguf_file is not None:
+        options["dtype"] = torch.float32
+    model = AutoModelForCausalLM.from_pretrained(source.path, **options)
+    if source.gguf_file is not None:
+        model = _plain(model)
     for module in model.modules():
         if hasattr(module, REPACKED_ON_CPU):
             setattr(module, REPACKED_ON_CPU, False)
     return model
+
+
+def load_model(
+    name_or_path: str, *, gguf_file: str | None = None, device: torch.device | str = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model and its tokenizer, by everything that `model_name_or_path` takes; see `load_base`."""
+    return load_base(name_or_path, device, gguf_file=gguf_file), load_tokenizer(name_or_path, gguf_file)
+
+
+def _gguf_option(source: Source) -> dict[str, Any]:
+    return {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
+
+
+def _plain(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without the mark of GGUF: transformers would refuse to save it, although its weights are floats."""
+    config = copy.deepcopy(model.config)
+    vars(config).pop("quantization_config", None)
+    with torch.device("meta"):
+        plain = type(model)(config)
+    plain.load_state_dict(model.state_dict(), strict=True, assign=True)
+    plain.tie_weights()
+    # Buffers that are not in the state dict, such as rotary frequencies, are on no device yet.
+    for name, buffer in model.named_buffers():
+        owner = plain.get_submodule(name.rpartition(".")[0])
+        owner.register_buffer(name.rpartition(".")[2], buffer, persistent=name in model.state_dict())
+    plain.generation_config = model.generation_config
+    plain.name_or_path = model.name_or_path
+    return plain.eval()

