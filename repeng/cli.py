@@ -24,8 +24,17 @@ from repeng.train.recipe import Recipe
 
 
 @dataclass
-class EvaluateArguments:
-    """Keys of `repeng evaluate` beside those of the task."""
+class MeasureArguments:
+    """Keys of all commands that measure, beside those of the task."""
+
+    seed: int = field(default=42, metadata={"help": "Draws pairs and neutral texts, as in training."})
+    use_cpu: bool = field(default=False, metadata={"help": "Leave a GPU alone."})
+    bf16: bool = field(default=False, metadata={"help": "A base in 4 bits computes in bfloat16, as in training."})
+
+
+@dataclass
+class EvaluateArguments(MeasureArguments):
+    """Keys of `repeng evaluate`."""
 
     output: str | None = field(
         default=None,
@@ -38,24 +47,18 @@ class EvaluateArguments:
             "and 95 percent of the items move along."
         },
     )
-    seed: int = field(default=42, metadata={"help": "Draws pairs and neutral texts, as in training."})
-    use_cpu: bool = field(default=False, metadata={"help": "Leave a GPU alone."})
-    bf16: bool = field(default=False, metadata={"help": "A base in 4 bits computes in bfloat16, as in training."})
 
 
 @dataclass
-class CalibrateArguments:
-    """Keys of `repeng calibrate` beside those of the task."""
+class CalibrateArguments(MeasureArguments):
+    """Keys of `repeng calibrate`."""
 
     nats: float = field(default=1.0, metadata={"help": "KL to the base that a token may have."})
     sequences: int = field(default=512, metadata={"help": "Continuations to draw."})
     percentile: float = field(default=95.0, metadata={"help": "Percentile of the tokens' KL that must stay below."})
-    seed: int = field(default=42, metadata={"help": "Draws pairs, as in training."})
-    use_cpu: bool = field(default=False, metadata={"help": "Leave a GPU alone."})
-    bf16: bool = field(default=False, metadata={"help": "A base in 4 bits computes in bfloat16, as in training."})
 
 
-MEASURES: dict[str, type[EvaluateArguments] | type[CalibrateArguments]] = {
+MEASURES: dict[str, type[MeasureArguments]] = {
     "evaluate": EvaluateArguments,
     "calibrate": CalibrateArguments,
 }

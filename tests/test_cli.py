@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from repeng import KLBudget, SteeringVector, SvdSteeringConfig, commands, extract, steer, tiny
-from repeng.cli import CalibrateArguments, EvaluateArguments, _path_first, main
+from repeng.cli import CalibrateArguments, EvaluateArguments, _path_first, main, make_parser
 from repeng.data.arguments import TaskArguments
 from repeng.data.configuration import names_of
 from repeng.data.questions import Question
@@ -137,6 +137,11 @@ def python(*argv):
     return done, done.stdout.splitlines()[-1].split()
 
 
+def test_keys_may_be_spelled_with_hyphens():
+    options, unknown = make_parser().parse_known_args(["evaluate", "v", "--questions-file", "q", "--use-cpu"])
+    assert (options.questions_file, options.use_cpu, unknown) == ("q", None, [])
+
+
 @pytest.mark.parametrize("command", [(), ("train",), ("evaluate",), ("calibrate",)])
 def test_help_lists_the_keys_before_anything_slow_is_imported(command):
     done, slow = python(*command, "--help")
@@ -153,6 +158,7 @@ def test_help_lists_the_keys_before_anything_slow_is_imported(command):
         (["evaluate", "{file}", "--learning_rate", "9"], "unknown key 'learning_rate' in the command line"),
         (["evaluate", "{file}", "--nats", "9"], "unknown key 'nats'"),
         (["calibrate", "{file}", "--sequence", "9"], "did you mean 'sequences'"),
+        (["evaluate", "{file}", "--no_require_steering"], "unknown key 'no_require_steering'"),
         (["evaluate", "{file}", "--config", "moood"], "did you mean 'mood'"),
         (["train", "--config", "tinny"], "did you mean 'tiny'"),
     ],

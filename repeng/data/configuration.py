@@ -30,11 +30,9 @@ def config_file(word: str) -> Path:
         ValueError: there are both.
     """
     shipped = shipped_configs()
-    if Path(word).is_file():
-        _refuse_two_meanings(word, shipped)
-        return Path(word)
-    if word in shipped:
-        return shipped[word]
+    path = _file_or_name(word, shipped)
+    if path.is_file():
+        return path
     raise FileNotFoundError(
         f"--config: there is no file {word!r} and no configuration of that name{nearest(word, shipped)}; "
         f"give a YAML file, or one of {', '.join(shipped)}"
@@ -47,17 +45,14 @@ def data_file(word: str) -> Path:
     Raises:
         ValueError: there is a file of that name, too.
     """
-    shipped = {path.stem: path for path in CONFIGS.glob("data/*.txt")}
-    if Path(word).is_file():
-        _refuse_two_meanings(word, shipped)
-        return Path(word)
-    return shipped.get(word, Path(word))
+    return _file_or_name(word, {path.stem: path for path in CONFIGS.glob("data/*.txt")})
 
 
-def _refuse_two_meanings(word: str, shipped: Collection[str]) -> None:
-    """Raise ValueError if the word is the path of a file and a name in the package."""
-    if word in shipped:
+def _file_or_name(word: str, shipped: Mapping[str, Path]) -> Path:
+    """The package's own file of this name, or the word as a path; raises ValueError if it is both."""
+    if word in shipped and Path(word).is_file():
         raise ValueError(f"{word!r} is a file here and a name in the package: write ./{word} for the file, or move it")
+    return shipped.get(word, Path(word))
 
 
 def names_of(kinds: Sequence[type]) -> list[str]:
@@ -91,9 +86,9 @@ def read_configs(words: Sequence[str], allowed: Collection[str]) -> dict[str, An
 
 
 def refuse_unknown(keys: Collection[str], allowed: Collection[str], where: str) -> None:
-    """Raise ValueError for the first key that is not allowed; `no_` before a key switches it off."""
+    """Raise ValueError for the first key that is not allowed."""
     for key in keys:
-        if key not in allowed and str(key).removeprefix("no_") not in allowed:
+        if key not in allowed:
             raise ValueError(f"unknown key {key!r} in {where}{nearest(str(key), allowed)}")
 
 
@@ -148,6 +143,7 @@ def add_keys(parser: argparse.ArgumentParser, kinds: Sequence[type], title: str)
             if field.init:
                 nargs = field.metadata.get("nargs", "?" if field.type in (bool, bool | None) else None)
                 shown = f"{field.metadata['help']} Default: {default_of(field)}."
+                spellings = dict.fromkeys((f"--{field.name}", f"--{field.name.replace('_', '-')}"))
                 group.add_argument(
-                    f"--{field.name}", nargs=nargs, default=argparse.SUPPRESS, metavar="VALUE", help=shown
+                    *spellings, dest=field.name, nargs=nargs, default=argparse.SUPPRESS, metavar="VALUE", help=shown
                 )

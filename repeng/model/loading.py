@@ -96,12 +96,13 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
     vars(config).pop("quantization_config", None)
     with torch.device("meta"):
         plain = type(model)(config)
-    plain.load_state_dict(model.state_dict(), strict=True, assign=True)
+    state = model.state_dict()
+    plain.load_state_dict(state, strict=True, assign=True)
     plain.tie_weights()
     # Buffers that are not in the state dict, such as rotary frequencies, are on no device yet.
     for name, buffer in model.named_buffers():
         owner = plain.get_submodule(name.rpartition(".")[0])
-        owner.register_buffer(name.rpartition(".")[2], buffer, persistent=name in model.state_dict())
+        owner.register_buffer(name.rpartition(".")[2], buffer, persistent=name in state)
     plain.generation_config = model.generation_config
     plain.name_or_path = model.name_or_path
     return plain.eval()

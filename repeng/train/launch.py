@@ -80,7 +80,9 @@ def split_flags(
     for word in argv:
         if word.startswith("--"):
             (name,) = flags_of([word])
+            if name.removeprefix("no_") in own:  # as HfArgumentParser switches a key off
+                name = name.removeprefix("no_")
             refuse_unknown([name], {*own, *known}, "the command line")
-            into = ours if name in own or name.removeprefix("no_") in own else launchers
+            into = ours if name in own else launchers
         into.append(word)
     return launchers, ours

@@ -80,6 +80,9 @@ def test_unknown_keys_are_refused_in_files_and_on_the_line(tmp_path):
     assert task.positive == "a"
     with pytest.raises(ValueError, match=r"unknown key 'max_steps' in .*b\.yaml"):
         parse_into([TaskArguments], ["--config", str(tmp_path / "b.yaml")])
+    (tmp_path / "c.yaml").write_text("positive: a\nnegative: b\nno_load_in_4bit: true\n")
+    with pytest.raises(ValueError, match=r"unknown key 'no_load_in_4bit' in .*c\.yaml"):
+        parse_into([TaskArguments], ["--config", str(tmp_path / "c.yaml")])
     with pytest.raises(ValueError, match="unknown key 'max_steps' in the command line"):
         parse_into([TaskArguments], ["--config", str(tmp_path / "a.yaml"), "--max_steps", "3"])
 
