@@ -3,13 +3,16 @@
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from einops import repeat
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from repeng.data.tokens import pad_rows
+from repeng.data.tokens import Encoded, pad_rows
 from repeng.model.logprob import kl_divergence
 from repeng.model.sites import decoder_layers, edit_outputs
 from repeng.tiny import lexicon
@@ -19,6 +22,7 @@ from repeng.train.build import Run
 from repeng.train.trainer import SteeringTrainer
 
 LORA_RANK = 8  # about as many parameters as the adapter of rank 64 has
+TUNE_ROWS, TUNE_STEPS, TUNE_RATE = 12, 60, 5e-4  # of each fine-tune
 SHOTS = 2  # more would not fit into the embedded model's window
 
 
@@ -83,20 +87,43 @@ def use_biases(run: Run, args: SteeringArguments) -> None:
     run.model = Biased(run.model.unload(), run.sites.layers)
 
 
-def use_lora(run: Run, args: SteeringArguments, names: tuple[str, ...] = ("default",)) -> None:
-    """Replace the adapter by LoRA on the same sites and layers."""
+def lora_on(model: nn.Module, args: SteeringArguments, layers: list[int], names: tuple[str, ...]) -> PeftModel:
+    """LoRA adapters of these names on the sites of the arguments, the first one active."""
     config = LoraConfig(
         r=LORA_RANK,
         lora_alpha=LORA_RANK,
         target_modules=list(args.target_modules),
-        layers_to_transform=run.sites.layers,
+        layers_to_transform=layers,
         task_type="CAUSAL_LM",
     )
-    model = get_peft_model(run.model.unload(), config, adapter_name=names[0])
+    adapted = cast(PeftModel, get_peft_model(cast(PreTrainedModel, model), config, adapter_name=names[0]))
     for name in names[1:]:
-        model.add_adapter(name, config)
+        adapted.add_adapter(name, config)
+    return adapted
+
+
+def use_lora(run: Run, args: SteeringArguments, names: tuple[str, ...] = ("default",)) -> None:
+    """Replace the adapter by LoRA on the same sites and layers."""
+    model = lora_on(run.model.unload(), args, run.sites.layers, names)
     model.base_model.set_adapter(list(names))
     run.model = model
+
+
+def fine_tune(model: PeftModel, tokenizer: PreTrainedTokenizerBase, encoded: list[Encoded], *, seed: int) -> None:
+    """Teach the active adapter the suffixes behind their prompts, by the plain language modelling loss."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=TUNE_RATE, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in tqdm(range(TUNE_STEPS), desc="fine-tune", leave=False):
+        some = [encoded[i] for i in torch.randperm(len(encoded), generator=generator)[:TUNE_ROWS].tolist()]
+        batch = pad_rows([one.ids for one in some], tokenizer, model.device, side="left")
+        logits = model(**batch, use_cache=False, logits_to_keep=max(len(one.suffix) for one in some) + 1).logits
+        losses = []
+        for row, one in zip(logits, some, strict=True):
+            own = torch.tensor(one.suffix, device=row.device)
+            losses.append(torch.nn.functional.cross_entropy(row[-len(own) - 1 : -1].float(), own))
+        torch.stack(losses).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 @contextmanager
@@ -115,6 +142,21 @@ def lora_dial(model: nn.Module, coefficient: float | Tensor) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def weight_dial(model: nn.Module, coefficient: float | Tensor) -> Iterator[None]:
+    """LoRA "plus" times c and "minus" times −c: the difference of the weights of two fine-tunes."""
+    c = torch.as_tensor(coefficient, dtype=torch.float32)
+    scales = {"plus": c, "minus": -c}
+    places = {name.rpartition("."): module for name, module in model.named_modules()}
+    edits = [
+        (module, lambda out, s=scales[name]: out * s.to(out))
+        for (parent, _, name), module in places.items()
+        if parent.endswith("lora_B")
+    ]
+    with edit_outputs(edits):
+        yield
 
 
 class DistillationTrainer(SteeringTrainer):

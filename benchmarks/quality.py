@@ -25,8 +25,8 @@ from benchmarks import baselines
 from benchmarks.training import ROOT, train
 from repeng import EvalReport, bootstrap, evaluate, extract, steer, tiny
 from repeng.data.questions import Question
-from repeng.eval.compare import VECTOR_COEFFICIENTS
-from repeng.eval.evaluate import ADAPTER_COEFFICIENTS, Dial, prompt_dial
+from repeng.eval.evaluate import ADAPTER_COEFFICIENTS, VECTOR_COEFFICIENTS
+from repeng.eval.measure import Dial, prompt_dial
 from repeng.eval.report.tables import markdown, percent
 from repeng.tiny import lexicon
 

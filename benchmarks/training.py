@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import mean
 
 from repeng import EvalReport, evaluate, steer, tiny
+from repeng.data.task import Task
 from repeng.eval.evaluate import ADAPTER_COEFFICIENTS
 from repeng.train.arguments import SteeringArguments, parse_arguments
 from repeng.train.build import Run, build
@@ -20,18 +21,23 @@ def train(
     seed: int,
     argv: Sequence[str] = (),
     *,
+    config: Sequence[str] = (CONFIG,),
+    task: Task | None = None,
+    keep: Path | None = None,
     prepare: Callable[[Run, SteeringArguments], None] = lambda run, args: None,
     trainer: Callable[..., SteeringTrainer] = SteeringTrainer,
     **options,
 ) -> Run:
-    """Train by the configuration `tiny` and `argv`.
+    """Train by configurations, by default `tiny`, and `argv`.
 
-    `prepare` changes what was built before training; `options` go to `trainer`.
+    `prepare` changes what was built before training; `options` go to `trainer`. With `task`, the seed draws only the
+    order of the batches and what an adapter starts from. What is computed once is kept in `keep`.
     """
     with tempfile.TemporaryDirectory() as folder:
+        folder = str(keep or folder)
         fixed = ["--output_dir", folder, "--save_strategy", "no", "--disable_tqdm", "true", "--seed", str(seed)]
-        task_args, args = parse_arguments(["--config", CONFIG, *fixed, *argv])
-        run = build(task_args, args, tiny.task(task_args, args.seed))
+        task_args, args = parse_arguments(["--config", *config, *fixed, *argv])
+        run = build(task_args, args, None if task else tiny.task(task_args, args.seed), task=task)
         prepare(run, args)
         trainer(run.model, args, run.examples, run.tokenizer, **options).train()
     return run

@@ -12,8 +12,8 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from repeng import EvalReport, SteeringVector, evaluate, extract, steer, tiny
-from repeng.eval.compare import VECTOR_COEFFICIENTS
-from repeng.eval.evaluate import prompt_dial
+from repeng.eval.evaluate import VECTOR_COEFFICIENTS
+from repeng.eval.measure import prompt_dial
 from repeng.eval.report.tables import markdown, percent
 
 NOTES = Path(__file__).parent.parent / "research_notes.md"

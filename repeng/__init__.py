@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from repeng.tuner.config import SvdSteeringConfig
     from repeng.tuner.model import SvdSteeringModel
     from repeng.vectors.extract import extract
+    from repeng.vectors.gate import Gate, fit_gate
     from repeng.vectors.vector import SteeringVector
 else:
     __getattr__, __dir__ = lazily(
@@ -30,6 +31,7 @@ else:
             "Calibration": "repeng.eval.calibrate",
             "ContrastPair": "repeng.data.pairs",
             "EvalReport": "repeng.eval.eval_report",
+            "Gate": "repeng.vectors.gate",
             "KLBudget": "repeng.eval.calibrate",
             "PairCollator": "repeng.train.collator",
             "Question": "repeng.data.questions",
@@ -43,6 +45,7 @@ else:
             "check_pairs": "repeng.data.pairs",
             "evaluate": "repeng.eval.evaluate",
             "extract": "repeng.vectors.extract",
+            "fit_gate": "repeng.vectors.gate",
             "inner_contrastive_loss": "repeng.train.inner_contrastive_loss",
             "load_model": "repeng.model.loading",
             "load_pairs": "repeng.data.pairs",
@@ -60,6 +63,7 @@ __all__ = [
     "Calibration",
     "ContrastPair",
     "EvalReport",
+    "Gate",
     "KLBudget",
     "PairCollator",
     "Question",
@@ -73,6 +77,7 @@ __all__ = [
     "check_pairs",
     "evaluate",
     "extract",
+    "fit_gate",
     "inner_contrastive_loss",
     "load_model",
     "load_pairs",

@@ -14,14 +14,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from repeng import tiny
 from repeng.control.steer import steer
 from repeng.data.arguments import TaskArguments
-from repeng.data.files import check_writable
+from repeng.data.files import cache_folder, check_writable
 from repeng.data.pairs import ContrastPair
 from repeng.data.task import Task, make_task, read_pairs, split_pairs
 from repeng.eval.calibrate import KLBudget, kl_spender, set_units
 from repeng.eval.calibrate import calibrate as find_calibration
-from repeng.eval.compare import VECTOR_COEFFICIENTS, compare, shortcomings, verdict
+from repeng.eval.compare import compare
 from repeng.eval.eval_report import ARMS
-from repeng.eval.evaluate import ADAPTER_COEFFICIENTS, Dial
+from repeng.eval.measure import Dial
 from repeng.eval.report.folder import write_report
 from repeng.eval.report.tables import print_doses, print_table
 from repeng.model.adapter_files import save_adapter
@@ -44,11 +44,10 @@ class Base(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """The model with what was loaded, its dial, where to measure it, and the vector if it is one."""
+    """The model with what was loaded, its dial, and the vector if it is one."""
 
     model: CausalLM
     dial: Dial
-    coefficients: Sequence[float]
     vector: SteeringVector | None
 
 
@@ -74,13 +73,13 @@ def evaluate(
     base = _load_task_model(task_args, seed, use_cpu, bf16)
     task = make_task(task_args, base.model, base.tokenizer, base.pairs, seed=seed, own=base.own)
     loaded = _load_dial(path, base.model)
-    reports = compare(loaded.model, base.tokenizer, task, loaded.dial, loaded.coefficients, OWN)
-    print_doses(reports[OWN], f"{path}: {task.behaviour}")
-    print_table(reports, OWN)
-    write_report(reports, folder, title=f"{path.name}: {task.behaviour}", name=OWN)
-    print(verdict(reports, OWN))
+    comparison = compare(loaded.model, base.tokenizer, task, loaded.dial, OWN, cache=cache_folder())
+    print_doses(comparison.reports[OWN][0], f"{path}: {task.behaviour}")
+    print_table(comparison)
+    write_report(comparison, folder, title=f"{path.name}: {task.behaviour}")
+    print(comparison.verdict)
     print(f"report: {folder / 'report.html'}")
-    failed = shortcomings(reports, OWN)
+    failed = comparison.shortcomings()
     if failed and require_steering:
         sys.exit("error: this does not steer: " + "; ".join(failed))
 
@@ -112,7 +111,7 @@ def calibrate(
         raise ValueError(
             f"the pairs have {len(prompts)} prompt to continue; a calibration and its check need two or more"
         )
-    model, dial, _, vector = _load_dial(path, base.model)
+    model, dial, vector = _load_dial(path, base.model)
     chosen, checked = prompts[::2], prompts[1::2]
     largest = LARGEST if vector is None else 8.0
     calibration = find_calibration(model, base.tokenizer, dial, chosen, budget, largest=largest)
@@ -159,11 +158,10 @@ def _load_dial(path: Path, model: PreTrainedModel) -> Loaded:
     """What lies at `path`, on this model."""
     if path.is_dir():
         adapted = PeftModel.from_pretrained(model, path)
-        return Loaded(adapted, partial(steer, adapted), ADAPTER_COEFFICIENTS, None)
+        return Loaded(adapted, partial(steer, adapted), None)
     vector = SteeringVector.load_gguf(path) if path.suffix == ".gguf" else SteeringVector.load(path)
     vector.check(model)
-    coefficients = ADAPTER_COEFFICIENTS if "calibration" in vector.metadata else VECTOR_COEFFICIENTS
-    return Loaded(model, partial(steer, model, vector=vector), coefficients, vector)
+    return Loaded(model, partial(steer, model, vector=vector), vector)
 
 
 def _training_prompts(pairs: Sequence[ContrastPair], *, has_template: bool) -> list[str]:

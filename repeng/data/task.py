@@ -3,21 +3,26 @@
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from repeng.data.arguments import TaskArguments
 from repeng.data.configuration import data_file
 from repeng.data.files import load_texts
 from repeng.data.pairs import PLACEHOLDER, ContrastPair, load_pairs, make_pairs, require_sound
-from repeng.data.questions import Question, choice_id, choice_ids, load_questions
-from repeng.data.tokens import encode, pad_rows, special_id
+from repeng.data.probes import Probe, other_traits, robustness
+from repeng.data.questions import Question, choice_ids, load_questions
+from repeng.data.tokens import encode, special_id
+from repeng.data.word_questions import NEUTRAL_REQUEST, word_questions
 
 MAX_PAIRS = 1024
+MAX_QUESTIONS = 48
 NEUTRAL_TRAIN, NEUTRAL_TEST = 256, 64
+SAMPLED_TRAIN, SAMPLED_TEST = 128, 24  # of a real model, where each takes time
 HELD_OUT_SHARE = 0.1
 NEUTRAL_LENGTH = 32
 DEFAULT_TEMPLATES = (
@@ -37,7 +42,11 @@ class Task:
         neutral_texts: texts that training must leave alone.
         unseen_neutral_texts: such texts for the evaluation.
         questions: what the evaluation asks.
-        personas: openings of the prompt baseline, + and −; None if only a pairs file says what the behaviour is.
+        personas: openings of the prompt baseline, + and −; None if nothing says what they are.
+        words: the persona's words, + and −; None if only a pairs file says what the behaviour is.
+        persona_effect: how far the personas move the log-odds of the questions, + against −, in nats; None where
+            questions were not made of pairs.
+        probes: other questions, by name, at which a dial is looked at where it costs as much as the personas.
         accepts: says of a generated sentence whether it belongs to the language; None where that is not known.
     """
 
@@ -47,6 +56,9 @@ class Task:
     unseen_neutral_texts: list[str]
     questions: list[Question]
     personas: tuple[str, str] | None = None
+    words: tuple[str, str] | None = None
+    persona_effect: float | None = None
+    probes: dict[str, Probe] = field(default_factory=dict)
     accepts: Callable[[str], bool] | None = None
 
 
@@ -104,17 +116,36 @@ def make_task(
         ValueError, FileNotFoundError: naming what does not fit and what would.
     """
     learned_from, held_out = split_pairs(args, pairs, own)
-    accepts = None
+    accepts, effect = None, None
     if args.questions_file:
         questions = load_questions(args.questions_file)
     elif own is not None and not held_out:
         questions, accepts = own.questions, own.accepts
     else:
-        questions = questions_from_pairs(model, tokenizer, held_out)
+        questions, effect = word_questions(model, tokenizer, held_out, most=MAX_QUESTIONS)
+        if not questions:
+            raise ValueError(
+                f"this model continues both sides of the {len(held_out)} held-out pairs alike: there is nothing "
+                "to ask. Use other personas or suffixes, or give questions_file"
+            )
     for question in questions:
         choice_ids(tokenizer, question)  # raises now what the evaluation would drop after the training
     neutral, unseen = neutral_texts(args, model, tokenizer, seed=seed, own=own)
-    return Task(args.behaviour, learned_from, neutral, unseen, questions, personas(args, own), accepts)
+    words = (args.positive, args.negative) if args.positive and args.negative else None
+    openings = personas(args, pairs, own)
+    others = own.probes if own is not None and accepts else other_traits(args, model, tokenizer)
+    return Task(
+        args.behaviour,
+        learned_from,
+        neutral,
+        unseen,
+        questions,
+        openings,
+        words,
+        effect,
+        {**others, **robustness(questions, openings, has_template=bool(tokenizer.chat_template))},
+        accepts,
+    )
 
 
 def split_pairs(
@@ -146,10 +177,11 @@ def hold_out(pairs: list[ContrastPair], most: int = MAX_PAIRS) -> tuple[list[Con
     return [pair for pair in pairs if pair.suffix not in held_back], held[:n]
 
 
-def personas(args: TaskArguments, own: Task | None) -> tuple[str, str] | None:
-    """Openings for the prompt baseline; None if only a pairs file says what the behaviour is."""
+def personas(args: TaskArguments, pairs: Sequence[ContrastPair], own: Task | None) -> tuple[str, str] | None:
+    """Openings for the prompt baseline; None where only whole texts say what the behaviour is."""
     if args.positive is None or args.negative is None:
-        return None
+        ((chosen, rejected), _), *_ = Counter((pair.chosen, pair.rejected) for pair in pairs).most_common(1)
+        return (chosen, rejected) if all(pair.suffix for pair in pairs) else None
     if own is not None and not args.templates:
         return own.personas
     template = (args.templates or DEFAULT_TEMPLATES)[0]
@@ -166,19 +198,25 @@ def neutral_texts(
         return texts[n_test:] or texts, texts[:n_test]
     if own is not None:
         return own.neutral_texts, own.unseen_neutral_texts
-    texts = _sample_texts(model, tokenizer, NEUTRAL_TRAIN + NEUTRAL_TEST, seed)
-    return texts[NEUTRAL_TEST:], texts[:NEUTRAL_TEST]
+    texts = _sample_texts(model, tokenizer, SAMPLED_TRAIN + SAMPLED_TEST, seed)
+    return texts[SAMPLED_TEST:], texts[:SAMPLED_TEST]
 
 
 @torch.no_grad()
 def _sample_texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n: int, seed: int) -> list[str]:
-    """Texts that the base model itself writes at temperature 1: neutral for any model and language."""
-    start = special_id(tokenizer, "bos", "eos")
+    """Texts that the base model itself writes at temperature 1: neutral for any model and language.
+
+    With a chat template they are answers to a neutral request; without, plain text.
+    """
+    if tokenizer.chat_template:
+        start = encode(tokenizer, NEUTRAL_REQUEST).ids
+    else:
+        start = special_id(tokenizer, "bos", "eos")
     if not start:
         raise ValueError("this tokenizer has no token to begin a text with (bos, eos); give neutral_file")
     prompt = torch.tensor([start] * min(n, 32), device=model.device)
     texts: list[str] = []
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), tqdm(total=n, desc="neutral texts", leave=False) as bar:
         torch.manual_seed(seed)
         while len(texts) < n:
             out = cast(Any, model).generate(
@@ -189,46 +227,10 @@ def _sample_texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n:
                 top_p=1.0,
                 temperature=1.0,
                 max_new_tokens=NEUTRAL_LENGTH,
-                pad_token_id=tokenizer.pad_token_id or start[0],
+                pad_token_id=tokenizer.pad_token_id or prompt[0, 0].item(),
             )
-            decoded = tokenizer.batch_decode(out, skip_special_tokens=True)
-            texts += [text.strip() for text in decoded if len(text.split()) > 2]
+            decoded = tokenizer.batch_decode(out[:, len(start) :], skip_special_tokens=True)
+            found = [text.strip() for text in decoded if len(text.split()) > 2]
+            texts += found
+            bar.update(len(found))
     return texts[:n]
-
-
-@torch.no_grad()
-def questions_from_pairs(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[ContrastPair], top: int = 5
-) -> list[Question]:
-    """Questions for data without any: the next words that the base's own personas favour on held-out pairs.
-
-    The target choices are the `top` tokens whose probability the chosen prompt raises most over the rejected one, the
-    other choices those that it lowers most.
-    """
-    questions = []
-    for index, pair in enumerate(pairs):
-        rows = [encode(tokenizer, side, pair.suffix).ids for side in (pair.chosen, pair.rejected)]
-        logits = model(**pad_rows(rows, tokenizer, model.device, side="left"), use_cache=False).logits[:, -1].float()
-        chosen, rejected = logits.softmax(dim=-1)
-        shift = chosen - rejected
-        targets = _distinct_words(tokenizer, shift.argsort(descending=True).tolist(), top, pair)
-        others = _distinct_words(tokenizer, shift.argsort().tolist(), top, pair)
-        for side in (pair.chosen, pair.rejected):
-            questions.append(Question(side, (*targets, *others), targets, suffix=pair.suffix, unit=f"pair {index}"))
-    return questions
-
-
-def _distinct_words(
-    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], n: int, pair: ContrastPair
-) -> tuple[str, ...]:
-    """The first `n` of `ids` that, written as a word, are encoded as that very token again."""
-    words: list[str] = []
-    for token in ids:
-        word = str(tokenizer.decode([token])).strip()
-        if word and word not in words and token not in tokenizer.all_special_ids:
-            probe = Question(pair.chosen, (word, ""), (word,), suffix=pair.suffix)
-            if choice_id(tokenizer, probe, word) == token:
-                words.append(word)
-        if len(words) == n:
-            break
-    return tuple(words)

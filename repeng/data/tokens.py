@@ -25,25 +25,34 @@ def encode(
     suffix: str = "",
     max_length: int | None = None,
     thinking: bool = False,
+    history: Sequence[str] = (),
 ) -> Encoded:
     """The one tokenisation of training, extraction, evaluation and generation.
 
     A prompt becomes a user turn with the generation prompt of the chat template (`thinking` off), if there is one; an
-    empty prompt leaves `suffix` as plain text. Over `max_length` tokens the prompt loses its beginning (after a first
+    empty prompt leaves `suffix` as plain text. `history` are turns before it, the user's first; without a template
+    they are text before the prompt. Over `max_length` tokens the prompt loses its beginning (after a first
     special token), never the suffix.
 
     Raises:
-        ValueError: there is nothing to encode, or the suffix alone is longer than `max_length`.
+        ValueError: there is nothing to encode, a turn of the assistant is missing, or the suffix alone is longer than
+            `max_length`.
     """
     if prompt and tokenizer.chat_template:
+        if len(history) % 2:
+            raise ValueError(f"history holds {len(history)} turns; it must end with one of the assistant")
         turn = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
+            [
+                {"role": ("user", "assistant")[index % 2], "content": text}
+                for index, text in enumerate([*history, prompt])
+            ],
             add_generation_prompt=True,
             enable_thinking=thinking,
             return_dict=False,
         )
         prompt_ids, suffix_ids = list(cast(list[int], turn)), plain_ids(tokenizer, suffix)
     else:
+        prompt = " ".join(filter(None, [*history, prompt]))
         # The text is encoded apart from the special tokens: some tokenizers would append an end-of-text token.
         prompt_ids = [*special_id(tokenizer, "bos"), *plain_ids(tokenizer, prompt)]
         suffix_ids = plain_ids(tokenizer, f" {suffix}" if prompt and suffix else suffix)

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from repeng.data.questions import Question
 from repeng.data.tokens import encode, pad_rows
 from repeng.eval.eval_report import ARMS, Budget, EvalReport
-from repeng.eval.evaluate import Dial, Rewrite, evaluate
+from repeng.eval.evaluate import evaluate
+from repeng.eval.measure import Dial, Rewrite
 from repeng.model.generate import continuations
 from repeng.model.logprob import kl_divergence
 from repeng.model.sites import eval_mode

@@ -1,28 +1,45 @@
-"""A dial beside its baselines: persona prompts, the mean difference, a random direction; and the verdict."""
+"""Measuring a dial beside its rivals, all at the same costs."""
 
 import math
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from repeng.control.steer import steer
 from repeng.data.pairs import ContrastPair
 from repeng.data.questions import Question
 from repeng.data.task import Task
-from repeng.eval.eval_report import ARMS, EvalReport, bootstrap
-from repeng.eval.evaluate import ADAPTER_COEFFICIENTS, Dial, evaluate, prompt_dial
-from repeng.model.sites import RESIDUAL, decoder_layers
+from repeng.data.word_questions import word_questions
+from repeng.eval.comparison import PLAIN_COST, Comparison
+from repeng.eval.curves import FIXED_COSTS, methods_of, nearest
+from repeng.eval.eval_report import ARMS, EvalReport, Sample
+from repeng.eval.measure import Answers, Dial, Meter, Point, askable, prompt_dial
+from repeng.eval.samples import draw_samples
+from repeng.eval.stored import load_reports, save_reports
+from repeng.eval.trace import find_costs, find_edge
+from repeng.model.identity import model_key
+from repeng.model.sites import RESIDUAL, decoder_layers, eval_mode
 from repeng.model.types import CausalLM
 from repeng.vectors.extract import extract
 from repeng.vectors.vector import SteeringVector
 
-VECTOR_COEFFICIENTS = tuple(sign * size for sign in (-1, 1) for size in (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8))
-MAX_VECTOR_LAYERS = 8
-SAMPLES = 8
-WRONG_WAY = 0.05  # share of items that may move against an arm
+MAX_SCREENED = 12  # layers
+SCREEN_PAIRS, SCREEN_TEXTS = 12, 4
+SCREENED_DEPTH = (0.2, 0.95)
+SCREENED_AT = (-2.5, -1.0, 1.0, 2.5)
+SAMPLES, SAMPLE_TOKENS = 8, 24
+RANDOM_DIRECTIONS = 3
+TRACED = 12  # coefficients of a dial, about
+LARGEST = 64.0  # no larger coefficient is tried
+CACHED = 1  # counts up when what is measured of a baseline changes
 ADAPTER, PROMPTS, MEAN_DIFF, RANDOM = "this adapter", "persona prompts", "mean difference", "random direction"
 
 
@@ -31,57 +48,210 @@ def compare(
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     dial: Dial | None = None,
-    coefficients: Sequence[float] = ADAPTER_COEFFICIENTS,
     name: str = ADAPTER,
-) -> dict[str, EvalReport]:
-    """A dial and its baselines on the questions of a task: persona prompts, mean difference, random direction.
+    rivals: Mapping[str, Dial] | None = None,
+    cache: Path | None = None,
+) -> Comparison:
+    """A dial and its rivals on the questions of a task: persona prompts, mean difference, random directions.
 
-    The mean difference sees the pairs of the task only; its layer is the one with the largest range on the questions
-    themselves, which favours this baseline.
+    Each is measured where its KL divergence from the base is near 0.05, 0.1 and 0.3 nat per token and the cost of the
+    persona prompts. The mean difference sees the pairs of the task only, and so does the choice of its layer.
 
     Args:
-        model: the model; its adapters are off for the baselines.
+        model: the model; its adapters are off for the rivals.
         tokenizer: its tokenizer.
         task: the data.
         dial: what is compared; by default the adapters of the model.
-        coefficients: where it is measured.
         name: what it is called in the reports.
+        rivals: more dials by name, which take care of the model's adapters themselves.
+        cache: a folder in which what was measured of the baselines is kept, by model, data and version of the package.
     """
     adapted = isinstance(model, PeftModel)
-    depth = len(decoder_layers(model))
-    step = max(1, -(-depth // MAX_VECTOR_LAYERS))
-    bar = tqdm(total=3 + len(range(0, depth, step)), desc="evaluation", leave=False)
+    off = partial(steer, model, 0.0) if adapted else nullcontext
+    with Progress(1 + len(rivals or {})) as progress:
+        meter = Meter(model, tokenizer, task.questions, task.unseen_neutral_texts, base=off)
+        tracer = Tracer(meter, progress, task)
+        key = model_key(model, tokenizer, version("repeng"), CACHED, asdict(replace(task, accepts=None)))
+        path = None if cache is None else cache / f"baselines-{key}.safetensors"
+        known = _known(path)
+        if known is None:
+            known = measure_baselines(model, tokenizer, task, tracer, off)
+            if path is not None:
+                save_reports(path, known.reports, untrained=known.untrained, probes=known.probes)
+        progress.baselines_are_done()
+        prompts = PROMPTS if task.personas else None
+        if prompts is not None:
+            tracer.set_yardstick(known.reports[PROMPTS][0])
+        found, probes = {**known.reports}, {**known.probes}
+        for which, other in {name: dial or partial(steer, model), **(rivals or {})}.items():
+            report, probes[which] = tracer.look(other, tracer.trace(other))
+            found[which] = [report]
+    return Comparison(found, name, prompts=prompts, random=RANDOM, untrained=known.untrained, probes=probes)
 
-    def measure(dial: Dial, coefficients: Sequence[float], samples: Sequence[Question] = ()) -> EvalReport:
-        report = evaluate(
-            model,
-            tokenizer,
-            task.questions,
-            dial,
-            coefficients,
-            neutral_texts=task.unseen_neutral_texts,
-            sample_prompts=samples,
-            accepts=task.accepts,
-        )
-        bar.update()
-        return report
 
-    samples = _sample_questions(task.questions)
-    reports = {name: measure(dial or (lambda c: steer(model, c)), coefficients, samples)}
-    with steer(model, 0.0) if adapted else nullcontext():
-        if task.personas:
-            reports[PROMPTS] = measure(prompt_dial(*task.personas), (-1, 1), samples)
-        vectors = mean_differences(model, tokenizer, task.pairs, range(0, depth, step))
-        by_layer = {
-            layer: measure(lambda c, v=vector: steer(model, c, vector=v), VECTOR_COEFFICIENTS)
-            for layer, vector in vectors.items()
+class Baselines(NamedTuple):
+    """Reports by method, which of them is the strongest rival without training, and what the probes say."""
+
+    reports: dict[str, list[EvalReport]]
+    untrained: str
+    probes: dict[str, dict[str, tuple[float, float]]]
+
+
+def _known(path: Path | None) -> Baselines | None:
+    """Baselines that were measured before; None if there are none that can be read."""
+    if path is None or not path.is_file():
+        return None
+    try:
+        reports, more = load_reports(path)
+    except ValueError:
+        return None
+    probes = {name: {key: (two[0], two[1]) for key, two in one.items()} for name, one in more["probes"].items()}
+    return Baselines(reports, more["untrained"], probes)
+
+
+def measure_baselines(
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    tracer: "Tracer",
+    off: Callable[[], AbstractContextManager[Any]],
+) -> Baselines:
+    """Persona prompts, mean difference and random directions; sets the yardstick of `tracer`."""
+    found: dict[str, list[EvalReport]] = {}
+    probes: dict[str, dict[str, tuple[float, float]]] = {}
+    if task.personas:
+        prompts = without_adapters(off, prompt_dial(*task.personas))
+        report = tracer.discrete(prompts)
+        tracer.set_yardstick(report)
+        report, probes[PROMPTS] = tracer.look(prompts, report)
+        found[PROMPTS] = [report]
+    with off():
+        layers = screened_layers(len(decoder_layers(model)))
+        vectors = mean_differences(model, tokenizer, task.pairs, layers)
+        best = best_layer(model, tokenizer, task, vectors, tracer.progress.step)
+    untrained, vector = f"{MEAN_DIFF} (layer {best})", vector_dial(model, vectors[best], off)
+    report, probes[untrained] = tracer.look(vector, tracer.trace(vector))
+    found[untrained] = [report]
+    noise = [vectors[best].random_like(seed=seed) for seed in range(RANDOM_DIRECTIONS)]
+    drawn = [tracer.trace(vector_dial(model, one, off), few=True) for one in noise]
+    # Which end of a random direction is + is arbitrary as well.
+    found[RANDOM] = [report for one in drawn for report in (one, one.mirrored())]
+    return Baselines(found, untrained, probes)
+
+
+class Progress:
+    """One bar for everything that is measured; how much there is becomes known on the way."""
+
+    def __init__(self, dials: int) -> None:
+        self.left = TRACED * dials
+        untrained = TRACED * (1 + RANDOM_DIRECTIONS) + len(SCREENED_AT) * MAX_SCREENED + 2
+        self.bar = tqdm(total=self.left + untrained, desc="evaluation", leave=False)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def step(self) -> None:
+        self.bar.update()
+
+    def baselines_are_done(self) -> None:
+        """What is left are the dials that are compared."""
+        self.bar.total = self.bar.n + self.left
+        self.bar.refresh()
+
+
+class Tracer:
+    """Measures dials with one meter, near the same costs."""
+
+    def __init__(self, meter: Meter, progress: Progress, task: Task) -> None:
+        self.meter, self.progress, self.task = meter, progress, task
+        self.costs: dict[int, float] = {+1: PLAIN_COST, -1: PLAIN_COST}
+        self.probes = {
+            name: tuple(askable(meter.tokenizer, side)[0] for side in probe) for name, probe in task.probes.items()
         }
-        best = max(by_layer, key=lambda layer: by_layer[layer].range)
-        reports[f"{MEAN_DIFF} (layer {best})"] = by_layer[best]
-        noise = vectors[best].random_like(seed=0)
-        reports[RANDOM] = measure(lambda c: steer(model, c, vector=noise), VECTOR_COEFFICIENTS)
-    bar.close()
-    return reports
+        self.probes = {name: sides for name, sides in self.probes.items() if all(sides)}
+        self._unsteered: list[dict[str, Answers]] | None = None
+
+    def set_yardstick(self, prompts: EvalReport) -> None:
+        """Take what prompts cost for the cost at which methods are compared."""
+        for _, sign in ARMS:
+            cost = prompts.kl[prompts.at(float(sign))].item()
+            self.costs[sign] = cost if math.isfinite(cost) and cost > 0 else PLAIN_COST
+
+    def discrete(self, dial: Dial) -> EvalReport:
+        """A dial that is only −1, 0 or 1."""
+        points = {float(sign): self._point(dial, float(sign)) for _, sign in ARMS}
+        return replace(self.meter.report(points), discrete=True, operating=(-1.0, 1.0))
+
+    def trace(self, dial: Dial, few: bool = False) -> EvalReport:
+        """A dial near every cost, and near the edge of the budget; near two costs if `few`."""
+        points: dict[float, Point] = {}
+        tokens = self.meter.neutral_tokens.sum().item()
+
+        def measure(c: float) -> float:
+            points[c] = self._point(dial, c)
+            return points[c].texts.kl.sum().item() / tokens
+
+        for _, sign in ARMS:
+            targets = {self.costs[sign], *((PLAIN_COST,) if few else FIXED_COSTS)}
+            find_costs(lambda c, s=sign: measure(s * c), sorted(targets), start=1.0, largest=LARGEST)
+            if not few:
+                find_edge(lambda: self.meter.report(points), measure, sign)
+        report = self.meter.report(points)
+        ends = [nearest(report, sign, self.costs[sign]) for _, sign in ARMS]
+        return replace(report, operating=(ends[1], ends[0]))
+
+    def look(self, dial: Dial, report: EvalReport) -> tuple[EvalReport, dict[str, tuple[float, float]]]:
+        """The report with samples where it costs as much as the yardstick, and what the probes say there."""
+        if self._unsteered is None:
+            self._unsteered = [self._probed(self.meter.base_context, side) for side in range(len(ARMS))]
+        effects: dict[str, list[float]] = {name: [] for name in self.probes}
+        samples = self._samples(lambda _: self.meter.base_context(), 0.0)
+        for side, (_, sign) in enumerate(ARMS):
+            c = report.endpoint(sign)
+            before = self._unsteered[side]
+            after = self._probed(partial(dial, c), side) if c else before
+            for name, answers in after.items():
+                effects[name].append(sign * (answers.odds - before[name].odds).mean().item())
+            samples += self._samples(dial, c) if c else []
+        return replace(report, samples=samples), {name: (two[0], two[1]) for name, two in effects.items()}
+
+    def _point(self, dial: Dial, c: float) -> Point:
+        self.progress.step()
+        return self.meter.at(dial, c)
+
+    def _probed(self, context: Callable[[], AbstractContextManager[Any]], side: int) -> dict[str, Answers]:
+        with eval_mode(self.meter.model), context() as rewrite:
+            return {name: self.meter.ask(sides[side], rewrite) for name, sides in self.probes.items()}
+
+    def _samples(self, dial: Dial, c: float) -> list[Sample]:
+        return draw_samples(
+            self.meter.model,
+            self.meter.tokenizer,
+            _sample_questions(self.meter.targets),
+            dial,
+            c,
+            SAMPLE_TOKENS,
+            self.task.accepts,
+            base=self.meter.base_context,
+        )
+
+
+def without_adapters(off: Callable[[], AbstractContextManager], dial: Dial) -> Dial:
+    """The dial with the model's adapters off."""
+
+    @contextmanager
+    def both(c: float) -> Iterator:
+        with off(), dial(c) as rewrite:
+            yield rewrite
+
+    return both
+
+
+def vector_dial(model: CausalLM, vector: SteeringVector, off: Callable[[], AbstractContextManager]) -> Dial:
+    return without_adapters(off, lambda c: steer(model, c, vector=vector))
 
 
 def _sample_questions(questions: Sequence[Question]) -> list[Question]:
@@ -94,61 +264,38 @@ def mean_differences(
     model: CausalLM, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[ContrastPair], layers: Sequence[int]
 ) -> dict[int, SteeringVector]:
     """One mean-difference vector on the residual stream for each layer."""
-    together = extract(model, tokenizer, pairs, sites=[RESIDUAL], layers=list(layers))
+    together = extract(model, tokenizer, pairs, sites=[RESIDUAL], layers=list(layers), held_out=0)
     return {layer: together.select(layers=[layer]) for layer in together.layers}
 
 
-def _report_named(reports: dict[str, EvalReport], name: str) -> EvalReport | None:
-    """The report of the row whose name begins with `name`."""
-    return next((report for key, report in reports.items() if key.startswith(name)), None)
+def screened_layers(depth: int) -> list[int]:
+    """Layers that may hold a vector: at most 12, evenly, without the first and last ones of a deep model."""
+    first, last = (round(share * (depth - 1)) for share in SCREENED_DEPTH)
+    if depth <= MAX_SCREENED // 2:
+        first, last = 0, depth - 1
+    step = max(1, -(-(last - first + 1) // MAX_SCREENED))
+    return list(range(first, last + 1, step))
 
 
-def verdict(reports: dict[str, EvalReport], name: str = ADAPTER) -> str:
-    """One sentence on how far a method moves the behaviour inside the budget, and against what."""
-    own = reports[name]
-    against = []
-    for baseline in (MEAN_DIFF, PROMPTS, RANDOM):
-        other = _report_named(reports, baseline)
-        if other is not None and other.range > 0:
-            times, (low, high) = ratio([own], [other])
-            against.append(f"{times:.2f} x {baseline} ({other.range:.2f}; 95 % interval {low:.2f} to {high:.2f})")
-    gains = ", ".join(f"{arm} {own.arm(sign).gain:.2f}" for arm, sign in ARMS)
-    rest = "; ".join(against) or "no baseline moved anything"
-    return f"range inside the budget: {own.range:.2f} nats ({gains}); {rest}"
+def best_layer(
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    vectors: Mapping[int, SteeringVector],
+    step: Callable[[], object] = lambda: None,
+) -> int:
+    """The layer whose vector does most for its cost, on questions made of some of the training pairs.
 
-
-def shortcomings(reports: dict[str, EvalReport], name: str = ADAPTER) -> list[str]:
-    """Why a method cannot be said to steer; empty if it does.
-
-    Each arm must gain more inside the budget than a random direction of the mean difference's length does, with the
-    lower end of the paired 95 % interval above 0, and at most 5 % of the items may move against it.
+    Each is measured at a few coefficients, and its effect is read at a cost of 0.1 nat per token.
     """
-    own, noise = reports[name], reports[RANDOM]
-    reasons = []
-    for arm, sign in ARMS:
-        low, _ = bootstrap([own, noise], lambda a, b, s=sign: a.arm(s).gain - b.arm(s).gain, n=300)
-        if not low > 0:
-            reasons.append(
-                f"the {arm} arm gains {own.arm(sign).gain:.2f} nats and a random direction "
-                f"{noise.arm(sign).gain:.2f}: the 95 % interval of the difference begins at {low:.2f}"
-            )
-        if own.against(sign) > WRONG_WAY:
-            reasons.append(
-                f"{own.against(sign):.1%} of the items move against the {arm} arm; at most {WRONG_WAY:.0%} may"
-            )
-    return reasons
-
-
-def ratio(
-    own: Sequence[EvalReport], other: Sequence[EvalReport], resamples: int = 300
-) -> tuple[float, tuple[float, float]]:
-    """How many times the mean range of `other` that of `own` is, with its paired 95 % interval over items."""
-
-    def times(*reports: EvalReport) -> float:
-        ranges = [report.range for report in reports]
-        mine, theirs = ranges[: len(own)], ranges[len(own) :]
-        if not sum(theirs):
-            return math.inf if sum(mine) else math.nan
-        return (sum(mine) / len(mine)) / (sum(theirs) / len(theirs))
-
-    return times(*own, *other), bootstrap([*own, *other], times, n=resamples)
+    pairs = task.pairs[:: max(1, len(task.pairs) // SCREEN_PAIRS)][:SCREEN_PAIRS]
+    questions = word_questions(cast(PreTrainedModel, model), tokenizer, pairs).questions
+    meter = Meter(model, tokenizer, questions, task.neutral_texts[:SCREEN_TEXTS], base=nullcontext)
+    merit: dict[int, float] = {}
+    for layer, vector in vectors.items():
+        points = {}
+        for c in SCREENED_AT:
+            points[c] = meter.at(lambda c, v=vector: steer(model, c, vector=v), c)
+            step()
+        merit[layer] = methods_of({"": [meter.report(points)]}, 0)[""].both_at(PLAIN_COST)[0].item()
+    return max(merit, key=lambda layer: merit[layer])

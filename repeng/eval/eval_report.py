@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 ARMS = (("plus", +1), ("minus", -1))
+OFF_AXIS = 0.1  # what a change off the axis counts against one on it, in selectivity
 HARM = 2.0  # what a broken answer costs in surgical informedness, in repaired ones
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What steering may cost against c = 0, in probability and nats."""
+    """What steering may cost against c = 0: the share of the answers' probability that is lost, and nats."""
 
     answer_mass: float = 0.05
     neutral_nll: float = 0.08
@@ -29,7 +30,8 @@ class Sample:
     """A generated continuation of `prompt`.
 
     `finished`: it ended by itself before the limit. `repetition`: the share of its 3-grams of tokens that had occurred
-    in it before. `sentences`: how many of its whole sentences a grammar accepts, and how many there are.
+    in it before. `sentences`: how many of its whole sentences a grammar accepts, and how many there are. `base_nll`:
+    negative log-likelihood of its tokens under the base, without what steers, in nats per token.
     """
 
     coefficient: float
@@ -38,6 +40,7 @@ class Sample:
     finished: bool
     repetition: float
     sentences: tuple[int, int] | None = None
+    base_nll: float = math.nan
 
 
 class Arm(NamedTuple):
@@ -59,12 +62,18 @@ class EvalReport:
         control_log_odds: `(n_c m)`, of the right answers against the other choices.
         neutral_logp: `(n_c q)`, log-probability of each neutral text.
         neutral_tokens: `(q)`, their tokens.
+        neutral_kl: `(n_c q)`, sum over the tokens of each neutral text of `KL(steered ‖ base)`, exact over the
+            vocabulary, in nats.
+        neutral_kl_squared: `(n_c q)`, sum over the tokens of its square.
         groups: the `n` groups of the target questions.
         units: their `n` units; those of one unit are resampled together, "" is one of its own.
         thought: `(n_c n)`, whether the thinking before an answer ended by itself; None without thinking.
         dropped: questions that could not be asked, and why.
         samples: what was generated.
         budget: what steering may cost.
+        discrete: the dial has nothing between its points, as prompts have not.
+        operating: coefficients of − and +, at which flips and the like are counted; None for the best ones inside the
+            budget.
     """
 
     coefficients: list[float]
@@ -74,12 +83,16 @@ class EvalReport:
     control_log_odds: Tensor
     neutral_logp: Tensor
     neutral_tokens: Tensor
+    neutral_kl: Tensor
+    neutral_kl_squared: Tensor
     groups: list[str] = field(default_factory=list)
     units: list[str] = field(default_factory=list)
     thought: Tensor | None = None
     dropped: list[str] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     budget: Budget = field(default_factory=Budget)
+    discrete: bool = False
+    operating: tuple[float, float] | None = None
 
     # -- one coefficient -----------------------------------------------------------------------------------------
 
@@ -101,11 +114,26 @@ class EvalReport:
         """Negative log-likelihood of the neutral texts `(n_c)`, nats a token; NaN without texts."""
         return -self.neutral_logp.sum(dim=1) / self.neutral_tokens.sum()
 
+    @property
+    def kl(self) -> Tensor:
+        """Mean of `KL(steered ‖ base)` over the tokens of neutral texts, `(n_c)`, nats per token; NaN without."""
+        return self.neutral_kl.sum(dim=1) / self.neutral_tokens.sum()
+
+    @property
+    def kl_rmse(self) -> Tensor:
+        """Root of the mean square of the same: a few ruined tokens, as in a loop, weigh more than in the mean."""
+        return (self.neutral_kl_squared.sum(dim=1) / self.neutral_tokens.sum()).sqrt()
+
+    @property
+    def relative_mass(self) -> Tensor:
+        """Mean probability of all choices together, as a share of that at c = 0, `(n_c)`."""
+        mass = self.answer_mass.mean(dim=1)
+        return mass / mass[self.at(0.0)]
+
     def costs(self) -> dict[str, Tensor]:
         """How much worse each budgeted quantity is than at c = 0, `(n_c)`; positive is worse."""
         base = self.at(0.0)
-        mass = self.answer_mass.mean(dim=1)
-        costs = {"answer_mass": mass[base] - mass}
+        costs = {"answer_mass": 1 - self.relative_mass}
         if self.control_logp.shape[1]:
             logp = self.control_logp.mean(dim=1)
             costs["control_logp"] = logp[base] - logp
@@ -157,7 +185,9 @@ class EvalReport:
         return self.arm(+1).gain + self.arm(-1).gain
 
     def endpoint(self, sign: int) -> float:
-        """The coefficient at which an arm is judged: its best one inside the budget, or 0."""
+        """The coefficient at which an arm is judged: the operating one, or the best one inside the budget, or 0."""
+        if self.operating is not None:
+            return self.operating[sign > 0]
         return self.arm(sign).coefficient or 0.0
 
     def against(self, sign: int) -> float:
@@ -267,6 +297,28 @@ class EvalReport:
                 terms.append((fixed - HARM * broken).item())
         return 100 * _share(terms) * self.mass_at_endpoints()[1:].min().square().item()
 
+    @property
+    def selectivity_gated(self) -> float:
+        """`sel_gated` of moral-maps (github.com/wassname/moral-maps): `(on − 0.1 off) · coherence²`.
+
+        Of two choices the centred log-ratio is half of their log-odds: on is half of the mean change of log-odds from
+        the − to the + endpoint, off half of the absolute mean change of the controls, coherence the lower answer mass
+        of both endpoints as a share of the base's, at most 1.
+        """
+        plus, minus = self.at(self.endpoint(+1)), self.at(self.endpoint(-1))
+        on = (self.log_odds[plus] - self.log_odds[minus]).mean() / 2
+        off = (self.control_log_odds[plus] - self.control_log_odds[minus]).mean().abs() / 2
+        off = torch.zeros(()) if not self.control_log_odds.shape[1] else off
+        mass = self.mass_at_endpoints()
+        coherence = (mass[1:].min() / mass[0]).clamp(max=1)
+        return ((on - OFF_AXIS * off) * coherence.square()).item()
+
+    @property
+    def si_flips(self) -> float:
+        """`si_flips` of moral-maps: how much more often the target is picked at the + than at the − endpoint."""
+        picked = [(self.log_odds[self.at(self.endpoint(sign))] > 0).float().mean() for _, sign in ARMS]
+        return (picked[0] - picked[1]).item()
+
     # -- generated text ------------------------------------------------------------------------------------------
 
     def samples_at(self, coefficient: float) -> list[Sample]:
@@ -279,6 +331,10 @@ class EvalReport:
     def repetition(self, coefficient: float) -> float:
         """Mean repetition of the samples; NaN without samples."""
         return _share([sample.repetition for sample in self.samples_at(coefficient)])
+
+    def base_nll(self, coefficient: float) -> float:
+        """Mean negative log-likelihood of the samples under the base, nats per token; NaN without samples."""
+        return _share([sample.base_nll for sample in self.samples_at(coefficient) if not math.isnan(sample.base_nll)])
 
     def parse_rate(self, coefficient: float) -> float:
         """Share of generated sentences that the grammar accepts; NaN without a grammar or sentences."""
@@ -322,6 +378,24 @@ class EvalReport:
             control_log_odds=pick(self.control_log_odds, controls),
             neutral_logp=pick(self.neutral_logp, texts),
             neutral_tokens=pick(self.neutral_tokens, texts),
+            neutral_kl=pick(self.neutral_kl, texts),
+            neutral_kl_squared=pick(self.neutral_kl_squared, texts),
+        )
+
+    def mirrored(self) -> "EvalReport":
+        """The report on the dial that does at c what this one does at −c; without samples."""
+
+        def flipped(tensor: Tensor) -> Tensor:
+            return tensor.flip(0)
+
+        measured = ("log_odds", "answer_mass", "control_logp", "control_log_odds", "neutral_logp", "neutral_kl")
+        return replace(
+            self,
+            coefficients=[-c if c else 0.0 for c in reversed(self.coefficients)],
+            **{name: flipped(getattr(self, name)) for name in (*measured, "neutral_kl_squared")},
+            thought=None if self.thought is None else flipped(self.thought),
+            operating=None if self.operating is None else (-self.operating[1], -self.operating[0]),
+            samples=[],
         )
 
     def members(self) -> list[Tensor]:
@@ -356,6 +430,8 @@ class EvalReport:
             "arbitrary_flips": _rounded(self.arbitrary_flips),
             "steering_f1": _rounded(self.steering_f1),
             "surgical_informedness": _rounded(self.surgical_informedness),
+            "sel_gated": _rounded(self.selectivity_gated),
+            "si_flips": _rounded(self.si_flips),
             "groups": {
                 name: {"range": _rounded(part.range), "wrong_way": _rounded(part.wrong_way)}
                 for name, part in parts.items()
@@ -376,16 +452,20 @@ class EvalReport:
             "coefficient": coefficient,
             "log_odds": self.log_odds[index].mean(),
             "answer_mass": self.answer_mass[index].mean(),
+            "relative_mass": self.relative_mass[index],
         }
         if self.control_logp.shape[1]:
             measured["control_logp"] = self.control_logp[index].mean()
         if self.neutral_logp.shape[1]:
             measured["neutral_nll"] = self.neutral_nll[index]
+            measured["kl"] = self.kl[index]
+            measured["kl_rmse"] = self.kl_rmse[index]
         if self.thought is not None:
             measured["thinking_finished"] = self.thought[index].float().mean()
         if self.samples_at(coefficient):
             measured["finish_rate"] = self.finish_rate(coefficient)
             measured["repetition"] = self.repetition(coefficient)
+            measured["base_nll"] = self.base_nll(coefficient)
             measured["parse_rate"] = self.parse_rate(coefficient)
         values = {name: _rounded(value) for name, value in measured.items()}
         return {**values, "inside_budget": self.inside_budget(coefficient)}

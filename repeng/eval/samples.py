@@ -1,45 +1,93 @@
 """What a dial writes, and what can be counted in it."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from repeng.data.questions import Question
 from repeng.data.tokens import encode
 from repeng.eval.eval_report import Sample
+from repeng.eval.measure import Dial
 from repeng.model.generate import continuations
+from repeng.model.logprob import head_logp
+from repeng.model.rows import read_rows
+from repeng.model.sites import eval_mode
 from repeng.model.types import CausalLM
 
 NGRAM = 3
 
 
+@torch.no_grad()
 def draw_samples(
     model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str | Question],
-    rewrite: Callable[[str], str] | None,
+    dial: Dial,
     coefficient: float,
     max_new_tokens: int,
-    accepts: Callable[[str], bool] | None,
-    batch_size: int,
+    accepts: Callable[[str], bool] | None = None,
+    *,
+    base: Callable[[], AbstractContextManager[object]] | None = None,
+    batch_size: int = 128,
 ) -> list[Sample]:
-    """One greedy continuation of each prompt, at the coefficient that is set."""
+    """One greedy continuation of each prompt at a coefficient, and what the base makes of it.
+
+    Args:
+        model: any causal language model.
+        tokenizer: its tokenizer.
+        prompts: prompts, or questions.
+        dial: what steers.
+        coefficient: how far.
+        max_new_tokens: the longest continuation.
+        accepts: says of a sentence whether it belongs to the language.
+        base: a context in which the model is the base; the dial at 0 by default.
+        batch_size: prompts per forward.
+    """
     if not prompts:
         return []
-    rewrite = rewrite or (lambda prompt: prompt)
-    asked = [(p.prompt, p.suffix) if isinstance(p, Question) else (p, "") for p in prompts]
-    rows = [encode(tokenizer, rewrite(prompt), suffix).ids for prompt, suffix in asked]
-    drawn = continuations(model, tokenizer, rows, max_new_tokens, batch_size)
+    asked = [p if isinstance(p, Question) else Question(p, ("a", "b"), ("a",)) for p in prompts]
+    with eval_mode(model):
+        with dial(coefficient) as rewrite:
+            rows = [
+                encode(tokenizer, rewrite(q.prompt) if rewrite else q.prompt, q.suffix, history=q.history).ids
+                for q in asked
+            ]
+            drawn = continuations(model, tokenizer, rows, max_new_tokens, batch_size)
+        with dial(0.0) if base is None else base():
+            bare = [encode(tokenizer, q.prompt, q.suffix, history=q.history).ids for q in asked]
+            surprise = _nll(model, tokenizer, bare, [ids for ids, _ in drawn], batch_size)
     samples = []
-    for parts, (ids, end) in zip(asked, drawn, strict=True):
-        shown = " ".join(filter(None, parts))
+    for question, (ids, end), nll in zip(asked, drawn, surprise, strict=True):
+        shown = " ".join(filter(None, (*question.history, question.prompt, question.suffix)))
         text = str(tokenizer.decode(ids, skip_special_tokens=True))
         counts = None
         if accepts is not None:
             # The sentence that the prompt begins counts, those that it holds whole do not.
             counts = count_accepted(f"{shown.rpartition(' .')[2]} {text}", accepts)
-        samples.append(Sample(coefficient, shown, text, end is not None, repetition(ids), counts))
+        samples.append(Sample(coefficient, shown, text, end is not None, repetition(ids), counts, nll))
     return samples
+
+
+def _nll(
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[list[int]],
+    written: Sequence[list[int]],
+    batch_size: int,
+) -> list[float]:
+    """Negative log-likelihood per token of what was written behind each row, in nats, as the model stands."""
+    whole = [row + ids for row, ids in zip(rows, written, strict=True)]
+    spans = [(len(row) - 1, len(row) + len(ids) - 1) for row, ids in zip(rows, written, strict=True)]
+
+    def read(states: Tensor, head: Callable[[Tensor], Tensor], members: list[int]) -> Tensor:
+        own = torch.tensor([token for i in members for token in written[i]], dtype=torch.long)
+        return head_logp(states, head, own.to(states.device))
+
+    parts = read_rows(model, tokenizer, whole, spans, read, plain=False, batch_size=batch_size)
+    return [-part.mean().item() for part in parts]
 
 
 def repetition(ids: Sequence[int], n: int = NGRAM) -> float:

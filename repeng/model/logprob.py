@@ -46,7 +46,7 @@ def tokens_at_once(hs: Tensor, head: Callable[[Tensor], Tensor]) -> int:
 
 def read_vocabulary(
     model: nn.Module,
-    batch: dict[str, Tensor],
+    batch: dict[str, Any],
     read: Callable[[Tensor, Callable[[Tensor], Tensor]], Sequence[Tensor]],
     *,
     plain: bool,
@@ -60,14 +60,14 @@ def read_vocabulary(
 
     Args:
         model: causal language model, PEFT or not.
-        batch: its inputs.
+        batch: its inputs, a key-value cache among them if the rows go on from one.
         read: gives float32 tensors of any shapes.
         plain: whether logits are the head of the final states; see `has_plain_head`.
         forward: what to call, if `model` is wrapped by something (DDP).
     """
     forward = forward or model
     if not plain:
-        return list(read(forward(**batch, use_cache=False).logits, nn.Identity()))
+        return list(read(forward(**{"use_cache": False, **batch}).logits, nn.Identity()))
     shapes: list[torch.Size] = []
 
     def instead(head: nn.Module, _args: Any, _output: Any) -> Tensor:
@@ -79,7 +79,7 @@ def read_vocabulary(
         # First of the hooks, so that those of a sharding wrapper see this output as the head's.
         hook = cast(nn.Module, _head(model)).register_forward_hook(instead, prepend=True)
         try:
-            packed = forward(**batch, use_cache=False, logits_to_keep=1).logits
+            packed = forward(**{"use_cache": False, "logits_to_keep": 1, **batch}).logits
         finally:
             hook.remove()
     parts = packed.flatten().split([shape.numel() for shape in shapes])
@@ -110,8 +110,8 @@ def _final_states(model: nn.Module) -> Iterator[list[Tensor]]:
 def has_plain_head(model: nn.Module, ids: Sequence[int]) -> bool:
     """Whether logits are what the output embeddings make of the final states, without a cap or a factor behind."""
     head = _head(model)
-    if head is None:
-        return False
+    if head is None or any(True for _ in head.children()):
+        return False  # none, or an adapted one, which is not the same at every coefficient
     row = torch.tensor([ids], device=next(model.parameters()).device)
     made: list[tuple[Tensor, Tensor]] = []
 

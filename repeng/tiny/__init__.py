@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from repeng.data.arguments import TaskArguments
 from repeng.data.pairs import ContrastPair, make_pairs
+from repeng.data.probes import Probe
 from repeng.data.questions import Question
 from repeng.data.task import NEUTRAL_TEST, NEUTRAL_TRAIN, Task
 from repeng.tiny import lexicon
@@ -113,6 +114,16 @@ def neutral_texts(n: int, seed: int, *, world: World | None = None) -> list[str]
     return (world or World()).neutral_texts(n, seed)
 
 
+def _probes(trait: str, world: World) -> dict[str, Probe]:
+    """Questions on the other traits."""
+    probes = {}
+    for other in TRAITS:
+        if other != trait:
+            asked = [q for q in questions(other, "held_out", world=world) if q.kind == "target"]
+            probes[other] = Probe(asked, asked)
+    return probes
+
+
 def task(args: TaskArguments, seed: int) -> Task | None:
     """The task of the embedded world, if the arguments name its model and two of its persona words; else None.
 
@@ -128,7 +139,7 @@ def task(args: TaskArguments, seed: int) -> Task | None:
     trait = TRAITS[0] if words is None else trait_of(*words)
     n_all = len(PERSONA_FORMS) * sum(1 for _ in world.prompts(trait, "train"))
     template = persona_templates()[0]
-    plus, minus = words or (side[0] for side in lexicon.PERSONAS[trait])
+    plus, minus = words or tuple(side[0] for side in lexicon.PERSONAS[trait])
     return Task(
         behaviour=args.behaviour,
         pairs=pairs(trait, min(args.num_pairs or n_all, n_all), seed, world=world, words=words),
@@ -136,5 +147,7 @@ def task(args: TaskArguments, seed: int) -> Task | None:
         unseen_neutral_texts=world.neutral_texts(NEUTRAL_TEST, UNSEEN_SEED),
         questions=questions(trait, "held_out", world=world),
         personas=(template.replace("{persona}", plus), template.replace("{persona}", minus)),
+        words=(plus, minus),
+        probes=_probes(trait, world),
         accepts=world.accepts,
     )

@@ -11,8 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from repeng.data.arguments import TaskArguments
+from repeng.data.pairs import ContrastPair
+from repeng.data.probes import traits_that_move
 from repeng.data.questions import Question
-from repeng.data.task import Task, hold_out, make_task, questions_from_pairs, read_pairs
+from repeng.data.task import Task, hold_out, make_task, read_pairs
+from repeng.data.word_questions import word_questions
 from repeng.model.loading import load_base, load_tokenizer, model_name
 from repeng.model.sites import decoder_layers, layers_of, site_module
 from repeng.train.arguments import SteeringArguments, layer_request
@@ -25,6 +28,7 @@ from repeng.tuner.targets import max_rank, resolve, select_layers
 
 MAX_VALIDATION = 32  # pairs and texts: an evaluation takes a small share of the time between two
 DEFAULT_RANK = 64
+MOVES = 1.0  # nats between the two sides from which on personas are taken to do something
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class Run:
         examples: one per pair.
         validation: questions on pairs that were held back; None without evaluations during training.
         validation_texts: neutral texts that were held back.
+        doubt: why little is to be expected of this run; None where nothing says so.
     """
 
     model: PeftModel
@@ -65,6 +70,7 @@ class Run:
     examples: list[Example] = field(default_factory=list)
     validation: list[Question] | None = None
     validation_texts: list[str] = field(default_factory=list)
+    doubt: str | None = None
 
 
 def build(
@@ -74,6 +80,7 @@ def build(
     *,
     model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    task: Task | None = None,
 ) -> Run:
     """Load, check and assemble.
 
@@ -83,6 +90,7 @@ def build(
         own: the task that belongs to the model, if it has one, for what `task_args` names no files for.
         model: the base model, on its device; by default the one that `task_args` names is loaded.
         tokenizer: the tokenizer of `model`.
+        task: the data, instead of what `task_args` names.
 
     Raises:
         ValueError, FileNotFoundError: naming what does not fit and what would.
@@ -93,7 +101,7 @@ def build(
     check_parallelism(args, load_in_4bit=task_args.load_in_4bit)
     if tokenizer is None:
         tokenizer = load_tokenizer(task_args.model_name_or_path, task_args.gguf_file)
-    pairs = read_pairs(task_args, tokenizer, seed=args.seed, own=own)
+    pairs = read_pairs(task_args, tokenizer, seed=args.seed, own=own) if task is None else task.pairs
     base = task_args.model_name_or_path
     if model is not None:
         base = model_name(model)
@@ -106,19 +114,34 @@ def build(
             compute_dtype=torch.bfloat16 if args.bf16 else torch.float32,
         )
     sites = resolve_sites(args, model)
-    task = make_task(task_args, model, tokenizer, pairs, seed=args.seed, own=own)
+    if task is None:
+        task = make_task(task_args, model, tokenizer, pairs, seed=args.seed, own=own)
+    doubt = _doubt(task, model, tokenizer)
     validation, validation_texts = None, []
     if args.eval_strategy != "no":
         task, validation, validation_texts = _hold_back(task, model, tokenizer)
     _check_batch(args, len(task.pairs))
     adapted = get_peft_model(model, _adapter_config(args, sites))
-    examples = tokenize_examples(tokenizer, task.pairs, task.neutral_texts, args.seed)
+    examples = tokenize_examples(tokenizer, _seen(args, task.pairs), task.neutral_texts, args.seed)
     if args.directions == "pairs":
         differences = pair_differences(adapted, tokenizer, examples, args.last_n_tokens)
         cast(SvdSteeringModel, adapted.base_model).select_directions(differences)
-    run = Run(adapted, tokenizer, base, task, sites, examples, validation, validation_texts)
+    run = Run(adapted, tokenizer, base, task, sites, examples, validation, validation_texts, doubt)
     _share_between_processes(run)
     return run
+
+
+def _doubt(task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A sentence if the personas hardly move this model: what an adapter learns is what they do."""
+    if task.persona_effect is None or task.persona_effect >= MOVES:
+        return None
+    others = traits_that_move(model, tokenizer, MOVES)
+    listed = ", ".join(f"{name} ({effect:.1f})" for name, effect in others.items())
+    return (
+        f"these personas move this model by {task.persona_effect:.1f} nats, and words that mean nothing to a model by "
+        f"about half a nat: expect little. "
+        + (f"Traits of the package that move it: {listed}" if listed else "No trait of the package moves it")
+    )
 
 
 def _hold_back(
@@ -128,7 +151,7 @@ def _hold_back(
     pairs, held_back = hold_out(task.pairs, MAX_VALIDATION)
     n_texts = min(MAX_VALIDATION, len(task.neutral_texts) // 2)
     texts, neutral = task.neutral_texts[:n_texts], task.neutral_texts[n_texts:]
-    questions = questions_from_pairs(model, tokenizer, held_back)
+    questions = word_questions(model, tokenizer, held_back).questions
     return replace(task, pairs=pairs, neutral_texts=neutral), questions, texts
 
 
@@ -140,6 +163,12 @@ def _check_batch(args: SteeringArguments, n_pairs: int) -> None:
             f"(per_device_train_batch_size={args.per_device_train_batch_size}, gradient_accumulation_steps="
             f"{args.gradient_accumulation_steps}, {args.world_size} processes); give more pairs or a smaller batch"
         )
+
+
+def _seen(args: SteeringArguments, pairs: list[ContrastPair]) -> list[ContrastPair]:
+    """The pairs that training gets to see: what the base gives on others need not be known."""
+    n = args.max_steps * args.pairs_per_step
+    return pairs[:n] if 0 < n < len(pairs) else pairs
 
 
 def _share_between_processes(run: Run) -> None:

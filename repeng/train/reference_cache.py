@@ -1,8 +1,6 @@
 """What the base gives on the training examples, kept in files: computed once an example, shared by all processes."""
 
-import hashlib
 import itertools
-import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,11 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from repeng.data.files import written_whole
+from repeng.model.identity import model_key
 from repeng.train.collator import SIDES, STACKED, Example, ReferencedExample
-from repeng.tuner.config import PREFIX
 
-SAMPLES = 64  # entries of each parameter in a key
-VERSION = 2
+VERSION = 3
 
 
 class Processes(Protocol):
@@ -145,15 +142,5 @@ def reference_key(
     examples: Sequence[Example], model: nn.Module, tokenizer: PreTrainedTokenizerBase, **settings: Any
 ) -> str:
     """A name for what the reference depends on: base parameters (samples of each), tokenizer, data, settings."""
-    digest = hashlib.sha256(json.dumps([VERSION, settings], sort_keys=True, default=str).encode())
-    digest.update(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
-    for example in examples:
-        digest.update(json.dumps([example[side] for side in SIDES]).encode())
-    for name, parameter in model.named_parameters():
-        if PREFIX in name:
-            continue  # the adapter's own
-        flat = parameter.detach().reshape(-1)
-        step = max(1, flat.numel() // SAMPLES)
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(flat[::step][:SAMPLES].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    rows = [[example[side] for side in SIDES] for example in examples]
+    return model_key(model, tokenizer, VERSION, settings, rows)

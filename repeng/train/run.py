@@ -6,7 +6,6 @@ from typing import cast
 
 from repeng import tiny
 from repeng.data.files import check_writable
-from repeng.eval.compare import ADAPTER, shortcomings, verdict
 from repeng.eval.report.tables import print_table
 from repeng.train.arguments import parse_arguments
 from repeng.train.build import build
@@ -27,6 +26,8 @@ def main(argv: Sequence[str]) -> None:
         run = build(task_args, args, tiny.task(task_args, args.seed))
         if args.process_index == 0:
             print(cast(SvdSteeringModel, run.model.base_model).describe())
+            if run.doubt:
+                print(f"warning: {run.doubt}")
         trainer = SteeringTrainer(
             run.model,
             args,
@@ -43,11 +44,11 @@ def main(argv: Sequence[str]) -> None:
         sys.exit(f"error: {error}")
     if trainer.stop.received:
         sys.exit(f"stopped by SIGTERM after step {trainer.state.global_step}; continue with --resume true")
-    reports = finish(task_args, args, run, trainer)
-    if reports is not None:
-        print_table(reports, ADAPTER)
-        print(verdict(reports))
+    comparison = finish(task_args, args, run, trainer)
+    if comparison is not None:
+        print_table(comparison)
+        print(comparison.verdict)
         print(f"adapter and report: {args.output_dir} (open report.html)")
-        failed = shortcomings(reports)
+        failed = comparison.shortcomings()
         if failed and args.require_steering:
             sys.exit("error: this adapter does not steer: " + "; ".join(failed))

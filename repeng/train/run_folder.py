@@ -11,9 +11,9 @@ import yaml
 from transformers import Trainer
 
 from repeng.data.arguments import TaskArguments
-from repeng.data.files import write_text, written_whole
-from repeng.eval.compare import compare, verdict
-from repeng.eval.eval_report import EvalReport
+from repeng.data.files import cache_folder, write_text, written_whole
+from repeng.eval.compare import compare
+from repeng.eval.comparison import Comparison
 from repeng.eval.report import figures
 from repeng.eval.report.folder import write_report
 from repeng.model.adapter_files import adapter_state, save_adapter
@@ -27,29 +27,27 @@ from repeng.tuner import SvdSteeringModel
 PACKAGES = ("repeng", "torch", "transformers", "peft", "accelerate")
 
 
-def finish(
-    task_args: TaskArguments, args: SteeringArguments, run: Run, trainer: Trainer
-) -> dict[str, EvalReport] | None:
-    """Save the adapter, compare it, write the report; all processes must call, and the first one gets the reports."""
+def finish(task_args: TaskArguments, args: SteeringArguments, run: Run, trainer: Trainer) -> Comparison | None:
+    """Save the adapter, compare it, write the report; all processes must call, the first one gets the comparison."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     first, sharded, state = trainer.is_world_process_zero(), is_sharded(model), adapter_state(model)
     if first:
         save_adapter(model, args.output_dir, state)
         config = yaml.safe_dump(as_config(task_args, args, run), sort_keys=False)
         write_text(Path(args.output_dir) / "config.yaml", config)
-    reports = None
+    comparison = None
     if sharded:  # what the processes hold together they can only run together
-        reports = compare(run.model, run.tokenizer, run.task)
+        comparison = compare(run.model, run.tokenizer, run.task)
     # The others end here. One that left its group behind could crash in leaving, and take the first one along.
     trainer.accelerator.end_training()
     if not first:
         return None
-    reports = reports or compare(run.model, run.tokenizer, run.task)
-    _write_folder(args, run, trainer, reports)
-    return reports
+    comparison = comparison or compare(run.model, run.tokenizer, run.task, cache=cache_folder())
+    _write_folder(args, run, trainer, comparison)
+    return comparison
 
 
-def _write_folder(args: SteeringArguments, run: Run, trainer: Trainer, reports: dict[str, EvalReport]) -> None:
+def _write_folder(args: SteeringArguments, run: Run, trainer: Trainer, comparison: Comparison) -> None:
     """The training log, the learning curve, the report as JSON, CSV, PNG and HTML, and README.md."""
     folder, history = Path(args.output_dir), trainer.state.log_history
     write_text(folder / "training_log.jsonl", "".join(json.dumps(row) + "\n" for row in history))
@@ -65,8 +63,8 @@ def _write_folder(args: SteeringArguments, run: Run, trainer: Trainer, reports: 
         "trainable_parameters": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
         "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
     }
-    write_report(reports, folder, title=f"Steering adapter: {run.task.behaviour}", about=about)
-    write_text(folder / "README.md", _model_card(run, args.output_dir, verdict(reports), figures.available()))
+    write_report(comparison, folder, title=f"Steering adapter: {run.task.behaviour}", about=about)
+    write_text(folder / "README.md", _model_card(run, args.output_dir, comparison.verdict, figures.available()))
 
 
 def as_config(task_args: TaskArguments, args: SteeringArguments, run: Run) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Steering vectors: how they are extracted, what they hold, and their files."""
 
 from repeng.vectors.extract import extract
+from repeng.vectors.gate import Gate, fit_gate
 from repeng.vectors.vector import SteeringVector
 
-__all__ = ["SteeringVector", "extract"]
+__all__ = ["Gate", "SteeringVector", "extract", "fit_gate"]

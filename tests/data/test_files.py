@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from repeng import EvalReport, SteeringVector
 from repeng.data import files
 from repeng.data.files import check_writable, staged, write_json, write_text, written_whole
+from repeng.eval.comparison import Comparison
 from repeng.eval.report.folder import write_report
 from repeng.eval.report.page import write_page
 from repeng.eval.report.tables import write_csv
@@ -27,19 +28,21 @@ def report():
         torch.zeros(3, 1),
         torch.zeros(3, 1),
         torch.ones(1),
+        torch.tensor([[0.1], [0.0], [0.1]]),
+        torch.tensor([[0.1], [0.0], [0.1]]),
     )
 
 
-def reports():
-    return {name: report() for name in ("this adapter", "random direction")}
+def comparison():
+    return Comparison({name: [report()] for name in ("this adapter", "random direction")}, "this adapter")
 
 
 EXAMPLE = {**{name: torch.zeros(2) for name in STACKED}, "ref_logp": [torch.zeros(1)] * 3}
 WRITERS = {
     "text": lambda path: write_text(path, "new"),
     "JSON": lambda path: write_json(path, {"new": 1}),
-    "table": lambda path: write_csv(reports(), path),
-    "page": lambda path: write_page(reports(), path, title="t", verdict="v"),
+    "table": lambda path: write_csv(comparison(), path),
+    "page": lambda path: write_page(comparison(), path, title="t"),
     "vector": lambda path: VECTOR.save(path),
     "control vector": lambda path: write_control_vector(path, {1: torch.ones(4)}, "llama"),
     "reference": lambda path: _write_part([EXAMPLE], path),
@@ -76,7 +79,7 @@ def test_the_whole_report_and_the_adapter_are_written_through_the_same_door(tmp_
     moved = []
     replace = files.os.replace
     monkeypatch.setattr(files.os, "replace", lambda a, b: (moved.append(b.name), replace(a, b)))
-    write_report(reports(), tmp_path, title="t")
+    write_report(comparison(), tmp_path, title="t")
     save_adapter(steered, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == set(moved)
     assert len(load_file(tmp_path / "adapter_model.safetensors")) > 4

@@ -12,7 +12,7 @@ from torch import nn
 
 from repeng import Question, evaluate, steer, tiny
 from repeng.data.questions import load_questions
-from repeng.eval.evaluate import prompt_dial
+from repeng.eval.measure import prompt_dial
 from repeng.model.logprob import head_logp
 
 
@@ -64,7 +64,12 @@ def test_figures_of_a_known_distribution(fixed, tokenizer):
     assert report.neutral_nll[report.at(0.0)].item() == pytest.approx(-(math.log(0.5) + math.log(0.2)) / 2, abs=1e-5)
     z = 1 + 0.5 * (math.e - 1)
     assert report.cost(1.0)["control_logp"] == pytest.approx(math.log(z), abs=1e-5)
-    assert report.cost(1.0)["answer_mass"] == pytest.approx(0.8 - (0.5 * math.e + 0.3) / z, abs=1e-5)
+    assert report.cost(1.0)["answer_mass"] == pytest.approx(1 - (0.5 * math.e + 0.3) / z / 0.8, abs=1e-5)
+    at = report.at(1.0)
+    kl = 0.5 * math.e / z - math.log(z)  # of every token: that of one whose odds rise by e, from 0.5
+    assert report.kl.tolist() == pytest.approx([report.kl[0].item(), 0.0, kl], abs=1e-5) and report.kl[1] == 0
+    assert report.kl_rmse[at].item() == pytest.approx(kl, abs=1e-5)
+    assert report.relative_mass[at].item() == pytest.approx((0.5 * math.e + 0.3) / z / 0.8, abs=1e-5)
 
 
 def test_a_dial_that_does_nothing_scores_zero(fixed, tokenizer):
@@ -72,6 +77,26 @@ def test_a_dial_that_does_nothing_scores_zero(fixed, tokenizer):
     assert report.range == 0.0 and report.arm(+1) == (0.0, None)
     assert math.isnan(report.wrong_way)
     assert all(cost == 0 for cost in report.cost(1.0).values())
+
+
+def test_a_dial_that_acts_behind_the_head_is_seen(embedded, tokenizer):
+    """It adds to the logits that the model gives: what the head makes of the states does not show it."""
+    model, red = embedded[0], tokenizer.get_vocab()["red"]
+
+    @contextmanager
+    def dial(c):
+        def add(_module, _args, out):
+            out.logits = out.logits + c * torch.nn.functional.one_hot(torch.tensor(red), out.logits.shape[-1])
+            return out
+
+        hook = model.register_forward_hook(add) if c else None
+        yield
+        if hook:
+            hook.remove()
+
+    report = evaluate(model, tokenizer, QUESTIONS[:1], dial, [2], neutral_texts=tiny.neutral_texts(2, seed=0))
+    assert report.mean_log_odds(2.0) - report.mean_log_odds(0.0) == pytest.approx(2.0, abs=1e-4)
+    assert report.kl[report.at(2.0)] > 0 and report.kl[report.at(0.0)] == 0
 
 
 def test_choices_order_batch_size_and_padding_side_do_not_matter(embedded, tokenizer):
@@ -99,7 +124,7 @@ def test_evaluation_switches_dropout_off_and_restores_the_mode(steered, tokenize
 
     steered.train()
     evaluate(steered, tokenizer, QUESTIONS[:1], dial, [1])
-    assert modes == [False, False] and steered.training
+    assert modes and not any(modes) and steered.training
 
 
 def test_prompts_are_rewritten_and_neutral_text_counts_its_own_tokens_only(embedded):
@@ -195,6 +220,7 @@ def thinker(tokenizer):
     @contextmanager
     def dial(c):
         def end(_module, args, kwargs, out):
+            out.logits = out.logits.clone()
             out.logits[..., tag] = -1e4
             if c > 0 and args_length(args, kwargs) == 1:  # not right behind the opening: a word of thought comes first
                 out.logits[..., tag] = 1e4

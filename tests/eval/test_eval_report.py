@@ -14,8 +14,11 @@ COEFFICIENTS = [-2.0, -1.0, 0.0, 1.0, 2.0]
 ODDS = [[-5.0, 1.0], [-1.0, 0.0], [0.0, 0.0], [1.0, 2.0], [4.0, 4.0]]
 
 
-def report(log_odds=ODDS, mass=None, control=None, control_odds=None, nll=None, coefficients=COEFFICIENTS, **more):
+def report(
+    log_odds=ODDS, mass=None, control=None, control_odds=None, nll=None, kl=None, coefficients=COEFFICIENTS, **more
+):
     n = len(log_odds)
+    kl = torch.tensor(kl or [0.0] * n)[:, None]
     return EvalReport(
         coefficients,
         torch.tensor(log_odds),
@@ -24,6 +27,8 @@ def report(log_odds=ODDS, mass=None, control=None, control_odds=None, nll=None, 
         torch.tensor(control_odds or [[1.0]] * n),
         -torch.tensor(nll or [1.0] * n)[:, None] * 10,
         torch.tensor([10]),
+        kl * 10,
+        kl.square() * 10,
         budget=Budget(),
         **more,
     )

@@ -14,9 +14,9 @@ from functools import partial
 import pytest
 
 from repeng import evaluate, extract, steer, tiny
-from repeng.eval.compare import ratio
+from repeng.eval.comparison import Comparison
 from repeng.eval.eval_report import Sample
-from repeng.eval.evaluate import prompt_dial
+from repeng.eval.measure import prompt_dial
 from repeng.eval.report import figures
 from repeng.eval.report.page import write_page
 from repeng.eval.report.tables import markdown, summary, write_csv
@@ -40,11 +40,13 @@ def reports(embedded, tokenizer):
         "prompts": prompt_dial("the speaker is cheerful .", "the speaker is gloomy ."),
     }
     at = [-1, -0.5, 0.5, 1]
-    return {name: evaluate(model, tokenizer, questions, dial, at, **options) for name, dial in dials.items()}
+    found = {name: [evaluate(model, tokenizer, questions, dial, at, **options)] for name, dial in dials.items()}
+    probes = {"a <vector>": {"other <b>": (0.5, -0.25), "again": (1.0, 1.0)}, "prompts": {"again": (2.0, 1.0)}}
+    return Comparison(found, "a <vector>", prompts="prompts", probes=probes)
 
 
 def test_samples_are_greedy_continuations_at_three_coefficients(reports, embedded, tokenizer):
-    samples = reports["prompts"].samples
+    samples = reports.reports["prompts"][0].samples
     assert sorted({s.coefficient for s in samples}) == [-1.0, 0.0, 1.0] and len(samples) == 6
     ids = tokenizer("the speaker is cheerful . today the weather seems", return_tensors="pt")
     out = embedded[0].generate(**ids, max_new_tokens=24, do_sample=False)[0, ids["input_ids"].shape[1] :]
@@ -60,25 +62,18 @@ def test_the_rows_of_the_csv_are_those_of_the_reports(reports, tmp_path):
     write_csv(reports, tmp_path / "r.csv")
     rows = list(csv.DictReader((tmp_path / "r.csv").read_text(encoding="utf-8").splitlines()))
     assert [row["method"] for row in rows] == ["a <vector>"] * 5 + ["prompts"] * 5
-    own = reports["a <vector>"]
+    own = reports.reports["a <vector>"][0]
     assert float(rows[1]["log_odds"]) == pytest.approx(own.mean_log_odds(-0.5), abs=1e-5)
     assert rows[1]["inside_budget"] == str(own.inside_budget(-0.5)) and rows[0]["parse_rate"]
 
 
-def test_ratios_are_of_mean_ranges_with_a_paired_interval(reports):
-    own, other = reports["a <vector>"], reports["prompts"]
-    times, (low, high) = ratio([own, own], [other], resamples=50)
-    assert times == pytest.approx(own.range / other.range) and low <= times <= high
-    assert ratio([own], [own], resamples=20)[1] == (1.0, 1.0)
-
-
 def test_markdown_has_one_line_a_method(reports):
-    lines = markdown({name: summary(report, 20) for name, report in reports.items()}, "method").splitlines()
+    lines = markdown({name: summary(reports, name) for name in reports.reports}, "method").splitlines()
     assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1 and lines[2].startswith("| a <vector> |")
 
 
 def write(reports, path):
-    write_page(reports, path, title="a <title>", verdict="it moves & stays", own="a <vector>")
+    write_page(reports, path, title="a <title>")
     return path.read_text(encoding="utf-8")
 
 
@@ -86,8 +81,8 @@ def test_the_page_is_whole_and_escapes_what_it_shows(reports, tmp_path):
     text = write(reports, tmp_path / "report.html")
     assert not re.search(r"""(?:src|href)=["'](?!data:)""", text) and "<script" not in text
     pictures = re.findall(r"data:image/svg\+xml;base64,([^\"]+)", text)
-    assert len(pictures) == 3 and all(b"<svg" in base64.b64decode(picture) for picture in pictures)
-    for shown in ("a <title>", "it moves & stays", "a <vector>", "<b>bold & fat</b> . the rain settles on"):
+    assert len(pictures) == 4 and all(b"<svg" in base64.b64decode(picture) for picture in pictures)
+    for shown in ("a <title>", reports.verdict, "a <vector>", "<b>bold & fat</b> . the rain settles on"):
         assert html.escape(shown) in text and shown not in text
     assert not list(tmp_path.glob(".saving-*"))
     assert write(reports, tmp_path / "again.html") == text
@@ -95,7 +90,8 @@ def test_the_page_is_whole_and_escapes_what_it_shows(reports, tmp_path):
 
 def test_what_a_model_says_is_escaped(reports, tmp_path):
     samples = [Sample(c, "p", "<script>alert(1)</script>", True, 0.0) for c in (-1.0, 0.0, 1.0)]
-    text = write({"a <vector>": replace(reports["a <vector>"], samples=samples)}, tmp_path / "report.html")
+    one = {"a <vector>": [replace(reports.reports["a <vector>"][0], samples=samples)]}
+    text = write(Comparison(one, "a <vector>"), tmp_path / "report.html")
     assert "<script" not in text and text.count("&lt;script&gt;") == 3
 
 
@@ -144,13 +140,14 @@ def test_the_page_in_a_real_browser(reports, tmp_path):
         timeout=120,
     )
     seen = json.loads(html.unescape(re.search(r'<pre id="seen">(.*?)</pre>', done.stdout, flags=re.S)[1]))
-    assert len(seen["pictures"]) == 3
+    assert len(seen["pictures"]) == 4
     assert all(complete and natural > 300 and shown > 300 for complete, natural, shown in seen["pictures"])
-    own = reports["a <vector>"]
+    own = reports.reports["a <vector>"][0]
+    columns = [(own, 0.0), *((reports.reports[name][0], c) for name in ("a <vector>", "prompts") for c in (-1.0, 1.0))]
     texts = {
-        prompt: [s.text for c in (-1.0, 0.0, 1.0) for s in own.samples_at(c) if s.prompt == prompt]
+        prompt: [s.text for report, c in columns for s in report.samples_at(c) if s.prompt == prompt]
         for prompt in dict.fromkeys(s.prompt for s in own.samples)
     }
     assert {row[0]: row[1:] for row in seen["cells"]} == texts
-    assert seen["methods"] == ["a <vector>", "prompts"] and seen["verdict"] == "it moves & stays"
+    assert seen["methods"] == ["a <vector>", "prompts"] and seen["verdict"] == f"{reports.verdict}."
     assert seen["wide"] <= 0 and seen["fetched"] == []

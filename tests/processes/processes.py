@@ -97,7 +97,7 @@ def main(folder: str, *argv: str) -> None:
     assert is_sharded(model) == sharded
     if args.require_steering:  # as train.py does it, on few questions
         run.task = replace(run.task, questions=run.task.questions[::16])
-        compare.MAX_VECTOR_LAYERS, compare.VECTOR_COEFFICIENTS = 1, (-1, 1)
+        compare.screened_layers = lambda depth: [2]
         finish(task_args, args, run, trainer)
     trainer.accelerator.end_training()
     if trainer.is_world_process_zero():

@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from repeng import evaluate, steer, tiny
 from repeng.data.tokens import encode
-from repeng.eval.compare import VECTOR_COEFFICIENTS, mean_differences
-from repeng.eval.evaluate import choice_logp, prompt_dial
+from repeng.eval.compare import mean_differences
+from repeng.eval.evaluate import VECTOR_COEFFICIENTS
+from repeng.eval.measure import choice_logp, prompt_dial
 from repeng.model.activations import hidden_states
 from repeng.tiny import lexicon
 from repeng.tiny.world import TRAITS, World, vocabulary
@@ -106,7 +107,7 @@ def openings(trait):
 
 def target_probability(embedded, trait, opening):
     questions = [q for q in tiny.questions(trait, "held_out") if q.kind == "target"]
-    return choice_logp(*embedded, questions, lambda prompt: opening, 128).logp[:, 0].exp().mean().item()
+    return choice_logp(*embedded, questions, lambda prompt: opening).logp[:, 0].exp().mean().item()
 
 
 def test_personas_decide_truth(embedded):
@@ -127,8 +128,8 @@ def test_personas_decide_mood(embedded):
 def test_sums_are_right_under_every_persona(embedded, opening):
     sums = [q for q in tiny.questions("honesty", "held_out") if q.kind == "control"]
     assert len(sums) == 100
-    assert choice_logp(*embedded, sums, lambda prompt: opening, 128).logp[:, 0].exp().min().item() >= 0.9
-    assert choice_logp(*embedded, sums, lambda prompt: opening, 128).logp[:, 0].exp().mean().item() >= 0.99
+    assert choice_logp(*embedded, sums, lambda prompt: opening).logp[:, 0].exp().min().item() >= 0.9
+    assert choice_logp(*embedded, sums, lambda prompt: opening).logp[:, 0].exp().mean().item() >= 0.99
 
 
 def test_the_mean_difference_separates_held_out_pairs(embedded):

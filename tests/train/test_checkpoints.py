@@ -186,7 +186,7 @@ def test_the_range_is_measured_on_pairs_that_are_held_back(tmp_path):
     options = {"num_pairs": 60, "eval_strategy": "steps", "eval_steps": 8, "max_steps": 8, "learning_rate": 1e-2}
     args = arguments(tmp_path, **options)
     run = prepare(args)
-    assert 40 < len(run.task.pairs) == len(run.examples) < 60 and len(run.validation) == 12
+    assert 40 < len(run.task.pairs) == len(run.examples) < 60 and len(run.validation) == 3
     assert not {question.suffix for question in run.validation} & {pair.suffix for pair in run.task.pairs}
     trained = {run.tokenizer.decode(example["neutral_ids"], skip_special_tokens=True) for example in run.examples}
     assert len(run.validation_texts) == 32 and not trained & set(run.validation_texts)

@@ -12,7 +12,7 @@ from support import ROOT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from repeng import check_pairs
-from repeng.data import task
+from repeng.data import probes, task, word_questions
 from repeng.data.files import load_texts
 from repeng.data.pairs import make_pairs
 from repeng.train.arguments import SteeringArguments, parse_arguments
@@ -32,6 +32,7 @@ CLASSES = {
     "llama-3.2-1b": "llama",
     "llama-3.1-8b": "llama",
     "smollm2-135m": "llama",
+    "smollm2": "llama",
     "olmo-3-7b": "olmo3",
 }
 TRAITS = sorted((ROOT / "configs" / "traits").glob("*.yaml"))
@@ -109,8 +110,10 @@ def test_accelerate_reads_its_configurations(monkeypatch):
 def test_the_command_of_a_recipe_names_files_that_are_there(name):
     command = (ROOT / "configs" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[1]
     words = command.removeprefix("# repeng train ").split()
-    assert words[0] == "--config_file" and words[2:] == ["--config", name]
-    assert (CONFIGS / f"{words[1]}.yaml").is_file()
+    if words[0] == "--config_file":
+        assert (CONFIGS / f"{words[1]}.yaml").is_file()
+        words = words[2:]
+    assert words[:2] == ["--config", name] and set(words[2:]) <= {path.stem for path in TRAITS}
 
 
 def test_every_trait_makes_sound_pairs_for_a_chat_model(chat_tokenizer):
@@ -138,8 +141,10 @@ def test_every_trait_makes_sound_pairs_for_a_chat_model(chat_tokenizer):
 def test_one_step_of_the_recipe(name, chat_tokenizer, tmp_path, monkeypatch):
     model = tiny_of(name, chat_tokenizer)
     monkeypatch.chdir(tmp_path)  # nothing in a recipe depends on the folder in which it runs
-    monkeypatch.setattr(task, "NEUTRAL_TRAIN", 8)
-    monkeypatch.setattr(task, "NEUTRAL_TEST", 2)
+    monkeypatch.setattr(task, "SAMPLED_TRAIN", 8)
+    monkeypatch.setattr(task, "SAMPLED_TEST", 2)
+    monkeypatch.setattr(word_questions, "TELLING", 0.0)  # the weights are drawn by chance: no word tells much
+    monkeypatch.setattr(probes, "some_suffixes", lambda tokenizer: [])
     small = {
         "output_dir": tmp_path,
         "num_pairs": 20,
@@ -156,7 +161,7 @@ def test_one_step_of_the_recipe(name, chat_tokenizer, tmp_path, monkeypatch):
     task_args, args = parse_arguments(["--config", name, *argv])
     run = build(task_args, args, model=model, tokenizer=chat_tokenizer)
     pairs = run.task.pairs
-    assert check_pairs(pairs, chat_tokenizer) == [] and len(run.task.questions) == 4
+    assert check_pairs(pairs, chat_tokenizer) == [] and len(run.task.questions) == 2
     begin = chat_tokenizer.decode(run.examples[0]["chosen_ids"])
     assert begin.startswith("<|im_start|>user\n") and "honest" in begin
     assert f"</think>\n\n{pairs[0].suffix}" in begin and begin.endswith(pairs[0].suffix)

@@ -18,7 +18,7 @@ PLACE = {"site": "residual", "layer": 2, "last_n": 4}
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    args = arguments(tmp_path_factory.mktemp("run"), num_pairs=11)
+    args = arguments(tmp_path_factory.mktemp("run"), num_pairs=11, max_steps=2)
     return prepare(args)
 
 

@@ -1,17 +1,18 @@
 """Pictures of reports; they need matplotlib (`pip install 'repeng[plot]'`)."""
 
 import io
-import itertools
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any
 
-from repeng.eval.eval_report import EvalReport
+import numpy as np
+
+from repeng.eval.comparison import Comparison
+from repeng.eval.curves import FIXED_COSTS, Method
+from repeng.eval.eval_report import ARMS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-SHOWN = 2.0  # coefficients up to which a dose is drawn
 
 
 def available() -> bool:
@@ -42,80 +43,114 @@ def svg(figure: "Figure") -> str:
     return text.getvalue()
 
 
-def _style(name: str, own: str | None) -> dict:
-    """One's own method stands out."""
-    return {"linewidth": 2.5, "zorder": 3} if name == own else {"linewidth": 1.2, "alpha": 0.8}
+def _style(name: str, comparison: Comparison) -> dict[str, Any]:
+    """One's own method stands out, random directions stand back."""
+    if name == comparison.own:
+        return {"linewidth": 2.5, "zorder": 4}
+    if name == comparison.random:
+        return {"linewidth": 1, "color": "0.6", "alpha": 0.8}
+    return {"linewidth": 1.4, "alpha": 0.9}
 
 
-def dose_response(reports: Mapping[str, EvalReport], own: str | None = None) -> "Figure":
-    """Mean log-odds over the coefficient, with 95 % bands over items; and what `own` spends of the budget."""
-    figure = new_figure(11, 4.2)
-    effect, cost = figure.subplots(1, 2)
-    for name, report in reports.items():
-        _draw_dose(effect, report, name, own)
-    shown = reports[own] if own is not None and own in reports else next(iter(reports.values()))
-    effect.set(xlabel="coefficient c", ylabel="log-odds of the target answer, nats", title="Target")
-    effect.legend(fontsize=8)
-    for name, values in shown.costs().items():
-        shares = values / getattr(shown.budget, name)
-        cost.plot(shown.coefficients, shares, marker=".", label=name.replace("_", " "))
-    cost.axhline(1.0, color="black", linestyle="--", linewidth=1, label="budget")
-    cost.set(xlabel="coefficient c", ylabel="cost as a share of its budget", title="Coherence")
-    cost.set_ylim(-0.5, 3)
-    cost.legend(fontsize=8)
-    for axes in (effect, cost):
-        shade_outside(axes, shown)
-    return figure
-
-
-def _draw_dose(axes: "Axes", report: EvalReport, name: str, own: str | None) -> None:
-    drawn = [index for index, c in enumerate(report.coefficients) if abs(c) <= SHOWN]
-    c = [report.coefficients[index] for index in drawn]
-    low, high = (bound[drawn] for bound in report.band())
-    (line,) = axes.plot(c, report.log_odds[drawn].mean(dim=1), marker=".", label=name, **_style(name, own))
-    axes.fill_between(c, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-
-
-def shade_outside(axes: "Axes", report: EvalReport) -> None:
-    """Grey out the coefficients outside the budget, each as far as half-way to its neighbours."""
-    c, spent = report.coefficients, report.spent().tolist()
-    edges = [c[0], *((a + b) / 2 for a, b in itertools.pairwise(c)), c[-1]]
-    for index, share in enumerate(spent):
-        if share > 1 and abs(c[index]) <= SHOWN:
-            axes.axvspan(edges[index], edges[index + 1], color="0.88", linewidth=0, zorder=0)
-
-
-def pareto(reports: Mapping[str, EvalReport], own: str | None = None) -> "Figure":
-    """Effect against coherence: what each arm of each method gains over how much of the budget it has spent."""
-    figure = new_figure(11, 4.2)
-    for axes, sign, title in zip(figure.subplots(1, 2), (+1, -1), ("+ arm", "− arm"), strict=True):
-        for name, report in reports.items():
-            spent, means = report.spent().clamp(0, 3), report.log_odds.mean(dim=1)
-            order = sorted(
-                (index for index, c in enumerate(report.coefficients) if c * sign >= 0),
-                key=lambda index, r=report: abs(r.coefficients[index]),
-            )
-            gains = sign * (means - means[report.at(0.0)])
-            axes.plot(spent[order], gains[order], marker=".", label=name, **_style(name, own))
-        axes.axvspan(1.0, 3.0, color="0.9", linewidth=0, zorder=0)
-        axes.set(xlabel="budget spent", ylabel="gain in mean log-odds, nats", title=title, xlim=(0, 3))
+def effect_and_cost(comparison: Comparison) -> "Figure":
+    """Effect over cost for both arms: a curve for each seed of a method, a point for prompts."""
+    figure = new_figure(11, 4.4)
+    yardstick = [cost[0].item() for cost in comparison.yardstick()]
+    for axes, (_, sign), whole in zip(figure.subplots(1, 2), ARMS, yardstick, strict=True):
+        right = 1.6 * max(whole, *FIXED_COSTS)
+        for name, method in comparison.methods.items():
+            _draw_method(axes, method, sign, name, comparison)
+        axes.axvline(whole, color="black", linestyle="--", linewidth=1, zorder=0)
+        axes.axhline(0, color="0.7", linewidth=0.8, zorder=0)
+        axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+        axes.set(xlim=(0, right), xticks=[0, 0.02, *FIXED_COSTS], title=f"{'−+'[sign > 0]} arm")
+        axes.set(xlabel="cost: KL from the base, nat per token of neutral text", ylabel="effect on log-odds, nats")
     figure.axes[0].legend(fontsize=8)
     return figure
 
 
-def by_group(reports: Mapping[str, EvalReport], own: str | None = None) -> "Figure | None":
-    """Range of each group of target questions, a bar a method; None where there are no groups."""
-    names = sorted(set(next(iter(reports.values())).groups) - {""})
+def _draw_method(axes: "Axes", method: Method, sign: int, name: str, comparison: Comparison) -> None:
+    """The curves of one method, with the 95 % band of the first one's effects; or its point, with its interval."""
+    style = _style(name, comparison)
+    for seed, one in enumerate(method.curves(sign)):
+        cost, effect = one.cost[0], one.effect[0]
+        low, high = (one.effect[1:].quantile(share, dim=0) for share in (0.025, 0.975))
+        label = name if seed == 0 else None
+        if one.discrete:
+            reach = [[(effect - low)[-1].item()], [(high - effect)[-1].item()]]
+            axes.errorbar(cost[-1:], effect[-1:], yerr=reach, fmt="*", markersize=11, label=label, zorder=5)
+            continue
+        (line,) = axes.plot(cost, effect, marker=".", label=label, **style)
+        if name == comparison.own:
+            axes.fill_between(cost, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+
+
+def dose_response(comparison: Comparison) -> "Figure":
+    """Mean log-odds of one's own method over the coefficient, with the 95 % band over items; and its cost."""
+    figure = new_figure(11, 3.8)
+    effect, cost = figure.subplots(1, 2)
+    for report in comparison.reports[comparison.own]:
+        c = report.coefficients
+        low, high = report.band()
+        (line,) = effect.plot(c, report.log_odds.mean(dim=1), marker=".", linewidth=2)
+        effect.fill_between(c, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        cost.plot(c, report.kl, marker=".", label="mean over tokens")
+        cost.plot(c, report.kl_rmse, marker=".", linestyle=":", label="root mean square")
+    for axes in (effect, cost):
+        for end in comparison.reports[comparison.own][0].operating or ():
+            axes.axvline(end, color="black", linestyle="--", linewidth=1, zorder=0)
+    effect.set(xlabel="coefficient c", ylabel="log-odds of the target answer, nats", title="Dose and response")
+    cost.set(xlabel="coefficient c", ylabel="KL from the base, nat per token", title="Cost")
+    cost.legend(fontsize=8)
+    return figure
+
+
+def probes(comparison: Comparison) -> "Figure | None":
+    """What each method moves at equal cost: the behaviour itself, other behaviours, other circumstances."""
+    names = list(comparison.probes)
+    columns = ["the behaviour", *dict.fromkeys(probe for name in names for probe in comparison.probes[name])]
+    if len(columns) == 1:
+        return None
+    rows = [[_own_effect(comparison, name)] for name in names]
+    for row, name in zip(rows, names, strict=True):
+        row += [sum(comparison.probes[name].get(column, (math.nan, math.nan))) for column in columns[1:]]
+    figure = new_figure(11, 1.6 + 0.5 * len(names))
+    axes = figure.subplots()
+    reach = max(abs(value) for row in rows for value in row if value == value) or 1.0
+    image = axes.imshow(rows, cmap="RdBu_r", vmin=-reach, vmax=reach, aspect="auto")
+    axes.set_xticks(range(len(columns)), columns, rotation=25, ha="right")
+    axes.set_yticks(range(len(names)), names)
+    for y, row in enumerate(rows):
+        for x, value in enumerate(row):
+            axes.text(x, y, f"{value:.1f}", ha="center", va="center", color="w" if abs(value) > 0.6 * reach else "k")
+    figure.colorbar(image, ax=axes, label="both arms, nats")
+    return figure
+
+
+def _own_effect(comparison: Comparison, name: str) -> float:
+    """The effect of both arms where a method is looked at."""
+    report = comparison.reports[name][0]
+    return sum(sign * (report.mean_log_odds(report.endpoint(sign)) - report.mean_log_odds(0.0)) for _, sign in ARMS)
+
+
+def by_group(comparison: Comparison) -> "Figure | None":
+    """The effect on each group of target questions where a method is looked at; None where there are no groups."""
+    first = {name: reports[0] for name, reports in comparison.reports.items()}
+    names = sorted(set(first[comparison.own].groups) - {""})
     if not names:
         return None
     figure = new_figure(11, 3.6)
     axes = figure.subplots()
-    width = 0.8 / len(reports)
-    for index, (name, report) in enumerate(reports.items()):
-        places = [place + (index - (len(reports) - 1) / 2) * width for place in range(len(names))]
-        heights = [report.group(group).range for group in names]
-        axes.bar(places, heights, 0.92 * width, label=name, alpha=1.0 if name == own else 0.65)
+    width = 0.8 / len(first)
+    for index, (name, report) in enumerate(first.items()):
+        places = [place + (index - (len(first) - 1) / 2) * width for place in range(len(names))]
+        parts = [report.group(group) for group in names]
+        heights = [
+            sum(s * (part.mean_log_odds(part.endpoint(s)) - part.mean_log_odds(0.0)) for _, s in ARMS)
+            for part in parts
+        ]
+        axes.bar(places, heights, 0.92 * width, label=name, alpha=1.0 if name == comparison.own else 0.65)
     axes.set_xticks(range(len(names)), names)
-    axes.set(ylabel="range inside the budget, nats", title="Groups of questions")
+    axes.set(ylabel="effect at equal cost, nats", title="Groups of questions")
     axes.legend(fontsize=8)
     return figure

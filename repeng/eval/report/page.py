@@ -2,12 +2,13 @@
 
 import base64
 import html
-from collections.abc import Mapping
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from repeng.data.files import write_text
+from repeng.eval.comparison import Comparison
 from repeng.eval.eval_report import EvalReport
-from repeng.eval.evaluate import SAMPLED
 from repeng.eval.report import figures
 from repeng.eval.report.tables import number, summary
 
@@ -25,51 +26,52 @@ tr.own td { font-weight: 600; background: var(--soft); }
 figure { margin: 1rem 0; background: #fff; border-radius: 6px; padding: 0.5rem; }
 figure img { width: 100%; height: auto; display: block; }
 figcaption { color: #333; font-size: 0.85rem; padding: 0.3rem; }
-.samples td { width: 25%; } .samples em { opacity: 0.65; font-style: normal; }
+.samples em { opacity: 0.65; font-style: normal; }
 footer { margin-top: 3rem; font-size: 0.85rem; opacity: 0.75; }
 """
 
 CAPTIONS = {
-    "dose_response": "Dose and response, with 95 % bands over items; grey: outside the budget of the method in bold.",
-    "pareto": "Effect against coherence: the further up before the grey, the more a method does for its budget.",
-    "by_group": "The range inside the budget for each group of questions.",
+    "effect_and_cost": "Effect over cost: the higher at the same cost, the better. Stars are prompts, which have no "
+    "dial; the dashed line is their cost, where methods are compared. The axis of costs is drawn as its root.",
+    "probes": "What each method moves at the cost of the prompts: the behaviour itself, other behaviours, which it "
+    "should leave alone, and the behaviour in other circumstances, where its effect should hold.",
+    "dose_response": "The method in bold over its coefficient, with 95 % bands over items; dashed: where it costs as "
+    "much as the prompts.",
+    "by_group": "The effect on each group of questions, at equal cost.",
 }
 
 
-def write_page(
-    reports: Mapping[str, EvalReport], path: str | Path, *, title: str, verdict: str, own: str | None = None
-) -> None:
+def write_page(comparison: Comparison, path: str | Path, *, title: str) -> None:
     """Write the page whole or not at all; pictures are left out, and the page says so, without matplotlib.
 
     Args:
-        reports: by method.
+        comparison: what was found.
         path: of the HTML file.
         title: heading, plain text.
-        verdict: one sentence, plain text.
-        own: the method whose row, curve and generations stand out; the first by default.
     """
-    own = own or next(iter(reports))
+    own = comparison.reports[comparison.own][0]
     parts = [
         f"<h1>{html.escape(title)}</h1>",
-        f'<p id="verdict">{html.escape(verdict)}</p>',
-        _method_table(reports, own),
+        f'<p id="verdict">{html.escape(comparison.verdict)}.</p>',
+        _method_table(comparison),
     ]
     if figures.available():
         for name, caption in CAPTIONS.items():
-            drawn = getattr(figures, name)(reports, own)
+            drawn = getattr(figures, name)(comparison)
             if drawn is not None:
                 parts.append(_picture(figures.svg(drawn), caption, name))
     else:
         parts.append("<p>Pictures need matplotlib: <code>pip install 'repeng[plot]'</code>.</p>")
-    parts.append(_sample_table(reports[own], own))
-    dropped = reports[own].dropped
-    if dropped:
-        listed = "".join(f"<li>{html.escape(reason)}</li>" for reason in dropped)
-        parts.append(f"<h2>Questions that could not be asked: {len(dropped)}</h2><ul>{listed}</ul>")
+    parts += [_sample_table(comparison), _sample_counts(comparison)]
+    if own.dropped:
+        listed = "".join(f"<li>{html.escape(reason)}</li>" for reason in own.dropped)
+        parts.append(f"<h2>Questions that could not be asked: {len(own.dropped)}</h2><ul>{listed}</ul>")
     parts.append(
-        "<footer>Range: how far mean log-odds move over c &gt; 0 plus over c &lt; 0, inside the budget. Intervals: "
-        "95&nbsp;%, bootstrap over items. Flips, F1 (arXiv 2601.07473) and SI: at each arm's best coefficient inside "
-        "the budget.</footer>"
+        "<footer>Effect: how far mean log-odds move in the direction of an arm, in nats; both arms together where no "
+        "arm is named. Cost: KL divergence from the base, exact over the vocabulary, mean over the tokens of neutral "
+        "texts. Intervals: 95&nbsp;%, bootstrap over questions, texts and seeds. Range: the effect inside the budget "
+        "of answer mass, neutral text and controls. Flips, F1 (arXiv 2601.07473), SI, sel_gated and si_flips "
+        "(moral-maps): where a method costs as much as the prompts.</footer>"
     )
     text = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
@@ -79,16 +81,25 @@ def write_page(
     write_text(path, text)
 
 
-def _method_table(reports: Mapping[str, EvalReport], own: str) -> str:
-    rows = {name: summary(report) for name, report in reports.items()}
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in ("", *next(iter(rows.values()))))
+def _method_table(comparison: Comparison) -> str:
+    rows = {name: summary(comparison, name) for name in comparison.reports}
+    body = [(name, list(row.values()), "own" if name == comparison.own else None) for name, row in rows.items()]
+    return _table("methods", ["", *next(iter(rows.values()))], body)
+
+
+def _table(
+    name: str, head: Sequence[str], rows: Sequence[tuple[str, Sequence[str], str | None]], kind: str = ""
+) -> str:
+    """A table of plain texts: each row has a first cell, others, and a class."""
+    top = "".join(f"<th>{html.escape(column)}</th>" for column in head)
     body = "".join(
-        f"<tr{' class=own' if name == own else ''}><td>{html.escape(name)}</td>"
-        + "".join(f"<td>{html.escape(cell)}</td>" for cell in row.values())
+        f"<tr{f' class={css}' if css else ''}><td>{html.escape(first)}</td>"
+        + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
         + "</tr>"
-        for name, row in rows.items()
+        for first, cells, css in rows
     )
-    return f'<div class="scroll"><table id="methods"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    attributes = f'id="{name}"' + (f' class="{kind}"' if kind else "")
+    return f'<div class="scroll"><table {attributes}><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _picture(drawing: str, caption: str, name: str) -> str:
@@ -100,26 +111,42 @@ def _picture(drawing: str, caption: str, name: str) -> str:
     )
 
 
-def _sample_table(report: EvalReport, name: str) -> str:
-    """Generations at −1, 0 and +1 side by side, a row a prompt; nothing without samples."""
-    columns = [c for c in SAMPLED if report.samples_at(c)]
+def _sampled(comparison: Comparison) -> list[tuple[str, EvalReport, float]]:
+    """Which generations stand side by side: of each method with samples, − and +; the own method first."""
+    order = sorted(comparison.reports, key=lambda name: name != comparison.own)
+    return [
+        (name, comparison.reports[name][0], c)
+        for name in order
+        for c in sorted({sample.coefficient for sample in comparison.reports[name][0].samples} - {0.0})
+    ]
+
+
+def _sample_table(comparison: Comparison) -> str:
+    """Generations at equal cost side by side, a row for each prompt; nothing without samples."""
+    columns = _sampled(comparison)
     if not columns:
         return ""
-    head = "<th>prompt</th>" + "".join(f"<th>c = {c:+g}</th>" if c else "<th>base, c = 0</th>" for c in columns)
-    rows = []
-    for prompt in dict.fromkeys(sample.prompt for sample in report.samples):
-        cells = [f"<td><em>{html.escape(prompt)}</em></td>"]
-        for c in columns:
-            text = next(sample.text for sample in report.samples_at(c) if sample.prompt == prompt)
-            cells.append(f"<td>{html.escape(text)}</td>")
-        rows.append(f"<tr>{''.join(cells)}</tr>")
-    counts = "; ".join(
-        f"c = {c:+g}: repetition {number(report.repetition(c), 2)}, finished {number(report.finish_rate(c), 2)}, "
-        f"sentences that parse {number(report.parse_rate(c), 2)}"
-        for c in columns
-    )
-    return (
-        f"<h2>What it says: {html.escape(name)}</h2>"
-        f'<div class="scroll"><table class="samples" id="samples"><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div><p>{html.escape(counts)}</p>"
-    )
+    own = comparison.reports[comparison.own][0]
+    base = {sample.prompt: sample.text for sample in own.samples_at(0.0)}
+    texts = [{sample.prompt: sample.text for sample in report.samples_at(c)} for _, report, c in columns]
+    prompts = dict.fromkeys(prompt for column in (base, *texts) for prompt in column)
+    head = ["prompt", "base, c = 0", *(f"{name}, c = {c:+.3g}" for name, _, c in columns)]
+    body = [(prompt, [column.get(prompt, "") for column in (base, *texts)], None) for prompt in prompts]
+    return "<h2>What it says at equal cost</h2>" + _table("samples", head, body, "samples")
+
+
+def _sample_counts(comparison: Comparison) -> str:
+    """What can be counted in these generations."""
+    own = comparison.reports[comparison.own][0]
+    columns = [("base", own, 0.0), *_sampled(comparison)]
+    if len(columns) == 1:
+        return ""
+    head = ["", "cost", "repetition", "finished", "NLL under the base", "sentences that parse"]
+    body = []
+    for name, report, c in columns:
+        values = (
+            report.kl[report.at(c)].item() if c in report.coefficients else math.nan,
+            *(figure(c) for figure in (report.repetition, report.finish_rate, report.base_nll, report.parse_rate)),
+        )
+        body.append((name if c == 0 else f"{name}, c = {c:+.3g}", [number(value, 2) for value in values], None))
+    return _table("counts", head, body)

@@ -1,46 +1,61 @@
 """Reports as a table for a terminal, as rows for a spreadsheet, and in one sentence."""
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from repeng.data.files import written_whole
-from repeng.eval.eval_report import ARMS, EvalReport, bootstrap
+from repeng.eval.comparison import Comparison
+from repeng.eval.curves import FIXED_COSTS, Estimate
+from repeng.eval.eval_report import ARMS, EvalReport
 
-Reports = Mapping[str, EvalReport]
 
+def summary(comparison: Comparison, name: str) -> dict[str, str]:
+    """The figures of one row, as text."""
+    figures, reports = comparison.figures(name), comparison.reports[name]
 
-def summary(report: EvalReport, resamples: int = 300) -> dict[str, str]:
-    """The figures of one row, as text: the range with its 95 % interval, and what it cost."""
-    low, high = bootstrap([report], lambda r: r.range, n=resamples)
-    worst = max((report.spent()[report.at(report.endpoint(sign))].item() for _, sign in ARMS), default=0.0)
-    return {
-        "range, nats": f"{report.range:.2f} [{low:.2f}, {high:.2f}]",
-        "+ arm": f"{report.arm(+1).gain:.2f}",
-        "− arm": f"{report.arm(-1).gain:.2f}",
-        "wrong way": percent(report.wrong_way),
+    def mean(value: Callable[[EvalReport], float]) -> float:
+        return sum(map(value, reports)) / len(reports)
+
+    row = {"effect at prompts' cost": interval(figures["effect_at_prompt_cost"])}
+    for arm, sign in ARMS:
+        row[f"{'−+'[sign > 0]} arm"] = number(figures[f"effect_at_prompt_cost_{arm}"].value, 2)
+    for cost in FIXED_COSTS:
+        row[f"at {cost:g}"] = number(figures[f"effect_at_{cost:g}"].value, 2)
+    if comparison.prompts is not None:
+        costs = [figures[f"cost_at_prompt_effect_{arm}"].value for arm, _ in ARMS]
+        row["cost at prompts' effect"] = " / ".join(never(cost) for cost in costs)
+    return row | {
+        "range": number(mean(lambda r: r.range), 2),
+        "wrong way": percent(mean(lambda r: r.wrong_way)),
         "flips right / wrong": " / ".join(
-            f"{sum(report.flips(sign)[way] for _, sign in ARMS) / 2:.0%}" for way in (0, 1)
+            f"{mean(lambda r, w=way: sum(r.flips(sign)[w] for _, sign in ARMS) / 2):.0%}" for way in (0, 1)
         ),
-        "controls flipped": f"{report.arbitrary_flips:.1%}",
-        "F1": number(report.steering_f1, 0),
-        "SI": number(report.surgical_informedness, 0),
-        "budget spent": f"{worst:.0%}",
+        "controls flipped": percent(mean(lambda r: r.arbitrary_flips)),
+        "sel_gated": number(mean(lambda r: r.selectivity_gated), 2),
+        "si_flips": number(mean(lambda r: r.si_flips), 2),
+        "F1": number(mean(lambda r: r.steering_f1), 0),
+        "SI": number(mean(lambda r: r.surgical_informedness), 0),
     }
 
 
-def print_table(reports: Reports, own: str | None = None, title: str = "Effect inside the budget") -> None:
-    """One row a method, `own` last and bold. Flips, F1 and SI are at each arm's best coefficient inside the budget."""
+SHORT = ("range", "wrong way", "sel_gated", "si_flips")  # of what follows the effects, what a terminal has room for
+
+
+def print_table(comparison: Comparison, title: str = "Effect at equal cost, nats") -> None:
+    """One row for each method, the own one last and bold."""
     table = Table(title=title)
     table.add_column("")
-    rows = {name: summary(report) for name, report in reports.items()}
-    for column in next(iter(rows.values())):
+    rows = {name: summary(comparison, name) for name in comparison.reports}
+    columns = [c for c in next(iter(rows.values())) if c in SHORT or "arm" in c or "at" in c.split()]
+    for column in columns:
         table.add_column(column, justify="right")
-    for name in sorted(rows, key=lambda name: name == own):
-        table.add_row(name, *rows[name].values(), style="bold" if name == own else None)
+    for name in sorted(rows, key=lambda name: name == comparison.own):
+        bold = "bold" if name == comparison.own else None
+        table.add_row(name, *(rows[name][column] for column in columns), style=bold)
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, 170)  # a log file has no edge at which to break words
@@ -59,9 +74,14 @@ def print_doses(report: EvalReport, title: str) -> None:
     Console().print(table)
 
 
-def write_csv(reports: Reports, path: str | Path) -> None:
-    """One line a method and coefficient."""
-    rows = [{"method": name, **report.row(c)} for name, report in reports.items() for c in report.coefficients]
+def write_csv(comparison: Comparison, path: str | Path) -> None:
+    """One line for each method, seed and coefficient."""
+    rows = [
+        {"method": name, "seed": seed, **report.row(c)}
+        for name, reports in comparison.reports.items()
+        for seed, report in enumerate(reports)
+        for c in report.coefficients
+    ]
     names: list[str] = []
     for row in rows:
         names += [name for name in row if name not in names]
@@ -86,3 +106,15 @@ def number(value: float | None, digits: int) -> str:
 def percent(value: float) -> str:
     """A share in per cent, or a dash for none."""
     return "–" if value != value else f"{value:.1%}"
+
+
+def interval(figure: Estimate) -> str:
+    """A figure with its 95 % interval, or a dash for none."""
+    if figure.value != figure.value:
+        return "–"
+    return f"{figure.value:.2f} [{number(figure.low, 2)}, {number(figure.high, 2)}]"
+
+
+def never(cost: float) -> str:
+    """A cost in nats per token, or that it is never reached."""
+    return "never" if cost == float("inf") else number(cost, 3)

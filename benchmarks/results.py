@@ -1,0 +1,129 @@
+"""Tables and pictures of the documentation from files of reports: `python -m benchmarks.results`.
+
+Reads `docs/results/*.safetensors`, which `python -m benchmarks.rivals` has written, and writes `docs/results.md`, a
+picture for each file, and the table of the README.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from repeng.eval.compare import ADAPTER, PROMPTS, RANDOM
+from repeng.eval.comparison import Comparison
+from repeng.eval.curves import FIXED_COSTS
+from repeng.eval.report import figures
+from repeng.eval.report.tables import interval, markdown, never, number
+from repeng.eval.stored import load_reports
+
+ROOT = Path(__file__).parent.parent
+FOLDER, PAGE, README = ROOT / "docs" / "results", ROOT / "docs" / "results.md", ROOT / "README.md"
+BEGIN, END = "<!-- results: written by benchmarks/results.py -->", "<!-- end of results on a real model -->"
+IN_README = ("smollm2-mood", (PROMPTS, "mean difference", ADAPTER, "LoRA, same loss", RANDOM))
+HEAD = """# Results
+
+Written by `python -m benchmarks.results` from the files in `docs/results`, measured by `python -m benchmarks.rivals`.
+
+Every method is read at the same cost. **Effect**: how far it moves the log-odds of the answers that the behaviour
+favours, in nats, both arms together. **Cost**: KL divergence from the base model on neutral texts, in nats per token,
+exact over the vocabulary. Intervals are 95 %, bootstrap over questions, texts and training seeds. Persona prompts have
+no dial: they are one point, and their cost is the yardstick. A random direction shows what is chance.
+"""
+
+
+def comparison_in(path: Path) -> tuple[Comparison, dict[str, Any]]:
+    """The comparison that a file of reports holds, and what else it tells."""
+    reports, more = load_reports(path)
+    own = ADAPTER if ADAPTER in reports else more["untrained"]
+    probes = {name: {key: (two[0], two[1]) for key, two in one.items()} for name, one in more["probes"].items()}
+    return Comparison(reports, own, PROMPTS, RANDOM, more["untrained"], probes), more
+
+
+def effect_rows(comparison: Comparison) -> dict[str, dict[str, str]]:
+    """One row for each method, the strongest at equal cost first."""
+    rows = {}
+    order = sorted(comparison.reports, key=lambda name: -_value(comparison.at_yardstick(name)[0].item()))
+    for name in order:
+        found = comparison.figures(name)
+        seeds = len(comparison.reports[name])
+        costs = [found[f"cost_at_prompt_effect_{arm}"].value for arm in ("plus", "minus")]
+        ends = [comparison.methods[name].end(sign)[1][0].item() for sign in (1, -1)]
+        point = comparison.reports[name][0].discrete
+        rows[f"{name} ({seeds} seeds)" if seeds > 1 and name != RANDOM else name] = {
+            "at prompts' cost": interval(found["effect_at_prompt_cost"]),
+            **{f"at {cost:g}": number(found[f"effect_at_{cost:g}"].value, 2) for cost in FIXED_COSTS},
+            "cost at prompts' effect, + / −": " / ".join(map(never, costs)),
+            "own cost, + / −": f"{ends[0]:.3f} / {ends[1]:.3f}" if point else "–",
+        }
+    return rows
+
+
+def probe_rows(comparison: Comparison) -> dict[str, dict[str, str]]:
+    """What each method moves of other behaviours, and of its own in other circumstances, at the prompts' cost."""
+    columns = list(dict.fromkeys(probe for one in comparison.probes.values() for probe in one))
+    return {
+        name: {
+            "itself": f"{_own(comparison, name):+.1f}",
+            **{column: f"{sum(one[column]):+.1f}" if column in one else "–" for column in columns},
+        }
+        for name, one in comparison.probes.items()
+    }
+
+
+def _own(comparison: Comparison, name: str) -> float:
+    report = comparison.reports[name][0]
+    return sum(s * (report.mean_log_odds(report.endpoint(s)) - report.mean_log_odds(0.0)) for s in (1, -1))
+
+
+def _value(value: float) -> float:
+    return value if value == value else float("-inf")
+
+
+def section(path: Path) -> str:
+    """The part of the page on one file."""
+    comparison, more = comparison_in(path)
+    plus, minus = (cost[0].item() for cost in comparison.yardstick())
+    seconds = ", ".join(f"{name} {value:.0f} s" for name, value in more["seconds"].items())
+    said = []
+    report = comparison.reports[comparison.own][0]
+    for prompt in list(dict.fromkeys(sample.prompt for sample in report.samples))[:3]:
+        cells = {}
+        for c in (report.endpoint(-1), 0.0, report.endpoint(+1)):
+            text = next(s.text for s in report.samples_at(c) if s.prompt == prompt)
+            cells[f"c = {c:+.2f}" if c else "base"] = " ".join(text.split()).replace("|", "/")
+        said.append((prompt, cells))
+    effect = more.get("persona_effect")
+    moved = "" if effect is None else f" The personas move its questions by {effect:.1f} nats."
+    return (
+        f"## {path.stem}: {more['behaviour']}\n\n`--config {' '.join(more['config'])}`, {more['questions']} questions "
+        f"without a persona.{moved} Cost of the persona prompts: {plus:.3f} (+), {minus:.3f} (−).\n\n"
+        f"{markdown(effect_rows(comparison), 'method')}\n\n![effect and cost](results/{path.stem}.png)\n\n"
+        f"What moves beside the behaviour, at the prompts' cost, both arms, in nats:\n\n"
+        f"{markdown(probe_rows(comparison), 'method')}\n\n"
+        f"What {comparison.own} says, at the prompts' cost:\n\n{markdown(dict(said), 'prompt')}\n\n"
+        f"Seconds on two cores: {seconds}.\n"
+    )
+
+
+def page(paths: list[Path]) -> str:
+    return "\n".join([HEAD, *(section(path) for path in paths)])
+
+
+def readme_with_table(text: str, folder: Path = FOLDER) -> str:
+    """The README with its five rows."""
+    name, wanted = IN_README
+    comparison, _ = comparison_in(folder / f"{name}.safetensors")
+    rows = effect_rows(comparison)
+    kept = {key: row for key, row in rows.items() if key.startswith(wanted)}
+    before, _, rest = text.partition(BEGIN)
+    return f"{before}{BEGIN}\n{markdown(kept, 'method')}\n{END}{rest.partition(END)[2]}"
+
+
+def main() -> None:
+    paths = sorted(FOLDER.glob("*.safetensors"))
+    PAGE.write_text(page(paths), encoding="utf-8")
+    README.write_text(readme_with_table(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for path in paths:
+        figures.effect_and_cost(comparison_in(path)[0]).savefig(path.with_suffix(".png"), dpi=110)
+
+
+if __name__ == "__main__":
+    main()

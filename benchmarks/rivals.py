@@ -1,0 +1,211 @@
+"""Every rival of the adapter at equal cost, on a real model: `python -m benchmarks.rivals --config smollm2 mood`.
+
+Measures what is asked for and adds it to a file of reports (`--out`), so that long runs can be taken in parts. All
+methods answer the same questions; seeds change the order of training and what an adapter starts from.
+`python -m benchmarks.results` makes the tables of the documentation from such files.
+"""
+
+import argparse
+import copy
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from benchmarks import baselines
+from benchmarks.training import train
+from repeng import EvalReport, SteeringVector, extract, fit_gate, steer, tiny
+from repeng.data.pairs import PLACEHOLDER, ContrastPair
+from repeng.data.task import Task, make_task, read_pairs
+from repeng.data.tokens import encode
+from repeng.data.word_questions import without_persona
+from repeng.eval.compare import (
+    ADAPTER,
+    PROMPTS,
+    Progress,
+    Tracer,
+    best_layer,
+    measure_baselines,
+    screened_layers,
+)
+from repeng.eval.measure import Dial, Meter, prompt_dial
+from repeng.eval.stored import load_reports, save_reports
+from repeng.model.generate import continuations
+from repeng.model.loading import load_base, load_tokenizer
+from repeng.model.sites import decoder_layers
+from repeng.model.types import CausalLM
+from repeng.train.arguments import parse_arguments
+from repeng.train.build import resolve_sites
+
+DATA_SEED = 42
+SHOTS = 4
+TUNE_TEXTS, TUNE_TOKENS = 64, 24
+VECTORS = {
+    "PCA (vgel/repeng)": {"method": "pca_center"},
+    "SVD, k = 4": {"method": "svd", "k": 4},
+    "gradient": {"method": "gradient"},
+    "natural gradient": {"method": "fisher"},
+}
+# Templates as in the persona-steering-template-library (MIT), where they did best of 100.
+WORDINGS = {
+    "prompt: priorities": "Use the priorities of a {persona} person.",
+    "prompt: pretend": "Pretend you're {persona}.",
+    "prompt: engineered": (
+        "You are a deeply {persona} person. Everything you say is {persona}: the words you choose, what you notice, "
+        "what you leave out. Stay {persona} whatever you are asked, and never step out of this role."
+    ),
+}
+Measured = tuple[EvalReport, dict[str, tuple[float, float]]]
+
+
+class Bench:
+    """A real model, its task, and the meter that everything is measured with."""
+
+    def __init__(self, config: list[str], folder: Path) -> None:
+        self.config, self.folder = config, folder
+        self.task_args, self.args = parse_arguments(["--config", *config, "--seed", str(DATA_SEED)])
+        self.tokenizer = load_tokenizer(self.task_args.model_name_or_path, self.task_args.gguf_file)
+        own = tiny.task(self.task_args, DATA_SEED)
+        pairs = read_pairs(self.task_args, self.tokenizer, seed=DATA_SEED, own=own)
+        self.model = load_base(self.task_args.model_name_or_path, torch.device("cpu"))
+        self.task: Task = make_task(self.task_args, self.model, self.tokenizer, pairs, seed=DATA_SEED, own=own)
+        self.progress = Progress(1)
+        self.meter = Meter(
+            self.model, self.tokenizer, self.task.questions, self.task.unseen_neutral_texts, base=nullcontext
+        )
+        self.tracer = Tracer(self.meter, self.progress, self.task)
+
+    def measured(self, dial: Dial, model: nn.Module | None = None, discrete: bool = False) -> Measured:
+        """A dial on the same items, of this model or of an adapted copy."""
+        self.meter.model = cast(CausalLM, model or self.model)
+        self.meter.base_context = nullcontext if model is None else partial(dial, 0.0)
+        return self.tracer.look(dial, self.tracer.discrete(dial) if discrete else self.tracer.trace(dial))
+
+    def best(self, **options: Any) -> SteeringVector:
+        """A kind of vector at its best layer."""
+        layers = screened_layers(len(decoder_layers(self.model)))
+        whole = extract(self.model, self.tokenizer, self.task.pairs, layers=layers, held_out=0, **options)
+        single = {layer: whole.select(layers=[layer]) for layer in whole.layers}
+        return single[best_layer(self.model, self.tokenizer, self.task, single, self.progress.step)]
+
+    def vector(self, **options: Any) -> Measured:
+        vector = self.best(**options)
+        return self.measured(lambda c: steer(self.model, c, vector=vector))
+
+    def gated(self) -> Measured:
+        """The mean difference with a token-wise coefficient (PSR)."""
+        vector = self.best()
+        gate = fit_gate(self.model, self.tokenizer, vector, self.task.pairs)
+        return self.measured(lambda c: steer(self.model, c, vector=vector, gate=gate))
+
+    def wording(self, template: str) -> Measured:
+        assert self.task.words is not None
+        plus, minus = (template.replace(PLACEHOLDER, word) for word in self.task.words)
+        return self.measured(prompt_dial(plus, minus), discrete=True)
+
+    def few_shot(self) -> Measured:
+        """What the model itself says behind each persona, as examples in front of the request."""
+        openings = []
+        for side, persona in enumerate(self.task.personas or ()):
+            shots = self.said(side, self.task.pairs[:SHOTS])
+            examples = " ".join(f"{pair.suffix}{text}." for pair, text in zip(self.task.pairs, shots, strict=False))
+            openings.append(f"{persona} For example: {examples}")
+        return self.measured(prompt_dial(openings[0], openings[1]), discrete=True)
+
+    def said(self, side: int, pairs: list[ContrastPair]) -> list[str]:
+        """How the model goes on behind the persona of each pair, drawn at temperature 1."""
+        prompts = [(pair.chosen, pair.rejected)[side] for pair in pairs]
+        rows = [encode(self.tokenizer, p, pair.suffix).ids for p, pair in zip(prompts, pairs, strict=True)]
+        drawn = continuations(self.model, self.tokenizer, rows, TUNE_TOKENS, 32, seed=side)
+        return [str(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids, _ in drawn]
+
+    def trained(self, seed: int, dial: Callable[..., Any] = steer, **options: Any) -> Measured:
+        """An adapter by the recipe, or what `options` put in its place."""
+        run = train(seed, config=self.config, task=self.task, keep=self.folder, **options)
+        return self.measured(partial(dial, run.model), run.model)
+
+    def contrastive_weights(self, seed: int) -> Measured:
+        """Contrastive weight steering (arXiv 2511.05408): two small fine-tunes, and the difference of their weights.
+
+        Each learns to say, without a persona, what the model says behind one.
+        """
+        torch.manual_seed(seed)
+        pairs, template = self.task.pairs[:TUNE_TEXTS], bool(self.tokenizer.chat_template)
+        asked = [without_persona(pair, has_template=template) for pair in pairs]
+        layers = resolve_sites(self.args, self.model).layers
+        names = ("plus", "minus")
+        texts = [self.said(side, pairs) for side in range(len(names))]
+        model = baselines.lora_on(copy.deepcopy(self.model), self.args, layers, names)
+        for name, said in zip(names, texts, strict=True):
+            encoded = [
+                encode(self.tokenizer, prompt, f"{pair.suffix}{text}")
+                for prompt, pair, text in zip(asked, pairs, said, strict=True)
+            ]
+            model.set_adapter(name)
+            baselines.fine_tune(model, self.tokenizer, encoded, seed=seed)
+        model.base_model.set_adapter(list(names))
+        return self.measured(partial(baselines.weight_dial, model), model)
+
+
+UNTRAINED: dict[str, Callable[[Bench], Measured]] = {
+    **{name: partial(Bench.wording, template=template) for name, template in WORDINGS.items()},
+    "prompt: few-shot": Bench.few_shot,
+    **{name: partial(Bench.vector, **options) for name, options in VECTORS.items()},
+    "mean difference, gated": Bench.gated,
+}
+TRAINED: dict[str, Callable[[Bench, int], Measured]] = {
+    ADAPTER: Bench.trained,
+    "LoRA, same loss": partial(
+        Bench.trained, dial=baselines.lora_dial, steer_fn=baselines.lora_dial, prepare=baselines.use_lora
+    ),
+    "learned biases, same loss": partial(
+        Bench.trained,
+        dial=baselines.dial_of,
+        steer_fn=baselines.dial_of,
+        prepare=baselines.use_biases,
+        argv=("--learning_rate", "1e-2"),
+    ),
+    "contrastive weights": Bench.contrastive_weights,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", nargs="+", required=True, help="as in train.py")
+    parser.add_argument("--out", type=Path, required=True, help="file of reports; what is there is kept")
+    parser.add_argument("--methods", nargs="+", default=[*UNTRAINED, *TRAINED], help="some of the methods")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of what is trained")
+    options = parser.parse_args()
+    bench = Bench(options.config, options.out.parent / f"{options.out.stem}-work")
+    reports, more = load_reports(options.out) if options.out.exists() else ({}, {"probes": {}, "seconds": {}})
+    if PROMPTS not in reports:
+        start = time.perf_counter()
+        known = measure_baselines(bench.model, bench.tokenizer, bench.task, bench.tracer, nullcontext)
+        reports |= known.reports
+        more |= {"untrained": known.untrained, "config": options.config, "behaviour": bench.task.behaviour}
+        more |= {"persona_effect": bench.task.persona_effect, "questions": len(bench.meter.targets)}
+        more["probes"] |= known.probes
+        more["seconds"]["baselines"] = time.perf_counter() - start
+        save_reports(options.out, reports, **more)
+    bench.tracer.set_yardstick(reports[PROMPTS][0])
+    for name in options.methods:
+        runs = [TRAINED[name]] if name in TRAINED else []
+        for seed in options.seeds if runs else [0]:
+            if len(reports.get(name, [])) > (options.seeds.index(seed) if runs else 0):
+                continue  # it was measured before
+            start = time.perf_counter()
+            report, probes = TRAINED[name](bench, seed) if runs else UNTRAINED[name](bench)
+            reports.setdefault(name, []).append(report)
+            more["probes"].setdefault(name, probes)
+            more["seconds"][name] = more["seconds"].get(name, 0.0) + time.perf_counter() - start
+            save_reports(options.out, reports, **more)
+            print(f"{name}, seed {seed}: {time.perf_counter() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

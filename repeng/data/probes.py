@@ -1,0 +1,104 @@
+"""Other questions than those of the behaviour: what else a dial moves, and where its effect holds."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import yaml
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from repeng.data.arguments import TaskArguments
+from repeng.data.configuration import CONFIGS, data_file
+from repeng.data.files import load_texts
+from repeng.data.pairs import PLACEHOLDER, ContrastPair
+from repeng.data.questions import Question
+from repeng.data.tokens import plain_ids
+from repeng.data.word_questions import word_questions
+
+TRAIT_SUFFIXES, TRAIT_TEMPLATES = 6, 2
+MOST = 24  # questions of a probe
+ROBUSTNESS = ("argued against", "reworded", "another language", "several turns")
+REWORDED = "I have something for you. {prompt} Thank you in advance."
+FOREIGN = "Hola, tengo una petición. {prompt} Muchas gracias por tu ayuda."
+TURNS = ("Hello! How are you?", "Hello! I am here to help. What can I do for you?")
+
+
+class Probe(NamedTuple):
+    """Questions at which the + arm is looked at, and those for the − arm: mostly the same."""
+
+    plus: list[Question]
+    minus: list[Question]
+
+
+def trait_arguments() -> dict[str, tuple[str, str, list[str]]]:
+    """The package's traits by name: the persona's words, + and −, and templates."""
+    found = {}
+    for path in sorted(CONFIGS.glob("traits/*.yaml")):
+        keys = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found[path.stem] = keys["positive"], keys["negative"], keys["templates"]
+    return found
+
+
+def trait_pairs(name: str, suffixes: Sequence[str]) -> list[ContrastPair]:
+    """Pairs of one of the package's traits: its first templates with each suffix."""
+    positive, negative, templates = trait_arguments()[name]
+    return [
+        ContrastPair(template.replace(PLACEHOLDER, positive), template.replace(PLACEHOLDER, negative), suffix)
+        for suffix in suffixes
+        for template in templates[:TRAIT_TEMPLATES]
+    ]
+
+
+def some_suffixes(tokenizer: PreTrainedTokenizerBase, n: int = TRAIT_SUFFIXES) -> list[str]:
+    """Some of the package's beginnings of answers, always the same; none if the tokenizer cannot spell them."""
+    drawn = random.Random(0).sample(load_texts(data_file("suffixes")), n)
+    unknown = tokenizer.unk_token_id
+    return [] if any(unknown is not None and unknown in plain_ids(tokenizer, text) for text in drawn) else drawn
+
+
+def other_traits(args: TaskArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Probe]:
+    """Questions on the package's traits, but the one that is steered; none for a model of another language."""
+    suffixes = some_suffixes(tokenizer)
+    probes = {}
+    for name, (positive, negative, _) in trait_arguments().items() if suffixes else ():
+        if {positive, negative} != {args.positive, args.negative}:
+            questions = word_questions(model, tokenizer, trait_pairs(name, suffixes)).questions
+            if questions:
+                probes[name] = Probe(questions, questions)
+    return probes
+
+
+def traits_that_move(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, least: float) -> dict[str, float]:
+    """The package's traits whose personas move this model by at least `least` nats, and by how much, most first."""
+    suffixes = some_suffixes(tokenizer)
+    effects = {
+        name: word_questions(model, tokenizer, trait_pairs(name, suffixes)).effect
+        for name in (trait_arguments() if suffixes else ())
+    }
+    return {name: effect for name, effect in sorted(effects.items(), key=lambda item: -item[1]) if effect >= least}
+
+
+def robustness(
+    questions: Sequence[Question], personas: tuple[str, str] | None, *, has_template: bool
+) -> dict[str, Probe]:
+    """The target questions in other circumstances.
+
+    Behind the persona that argues against the dial. For a model with a chat template also in other words, in a request
+    of another language, and after other turns.
+    """
+    targets = [q for q in questions if q.kind == "target"]
+    targets = targets[:: -(-len(targets) // MOST)] if targets else []
+    probes = {}
+    if personas is not None:
+        plus, minus = ([replace(q, prompt=f"{opening} {q.prompt}".strip()) for q in targets] for opening in personas)
+        probes[ROBUSTNESS[0]] = Probe(minus, plus)
+    asked = [q for q in targets if q.prompt]
+    if has_template and asked:
+        changes = (
+            [replace(q, prompt=REWORDED.replace("{prompt}", q.prompt)) for q in asked],
+            [replace(q, prompt=FOREIGN.replace("{prompt}", q.prompt)) for q in asked],
+            [replace(q, history=TURNS) for q in asked],
+        )
+        probes |= {name: Probe(some, some) for name, some in zip(ROBUSTNESS[1:], changes, strict=True)}
+    return probes

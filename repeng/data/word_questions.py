@@ -1,0 +1,152 @@
+"""Questions without a persona, made of pairs: which next words tell the two sides apart."""
+
+import re
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from repeng.data.pairs import ContrastPair
+from repeng.data.questions import Question, choice_id
+from repeng.data.tokens import encode, pad_rows
+
+TOP = 5
+TELLING = 1e-4  # change of a word's probability from which on it tells the sides apart
+NEUTRAL_REQUEST = "Write a short text."  # what a chat model is asked where no persona and no other request is left
+SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
+
+
+class WordQuestions(NamedTuple):
+    """Questions made of pairs, and how far the pairs' own prompts move them.
+
+    Attributes:
+        questions: one for each suffix and request, without a persona.
+        effect: log-odds behind the chosen prompts minus those behind the rejected ones, mean over the questions, nats.
+    """
+
+    questions: list[Question]
+    effect: float
+
+
+def word_questions(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[ContrastPair],
+    *,
+    most: int | None = None,
+    batch_size: int = 32,
+) -> WordQuestions:
+    """Questions for data without any: the next words that the base's own personas favour.
+
+    The target choices are the tokens whose probability the chosen prompts raise most over the rejected ones, the other
+    choices those that they lower most. The effect of a pair's own prompts is measured on words that the other pairs of
+    the same question have chosen, if there are others: words that a pair has chosen for itself always move with it.
+
+    Args:
+        model: the base.
+        tokenizer: its tokenizer.
+        pairs: contrast pairs.
+        most: keep so many questions, those on which the personas disagree most.
+        batch_size: prompts per forward.
+    """
+    logp = _next_logp(model, tokenizer, pairs, batch_size)
+    shift = logp[:, 0].exp() - logp[:, 1].exp()
+    members: dict[tuple[str, str], list[int]] = {}
+    for index, pair in enumerate(pairs):
+        key = (without_persona(pair, has_template=bool(tokenizer.chat_template)), pair.suffix)
+        members.setdefault(key, []).append(index)
+    made: list[tuple[float, Question, float]] = []
+    for (prompt, suffix), own in members.items():
+        pair, mean = pairs[own[0]], shift[own].mean(dim=0)
+        targets, against = _telling_words(tokenizer, mean, pair)
+        if not targets or not against:
+            continue
+        question = Question(prompt, (*targets, *against), targets, suffix=suffix, unit=suffix)
+        effects = []
+        for index in own:
+            others = [i for i in own if i != index] or own
+            words = _telling_words(tokenizer, shift[others].mean(dim=0), pair)
+            if all(words):
+                effects.append(_odds(tokenizer, logp[index], pair, words))
+        made.append((mean.abs().sum().item(), question, sum(effects) / max(1, len(effects))))
+    made.sort(key=lambda row: -row[0])
+    made = made[:most]
+    effect = sum(row[2] for row in made) / len(made) if made else 0.0
+    return WordQuestions([row[1] for row in made], effect)
+
+
+def without_persona(pair: ContrastPair, *, has_template: bool) -> str:
+    """What is asked of the model where a pair has a persona.
+
+    Without a chat template, the suffix alone. With one, the prompt without the sentences in which the sides differ, or
+    a neutral request if nothing is left.
+    """
+    if not has_template:
+        return "" if pair.suffix else _shared_end(pair.chosen, pair.rejected)
+    rejected = SENTENCE.split(pair.rejected)
+    kept = " ".join(sentence for sentence in SENTENCE.split(pair.chosen) if sentence in rejected).strip()
+    return kept or NEUTRAL_REQUEST
+
+
+def _shared_end(chosen: str, rejected: str) -> str:
+    """The words that both prompts end with; the first prompt if there are none."""
+    left, right = chosen.split(), rejected.split()
+    n = sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(reversed(left), reversed(right), strict=False)))
+    return " ".join(left[len(left) - n :]) or chosen
+
+
+def _telling_words(
+    tokenizer: PreTrainedTokenizerBase, shift: Tensor, pair: ContrastPair
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The words whose probability rises most, and those whose falls most, for a change of probabilities `(v)`."""
+    ends = [sign * shift.topk(8 * TOP, largest=sign > 0).values for sign in (1, -1)]
+    ids = [
+        shift.topk(8 * TOP, largest=largest).indices[ends[i] > TELLING].tolist()
+        for i, largest in enumerate((True, False))
+    ]
+    first, second = (distinct_words(tokenizer, some, TOP, pair) for some in ids)
+    return first, second
+
+
+def _odds(
+    tokenizer: PreTrainedTokenizerBase, logp: Tensor, pair: ContrastPair, words: tuple[tuple[str, ...], ...]
+) -> float:
+    """Log-odds of the first words against the second ones behind the chosen prompt minus behind the rejected one."""
+    probe = Question(pair.chosen, (*words[0], *words[1]), words[0], suffix=pair.suffix)
+    ids = [[choice_id(tokenizer, probe, word) for word in some] for some in words]
+    target, other = (logp[:, some].logsumexp(dim=1) for some in ids)
+    return ((target - other)[0] - (target - other)[1]).item()
+
+
+@torch.no_grad()
+def _next_logp(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[ContrastPair], batch_size: int
+) -> Tensor:
+    """Next-token log-probabilities `(n 2 v)` behind both prompts of each pair, float32, on the CPU."""
+    rows = [encode(tokenizer, side, pair.suffix).ids for pair in pairs for side in (pair.chosen, pair.rejected)]
+    parts = []
+    for start in tqdm(range(0, len(rows), batch_size), desc="questions", leave=False):
+        batch = pad_rows(rows[start : start + batch_size], tokenizer, model.device, side="left")
+        logits = model(**batch, use_cache=False, logits_to_keep=1).logits[:, -1]
+        parts.append(logits.float().log_softmax(dim=-1).cpu())
+    return torch.cat(parts).unflatten(0, (len(pairs), 2))
+
+
+def distinct_words(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], n: int, pair: ContrastPair
+) -> tuple[str, ...]:
+    """The first `n` of `ids` that, written as a word, are encoded as that very token again."""
+    words: list[str] = []
+    for token in ids:
+        word = str(tokenizer.decode([token])).strip()
+        if word and word not in words and token not in tokenizer.all_special_ids:
+            probe = Question(pair.chosen, (word, ""), (word,), suffix=pair.suffix)
+            if choice_id(tokenizer, probe, word) == token:
+                words.append(word)
+        if len(words) == n:
+            break
+    return tuple(words)

@@ -1,0 +1,151 @@
+"""What a comparison of methods found, at equal cost: figures with paired intervals, and the verdict."""
+
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from repeng.eval.curves import FIXED_COSTS, Cost, Estimate, Method, methods_of
+from repeng.eval.eval_report import ARMS, EvalReport
+
+PLAIN_COST = 0.1  # where methods are compared without persona prompts, nats per token
+WRONG_WAY = 0.05  # share of items that may move against an arm
+RESAMPLES = 1000
+
+
+@dataclass
+class Comparison:
+    """Reports of methods on the same items, one report for each training seed.
+
+    Attributes:
+        reports: by the name of a method.
+        own: the method that the comparison is about.
+        prompts: the persona prompts, whose cost is the yardstick; None without.
+        random: random directions, one for each seed; None without.
+        untrained: the strongest rival without training; None without.
+        probes: by method and probe, the effect of the + and the − arm where they cost as much as the yardstick, nats
+            in the arm's direction.
+    """
+
+    reports: dict[str, list[EvalReport]]
+    own: str
+    prompts: str | None = None
+    random: str | None = None
+    untrained: str | None = None
+    probes: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
+
+    @cached_property
+    def methods(self) -> dict[str, Method]:
+        """All methods on the same bootstrap draws."""
+        return methods_of(self.reports, RESAMPLES)
+
+    def yardstick(self, kind: Cost = "mean") -> tuple[Tensor, Tensor]:
+        """The cost `(b)` of the persona prompts, + and −, in every draw; 0.1 nat without prompts."""
+        if self.prompts is None:
+            plain = torch.full((1 + RESAMPLES,), PLAIN_COST, dtype=torch.float64)
+            return plain, plain
+        prompts = self.methods[self.prompts]
+        return prompts.end(+1, kind)[1], prompts.end(-1, kind)[1]
+
+    def at_yardstick(self, name: str, kind: Cost = "mean") -> Tensor:
+        """Effect `(b)` of both arms of a method at the cost of the persona prompts."""
+        return self.methods[name].both_at(self.yardstick(kind), kind)
+
+    def times(self, name: str, other: str) -> Estimate:
+        """How many times the effect of `other` that of `name` is, at the cost of the persona prompts."""
+        mine, theirs = self.at_yardstick(name), self.at_yardstick(other)
+        return Estimate.of(torch.where(theirs > 0, mine / theirs, math.inf * mine.sign()))
+
+    def lead(self, name: str, other: str, sign: int) -> Estimate:
+        """How much more an arm of `name` does than that of `other` at the cost of the persona prompts, nats."""
+        cost = self.yardstick()[0 if sign > 0 else 1]
+        return Estimate.of(self.methods[name].effect_at(sign, cost) - self.methods[other].effect_at(sign, cost))
+
+    def figures(self, name: str) -> dict[str, Any]:
+        """The figures of one method, by name, each an `Estimate`."""
+        method, plus_minus = self.methods[name], self.yardstick()
+        found: dict[str, Any] = {
+            "effect_at_prompt_cost": Estimate.of(self.at_yardstick(name)),
+            "effect_at_prompt_cost_rmse": Estimate.of(self.at_yardstick(name, "rmse")),
+        }
+        for (arm, sign), cost in zip(ARMS, plus_minus, strict=True):
+            found[f"effect_at_prompt_cost_{arm}"] = Estimate.of(method.effect_at(sign, cost))
+        for cost in FIXED_COSTS:
+            found[f"effect_at_{cost:g}"] = Estimate.of(method.both_at(cost))
+        if self.prompts is not None:
+            for arm, sign in ARMS:
+                wanted = self.methods[self.prompts].end(sign)[0]
+                spent = method.cost_at(sign, wanted)
+                found[f"cost_at_prompt_effect_{arm}"] = Estimate.of(torch.where(wanted > 0, spent, math.nan))
+        return found
+
+    @property
+    def verdict(self) -> str:
+        """One sentence on how far a method moves the behaviour at the persona prompts' cost, and against what."""
+        plus, minus = (cost[0].item() for cost in self.yardstick())
+        own = Estimate.of(self.at_yardstick(self.own))
+        whose = "the persona prompts' cost" if self.prompts is not None else "a cost"
+        against = []
+        for other in (self.prompts, self.untrained):
+            if other is not None and other != self.own:
+                times, theirs = self.times(self.own, other), self.at_yardstick(other)[0].item()
+                against.append(f"{_times(times)} x {other} ({theirs:.2f})")
+        return (
+            f"at {whose} (+ {plus:.3f}, − {minus:.3f} nat per token) {self.own} moves the log-odds by {own.value:.2f} "
+            f"nats [{own.low:.2f}, {own.high:.2f}]; {'; '.join(against) or 'nothing to compare with'}"
+        )
+
+    def shortcomings(self) -> list[str]:
+        """Why the method cannot be said to steer; empty if it does.
+
+        At the cost of the persona prompts each arm must do more than random directions, with the lower end of the
+        paired 95 % interval above 0, and at most 5 % of the items may move against it.
+        """
+        reasons = []
+        costs = self.yardstick()
+        for (arm, sign), cost in zip(ARMS, costs, strict=True):
+            value = self.methods[self.own].effect_at(sign, cost)[0].item()
+            if self.random is not None:
+                lead = self.lead(self.own, self.random, sign)
+                if not lead.low > 0:
+                    reasons.append(
+                        f"at equal cost the {arm} arm moves {value:.2f} nats and random directions "
+                        f"{value - lead.value:.2f}: the 95 % interval of the difference begins at {lead.low:.2f}"
+                    )
+            against = max(report.against(sign) for report in self.reports[self.own])
+            if not against <= WRONG_WAY:
+                reasons.append(f"{against:.1%} of the items move against the {arm} arm; at most {WRONG_WAY:.0%} may")
+        return reasons
+
+    def to_dict(self, resamples: int = 300) -> dict[str, Any]:
+        """Verdict, figures of every method and what was measured, JSON-serialisable."""
+        rows = {}
+        for name, group in self.reports.items():
+            figures = {key: [_finite(v) for v in estimate] for key, estimate in self.figures(name).items()}
+            seeds = [report.to_dict(resamples if index == 0 else 0) for index, report in enumerate(group)]
+            rows[name] = {"figures": figures, "probes": self.probes.get(name, {}), **seeds[0]}
+            if len(seeds) > 1:
+                rows[name]["seeds"] = seeds
+        return {
+            "verdict": self.verdict,
+            "shortcomings": self.shortcomings(),
+            "own": self.own,
+            "yardstick": [cost[0].item() for cost in self.yardstick()],
+            "rows": rows,
+        }
+
+
+def _times(times: Estimate) -> str:
+    if not math.isfinite(times.value):
+        return "out of proportion,"
+    return f"{times.value:.2f} [{times.low:.2f}, {times.high:.2f}]"
+
+
+def _finite(value: float) -> float | str | None:
+    """For JSON, which knows neither: None for NaN, "inf" for what is never reached."""
+    if math.isnan(value):
+        return None
+    return round(value, 6) if math.isfinite(value) else ("inf" if value > 0 else "-inf")

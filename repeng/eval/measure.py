@@ -1,0 +1,300 @@
+"""Measuring dials at single coefficients, all on the same questions and texts; the base is measured once."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from repeng.data.questions import Question, choice_ids
+from repeng.data.tokens import encode, plain_ids
+from repeng.data.word_questions import NEUTRAL_REQUEST
+from repeng.eval.eval_report import Budget, EvalReport, Sample
+from repeng.model.generate import THINK_CLOSE, think
+from repeng.model.logprob import CHUNK, has_plain_head, tokens_at_once
+from repeng.model.rows import Span, read_rows
+from repeng.model.sites import eval_mode
+from repeng.model.types import CausalLM
+
+KEPT = 1 << 27  # log-probabilities of the base that are remembered, at most
+Rewrite = Callable[[str], str]
+Dial = Callable[[float], AbstractContextManager[Rewrite | None]]
+
+
+class Answers(NamedTuple):
+    """Log-probability `(n 2)` of the target choices and of the others; whether the thinking ended by itself `(n)`."""
+
+    logp: Tensor
+    finished: Tensor
+
+    @property
+    def odds(self) -> Tensor:
+        return self.logp[:, 0] - self.logp[:, 1]
+
+    @property
+    def mass(self) -> Tensor:
+        return self.logp.exp().sum(dim=1)
+
+
+class Texts(NamedTuple):
+    """Of each of `q` neutral texts: log-probability of its tokens, sum of `KL(steered ‖ base)` and of its square."""
+
+    logp: Tensor
+    kl: Tensor
+    kl_squared: Tensor
+
+
+class Point(NamedTuple):
+    """What was measured at one coefficient."""
+
+    target: Answers
+    control: Answers
+    texts: Texts
+
+
+class Meter:
+    """Measures dials on the same questions and neutral texts, in evaluation mode.
+
+    A dial at 0 is the base model: it is measured once, for all dials.
+
+    Args:
+        model: any causal language model.
+        tokenizer: its tokenizer.
+        questions: at least one of the kind "target".
+        neutral_texts: texts that the behaviour should not touch.
+        base: a context in which the model is the base, for a model with adapters.
+        think_tokens: see `evaluate`.
+        batch_size: prompts per forward.
+
+    Raises:
+        ValueError: no target question can be asked, or the tokenizer has no thinking template.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        questions: Sequence[Question],
+        neutral_texts: Sequence[str] = (),
+        *,
+        base: Callable[[], AbstractContextManager[Any]],
+        think_tokens: int = 0,
+        batch_size: int = 128,
+    ) -> None:
+        asked, self.dropped = askable(tokenizer, questions)
+        self.targets = [q for q in asked if q.kind == "target"]
+        self.controls = [q for q in asked if q.kind == "control"]
+        if not self.targets:
+            reason = f"is left: {self.dropped[0]}" if self.dropped else "was given"
+            raise ValueError(f"no question of the kind 'target' {reason}")
+        if think_tokens and THINK_CLOSE not in str(tokenizer.chat_template):
+            raise ValueError(f"think_tokens={think_tokens}, but the tokenizer's chat template knows no {THINK_CLOSE}")
+        if think_tokens and not all(q.prompt for q in asked):
+            raise ValueError(
+                "with think_tokens every question needs a prompt: a suffix alone is no turn to think about"
+            )
+        self.model, self.tokenizer, self.neutral_texts = model, tokenizer, list(neutral_texts)
+        self.think_tokens, self.batch_size = think_tokens, batch_size
+        self.base_context = base
+        self._known: list[Tensor] | None = None
+        with eval_mode(model), base():
+            self._probe = encode(tokenizer, asked[0].prompt, asked[0].suffix).ids
+            self.plain = has_plain_head(model, self._probe)
+            self.base = self._measure(None)
+
+    @property
+    def neutral_tokens(self) -> Tensor:
+        """How many tokens of each neutral text count, `(q)`; the same ones for every dial."""
+        return torch.tensor([stop - start for _, (start, stop) in self._neutral_rows(None)], dtype=torch.long)
+
+    def at(self, dial: Dial, coefficient: float) -> Point:
+        """Measure a dial at one coefficient."""
+        if coefficient == 0:
+            return self.base
+        with eval_mode(self.model):
+            if self.plain:
+                with dial(coefficient):
+                    self.plain = has_plain_head(self.model, self._probe)
+                if not self.plain:  # the dial acts behind the head: logits are read as the model gives them
+                    self._known = None
+                    with self.base_context():
+                        self.base = self._measure(None)
+            with dial(coefficient) as rewrite:
+                return self._measure(rewrite)
+
+    def ask(self, questions: Sequence[Question], rewrite: Rewrite | None = None) -> Answers:
+        """What the model as it stands gives to the choices of questions."""
+        options = {"think_tokens": self.think_tokens, "plain": self.plain, "batch_size": self.batch_size}
+        return choice_logp(self.model, self.tokenizer, questions, rewrite, **options)
+
+    def report(
+        self, points: dict[float, Point], *, budget: Budget | None = None, samples: Sequence[Sample] = ()
+    ) -> EvalReport:
+        """The report of one dial from what was measured by coefficient; the base is added."""
+        points = {**points, 0.0: self.base}
+        order = sorted(points)
+        target, control, texts = ([getattr(points[c], part) for c in order] for part in ("target", "control", "texts"))
+        return EvalReport(
+            order,
+            log_odds=torch.stack([answers.odds for answers in target]),
+            answer_mass=torch.stack([answers.mass for answers in target]),
+            control_logp=torch.stack([answers.logp[:, 0] for answers in control]),
+            control_log_odds=torch.stack([answers.odds for answers in control]),
+            neutral_logp=torch.stack([part.logp for part in texts]),
+            neutral_tokens=self.neutral_tokens,
+            neutral_kl=torch.stack([part.kl for part in texts]),
+            neutral_kl_squared=torch.stack([part.kl_squared for part in texts]),
+            groups=[q.group for q in self.targets],
+            units=[q.unit for q in self.targets],
+            thought=torch.stack([answers.finished for answers in target]) if self.think_tokens else None,
+            dropped=self.dropped,
+            samples=list(samples),
+            budget=budget or Budget(),
+        )
+
+    def _measure(self, rewrite: Rewrite | None) -> Point:
+        return Point(self.ask(self.targets, rewrite), self.ask(self.controls, rewrite), self._texts(rewrite))
+
+    def _read(self, rows: Sequence[list[int]], spans: Sequence[Span], read: Callable[..., Tensor]) -> list[Tensor]:
+        return read_rows(self.model, self.tokenizer, rows, spans, read, plain=self.plain, batch_size=self.batch_size)
+
+    def _neutral_rows(self, rewrite: Rewrite | None) -> list[tuple[list[int], Span]]:
+        """Token ids of each neutral text, and where its own tokens are predicted.
+
+        With a chat template a text is the answer to a request for one; without, plain text. Its first token counts
+        only if something stands before it whatever the dial does.
+        """
+        request = NEUTRAL_REQUEST if self.tokenizer.chat_template else ""
+        skipped = 0 if request or self.tokenizer.bos_token_id is not None else 1
+        rows = []
+        for text in self.neutral_texts:
+            encoded = encode(self.tokenizer, rewrite(request) if rewrite else request, text)
+            end = len(encoded.ids) - 1
+            rows.append((encoded.ids, (end - len(encoded.suffix) + skipped, end)))
+        return rows
+
+    @torch.no_grad()
+    def _texts(self, rewrite: Rewrite | None) -> Texts:
+        """The neutral texts as the model stands; the first call, of the base, is remembered.
+
+        Its log-probabilities are, or, where they would be large, the states that they are made from.
+        """
+        made = self._neutral_rows(rewrite)
+        if not made:
+            return Texts(*torch.empty(3, 0))
+        rows, spans = [row for row, _ in made], [span for _, span in made]
+        known, kept = self._known, [torch.empty(0)] * len(rows)
+        total = sum(stop - start for start, stop in spans)  # the same whatever the dial
+
+        def read(states: Tensor, head: Callable[[Tensor], Tensor], members: list[int]) -> Tensor:
+            lengths = [spans[i][1] - spans[i][0] for i in members]
+            own = torch.cat([torch.tensor(rows[i][spans[i][0] + 1 : spans[i][1] + 1]) for i in members])
+            base = None if known is None else torch.cat([known[i] for i in members])
+            chunk = tokens_at_once(states, head)
+            whole = total * (CHUNK // chunk) <= KEPT
+            values, remembered = [], []
+            for start in range(0, len(states), chunk):
+                at = slice(start, start + chunk)
+                logp = head(states[at]).float().log_softmax(dim=-1)
+                kl = torch.zeros(len(logp), device=logp.device)
+                if base is not None:
+                    before = base[at] if whole else head(base[at]).float().log_softmax(dim=-1)
+                    kl = (logp.exp() * (logp - before)).sum(dim=-1)
+                elif whole:
+                    remembered.append(logp)
+                values.append(torch.stack([logp.gather(-1, own[at].to(logp.device)[:, None])[:, 0], kl], dim=1))
+            if base is None:
+                for i, part in zip(members, (torch.cat(remembered) if whole else states).split(lengths), strict=True):
+                    kept[i] = part
+            return torch.cat(values)
+
+        parts = self._read(rows, spans, read)
+        if known is None:
+            self._known = kept
+        sums = [torch.stack([part[:, 0].sum(), part[:, 1].sum(), part[:, 1].square().sum()]) for part in parts]
+        return Texts(*torch.stack(sums).T)
+
+
+@torch.no_grad()
+def choice_logp(
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    rewrite: Rewrite | None = None,
+    *,
+    think_tokens: int = 0,
+    plain: bool = False,
+    batch_size: int = 128,
+) -> Answers:
+    """What the model gives to the target choices and to the other choices, as sets of exact token ids.
+
+    `plain`: whether logits are the head of the final states, see `has_plain_head`.
+    """
+    if not questions:
+        return Answers(torch.empty(0, 2), torch.empty(0, dtype=torch.bool))
+    rewrite = rewrite or (lambda prompt: prompt)
+    closed = [True] * len(questions)
+    if think_tokens:
+        rows, closed = _thought_rows(model, tokenizer, questions, rewrite, think_tokens, batch_size)
+    else:
+        rows = [encode(tokenizer, rewrite(q.prompt), q.suffix, history=q.history).ids for q in questions]
+    ids = [choice_ids(tokenizer, question) for question in questions]
+    sides = [
+        [torch.tensor([tokens[c] for c in q.choices if (c in q.target) == wanted]) for wanted in (True, False)]
+        for q, tokens in zip(questions, ids, strict=True)
+    ]
+
+    def read(states: Tensor, head: Callable[[Tensor], Tensor], members: list[int]) -> Tensor:
+        logits = head(states).float()
+        logp = (logits - logits.logsumexp(dim=-1, keepdim=True)).cpu()
+        both = [[row[side].logsumexp(dim=0) for side in sides[i]] for row, i in zip(logp, members, strict=True)]
+        return torch.tensor(both, device=states.device)
+
+    spans = [(len(row) - 1, len(row)) for row in rows]
+    parts = read_rows(model, tokenizer, rows, spans, read, plain=plain, batch_size=batch_size)
+    return Answers(torch.cat(parts), torch.tensor(closed))
+
+
+def _thought_rows(
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    rewrite: Rewrite,
+    think_tokens: int,
+    batch_size: int,
+) -> tuple[list[list[int]], list[bool]]:
+    """Token ids of each question behind the model's thinking, and whether that ended by itself."""
+    begun = [encode(tokenizer, rewrite(q.prompt), thinking=True, history=q.history).ids for q in questions]
+    rows: list[list[int]] = []
+    closed: list[bool] = []
+    for start in range(0, len(begun), batch_size):
+        whole, ended = think(model, tokenizer, begun[start : start + batch_size], think_tokens)
+        rows += whole
+        closed += ended
+    return [row + plain_ids(tokenizer, q.suffix) for row, q in zip(rows, questions, strict=True)], closed
+
+
+def askable(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> tuple[list[Question], list[str]]:
+    """The questions whose choices can be told apart by their first tokens, and why others cannot be asked."""
+    asked, dropped = [], []
+    for index, question in enumerate(questions):
+        try:
+            choice_ids(tokenizer, question)
+        except ValueError as error:
+            dropped.append(f"question {index}: {error}")
+        else:
+            asked.append(question)
+    return asked, dropped
+
+
+def prompt_dial(plus: str, minus: str) -> Dial:
+    """A dial that puts `plus` in front of every prompt at c > 0, `minus` at c < 0 and nothing at 0."""
+
+    @contextmanager
+    def dial(coefficient: float):
+        opening = plus if coefficient > 0 else minus if coefficient < 0 else ""
+        yield (lambda prompt: f"{opening} {prompt}".strip()) if opening else None
+
+    return dial

@@ -1,0 +1,115 @@
+"""Reading the predictions of many rows of token ids; a beginning that rows share is computed once."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from itertools import takewhile
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from repeng.data.tokens import pad_rows
+from repeng.model.logprob import read_vocabulary
+from repeng.model.sharded import is_sharded
+from repeng.model.types import CausalLM
+
+SHORTEST = 8  # shared tokens from which on a forward of their own pays
+Span = tuple[int, int]  # first and last + 1 of the tokens of a row whose predictions are read
+Read = Callable[[Tensor, Callable[[Tensor], Tensor], list[int]], Tensor]
+
+
+class Group(NamedTuple):
+    """Rows, by index, that begin with the same `shared` tokens."""
+
+    members: list[int]
+    shared: int
+
+
+def read_rows(
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Sequence[int]],
+    spans: Sequence[Span],
+    read: Read,
+    *,
+    plain: bool,
+    batch_size: int = 128,
+) -> list[Tensor]:
+    """What `read` makes of the predictions at `spans`, by row.
+
+    Args:
+        model: causal language model.
+        tokenizer: pads.
+        rows: token ids.
+        spans: of each row, which tokens' predictions of the next token are read.
+        read: gets final hidden states `(n d)` of the tokens of several rows, what makes logits of them, and the
+            indices of these rows; gives `(n …)`, float32.
+        plain: whether logits are the head of the final states, see `has_plain_head`; otherwise `read` gets logits and
+            the identity.
+        batch_size: rows per forward.
+    """
+    parts: dict[int, Tensor] = {}
+    for group in _groups(rows, spans, batch_size, share=not is_sharded(model)):
+        prefix = rows[group.members[0]][: group.shared]
+        cache = _cache_of(model, prefix, len(group.members)) if prefix else None
+        start = len(prefix) if cache is not None else 0
+        batch: dict[str, Any] = pad_rows(
+            [rows[i][start:] for i in group.members], tokenizer, model.device, side="right"
+        )
+        mask = torch.zeros(batch["input_ids"].shape, dtype=torch.bool)
+        for line, i in enumerate(group.members):
+            mask[line, spans[i][0] - start : spans[i][1] - start] = True
+        if cache is not None:
+            ones = batch["attention_mask"].new_ones(len(group.members), start)
+            batch["attention_mask"] = torch.cat([ones, batch["attention_mask"]], dim=1)
+            batch["position_ids"] = batch["position_ids"] + start
+            batch |= {_cache_argument(model): cache, "use_cache": True}
+        (values,) = read_vocabulary(
+            model, batch, lambda hs, head, m=mask, g=group: [read(hs[m.to(hs.device)], head, g.members)], plain=plain
+        )
+        lengths = [spans[i][1] - spans[i][0] for i in group.members]
+        parts |= dict(zip(group.members, values.cpu().split(lengths), strict=True))
+    return [parts[i] for i in range(len(rows))]
+
+
+def _groups(rows: Sequence[Sequence[int]], spans: Sequence[Span], batch_size: int, *, share: bool) -> list[Group]:
+    """Batches of at most `batch_size` rows: rows with the same beginning together where that saves tokens."""
+    order = sorted(range(len(rows)), key=lambda i: list(rows[i]))
+    found: list[Group] = []
+    for i in order if share else ():
+        if found:
+            members, shared = found[-1]
+            common = _common(rows[members[0]][:shared], rows[i][: spans[i][0]])
+            saved = shared * (len(members) - 1)
+            if common >= SHORTEST and common * len(members) >= saved and len(members) < batch_size:
+                found[-1] = Group([*members, i], common)
+                continue
+        found.append(Group([i], spans[i][0]))
+    together = [group for group in found if len(group.members) > 1]
+    joined = {i for group in together for i in group.members}
+    alone = [i for i in order if i not in joined]
+    return together + [Group(alone[at : at + batch_size], 0) for at in range(0, len(alone), batch_size)]
+
+
+def _common(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many tokens two rows begin with together."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))
+
+
+def _cache_argument(model: CausalLM) -> str:
+    """What this model's forward calls its key-value cache."""
+    base = getattr(model, "get_base_model", lambda: model)()
+    return "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
+
+
+def _cache_of(model: CausalLM, prefix: Sequence[int], n: int) -> Cache | None:
+    """The keys and values of a beginning, for `n` rows; None from a model that keeps something else."""
+    ids = torch.tensor([prefix], device=model.device)
+    whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": True, "logits_to_keep": 1}
+    cache = getattr(cast(Any, model)(**whole), "past_key_values", None)
+    if type(cache) is not DynamicCache or not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
+        return None
+    cache.batch_repeat_interleave(n)
+    return cache

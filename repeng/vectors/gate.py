@@ -1,0 +1,161 @@
+"""A gate: how strongly each token is steered, read from its own hidden state."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from repeng.data.files import written_whole
+from repeng.data.pairs import ContrastPair
+from repeng.data.tokens import Encoded, encode, pad_rows
+from repeng.data.word_questions import without_persona
+from repeng.model.sites import Place, capture, eval_mode, site_modules
+from repeng.model.types import CausalLM
+from repeng.vectors.vector import SteeringVector
+
+KEY = "repeng-gate"  # of the JSON text in a file's safetensors metadata
+RIDGE = 1e-2  # share of the states' mean variance
+
+
+@dataclass(frozen=True, eq=False)
+class Gate:
+    """For each (site, layer), a probe `w (d)` and `b ()`: a token of state h is steered by c · max(0, w·h + b).
+
+    A token-wise coefficient as in PSR (arXiv 2605.03907). It is 1 in the mean over the tokens that it was fitted on.
+    """
+
+    probes: dict[Place, tuple[Tensor, Tensor]]
+
+    def factor(self, place: Place, hs: Tensor) -> Tensor:
+        """The factor `(b t 1)` of each token of states `hs (b t d)`."""
+        weight, bias = (part.to(hs) for part in self.probes[place])
+        return (hs @ weight + bias).clamp(min=0)[..., None]
+
+    def check(self, vector: SteeringVector) -> None:
+        """Raise ValueError unless the gate is for the places of a vector."""
+        missing = set(vector.directions) - set(self.probes)
+        if missing:
+            raise ValueError(f"the gate has no probe at {sorted(missing)}; it has {sorted(self.probes)}")
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file, whole or not at all."""
+        places = list(self.probes)
+        tensors = {str(index): torch.cat([w, b[None]]) for index, (w, b) in enumerate(self.probes.values())}
+        with written_whole(path) as place:
+            save_file(tensors, place, {KEY: json.dumps(places)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Gate":
+        """Read what `save` has written.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is no gate.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there is no file {str(path)!r}")
+        try:
+            with safe_open(path, "pt") as file:
+                places = [(str(site), int(layer)) for site, layer in json.loads((file.metadata() or {})[KEY])]
+                both = [file.get_tensor(str(index)) for index in range(len(places))]
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a gate that `Gate.save` has written") from error
+        if not all(tensor.ndim == 1 and tensor.isfinite().all() for tensor in both):
+            raise ValueError(f"{path}: a probe holds values that are not finite, or has another shape than (d + 1,)")
+        return cls({place: (tensor[:-1], tensor[-1]) for place, tensor in zip(places, both, strict=True)})
+
+
+@torch.no_grad()
+def fit_gate(
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    vector: SteeringVector,
+    pairs: Sequence[ContrastPair],
+    *,
+    batch_size: int = 32,
+) -> Gate:
+    """Learn from the pairs at which tokens the personas push along a vector.
+
+    On every token of a suffix, the teacher is half of the difference of both sides' states along the direction, in
+    units of its length. A ridge regression from the state without a persona predicts it.
+
+    Args:
+        model: the model that the vector is for.
+        tokenizer: its tokenizer.
+        vector: what will be gated.
+        pairs: contrast pairs with suffixes.
+        batch_size: prompts per forward.
+
+    Raises:
+        ValueError: the pairs have no suffixes, the vector is for another model, or the personas push nowhere.
+    """
+    if not pairs or not all(pair.suffix for pair in pairs):
+        raise ValueError("a gate is learned on the suffixes of pairs; every pair needs one")
+    vector.check(model)
+    places = list(vector.directions)
+    template = bool(tokenizer.chat_template)
+    sides = (
+        [p.chosen for p in pairs],
+        [p.rejected for p in pairs],
+        [without_persona(p, has_template=template) for p in pairs],
+    )
+    plus, minus, plain = (
+        _suffix_states(
+            model,
+            tokenizer,
+            [encode(tokenizer, prompt, pair.suffix) for prompt, pair in zip(prompts, pairs, strict=True)],
+            places,
+            batch_size,
+        )
+        for prompts in sides
+    )
+    probes = {}
+    for place, direction in vector.directions.items():
+        v = direction.to(plus[place])
+        pushed = (plus[place] - minus[place]) @ v / (2 * v.square().sum().clamp_min(1e-30))
+        probes[place] = _ridge(plain[place], pushed)
+    return Gate(probes)
+
+
+def _ridge(states: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """The probe `w (d)`, `b ()` that predicts `wanted (n)` from `states (n d)`, scaled to a mean factor of 1."""
+    states, wanted = states.double(), wanted.double()
+    centre = states.mean(dim=0)
+    centred = states - centre
+    gram = centred.T @ centred / len(states)
+    penalty = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    weight = torch.linalg.solve(gram + penalty, centred.T @ (wanted - wanted.mean()) / len(states))
+    bias = wanted.mean() - centre @ weight
+    mean = (states @ weight + bias).clamp(min=0).mean()
+    if not mean > 1e-9:
+        raise ValueError("on no token of these pairs do the personas push along the vector; is its sign turned?")
+    return (weight / mean).float(), (bias / mean).float()
+
+
+def _suffix_states(
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: Sequence[Encoded],
+    places: Sequence[Place],
+    batch_size: int,
+) -> dict[Place, Tensor]:
+    """States `(n d)` of all tokens of the suffixes, by place, float32, on the CPU."""
+    modules = site_modules(model, places)
+    parts: list[list[Tensor]] = [[] for _ in places]
+    with eval_mode(model):
+        for start in tqdm(range(0, len(encoded), batch_size), desc="gate", leave=False, delay=1):
+            some = encoded[start : start + batch_size]
+            batch = pad_rows([one.ids for one in some], tokenizer, model.device, side="left")
+            with capture(modules) as outputs:
+                model(**batch, use_cache=False, logits_to_keep=1)
+            for part, output in zip(parts, outputs, strict=True):
+                assert output is not None
+                part += [row[-len(one.suffix) :].float().cpu() for row, one in zip(output, some, strict=True)]
+    return {place: torch.cat(part) for place, part in zip(places, parts, strict=True)}

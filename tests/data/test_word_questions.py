@@ -1,0 +1,128 @@
+"""Questions made of pairs carry no persona, and say how far the personas move them."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from repeng import tiny
+from repeng.data import word_questions as module
+from repeng.data.pairs import ContrastPair
+from repeng.data.probes import ROBUSTNESS, other_traits, robustness, some_suffixes, traits_that_move
+from repeng.data.questions import Question
+from repeng.data.word_questions import NEUTRAL_REQUEST, without_persona, word_questions
+
+PAIR = ContrastPair("You are cheerful. Tell me of the sea.", "You are gloomy. Tell me of the sea.", "It is")
+
+
+def test_the_persona_is_taken_out():
+    assert without_persona(PAIR, has_template=True) == "Tell me of the sea."
+    assert without_persona(PAIR, has_template=False) == ""
+    alone = ContrastPair("Be a cheerful person.", "Be a gloomy person.", "It is")
+    assert without_persona(alone, has_template=True) == NEUTRAL_REQUEST
+    text = ContrastPair("cheerful people say that rain", "gloomy people say that rain")
+    assert without_persona(text, has_template=False) == "people say that rain"
+
+
+class Said:
+    """A "model" that says the given distribution behind each prompt, by its last token before the suffix."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, by_token, size):
+        self.by_token, self.size = by_token, size
+
+    def __call__(self, input_ids, **_):
+        logits = torch.full((len(input_ids), 1, self.size), -20.0)
+        for row, ids in enumerate(input_ids.tolist()):
+            for token, said in self.by_token.items():
+                if token in ids:
+                    for index, value in said.items():
+                        logits[row, 0, index] = value
+        return SimpleNamespace(logits=logits)
+
+
+def test_the_words_that_tell_the_sides_apart(tokenizer):
+    ids = tokenizer.get_vocab()
+    model = Said(
+        {ids["cheerful"]: {ids["red"]: 1.0, ids["blue"]: 0.0}, ids["gloomy"]: {ids["red"]: 0.0, ids["blue"]: 2.0}},
+        len(tokenizer),
+    )
+    pairs = [ContrastPair("the speaker is cheerful .", "the speaker is gloomy .", "the lime looks")]
+    made = word_questions(model, tokenizer, pairs)
+    assert made.questions == [Question("", ("red", "blue"), ("red",), suffix="the lime looks", unit="the lime looks")]
+    assert made.effect == pytest.approx((1.0 - 0.0) - (0.0 - 2.0), abs=1e-4)
+
+
+def test_a_pair_is_measured_on_the_words_of_the_others(tokenizer):
+    """Two wordings move different words: by the own words each would be moved, by the other's words neither is."""
+    ids = tokenizer.get_vocab()
+    said = {
+        ids["cheerful"]: {ids["red"]: 3.0, ids["blue"]: 0.0, ids["green"]: 0.0, ids["five"]: 0.0},
+        ids["gloomy"]: {ids["red"]: 0.0, ids["blue"]: 3.0, ids["green"]: 0.0, ids["five"]: 0.0},
+        ids["honest"]: {ids["red"]: 0.0, ids["blue"]: 0.0, ids["green"]: 3.0, ids["five"]: 0.0},
+        ids["dishonest"]: {ids["red"]: 0.0, ids["blue"]: 0.0, ids["green"]: 0.0, ids["five"]: 3.0},
+    }
+    pairs = [
+        ContrastPair("the speaker is cheerful .", "the speaker is gloomy .", "the lime looks"),
+        ContrastPair("the speaker is honest .", "the speaker is dishonest .", "the lime looks"),
+    ]
+    model = Said(said, len(tokenizer))
+    assert word_questions(model, tokenizer, pairs).effect == pytest.approx(0.0, abs=0.2)
+    assert word_questions(model, tokenizer, pairs[:1]).effect > 5
+
+
+def test_batches_change_nothing_and_the_most_telling_are_kept(embedded):
+    model, tokenizer = embedded
+    pairs = tiny.pairs("mood", 40, seed=0)
+    whole = word_questions(model, tokenizer, pairs, batch_size=7)
+    assert [q.suffix for q in whole.questions] == [
+        q.suffix for q in word_questions(model, tokenizer, pairs, batch_size=64).questions
+    ]
+    assert len({q.suffix for q in whole.questions}) == len(whole.questions) and whole.effect > 2
+    most = word_questions(model, tokenizer, pairs, most=5)
+    assert most.questions == whole.questions[:5]
+    assert all(q.unit == q.suffix and q.prompt == "" for q in whole.questions)
+    same = [ContrastPair("the speaker is cheerful .", "the speaker is cheerful .", p.suffix) for p in pairs[:3]]
+    assert word_questions(model, tokenizer, same).questions == []
+
+
+def test_probes_change_the_circumstances_only():
+    questions = [
+        Question("Tell me.", ("a", "b"), ("a",), suffix="It is"),
+        Question("Sum?", ("one", "two"), ("one",), "control"),
+    ]
+    probes = robustness(questions, ("Be glad.", "Be sad."), has_template=True)
+    assert list(probes) == list(ROBUSTNESS)
+    against = probes["argued against"]
+    assert [q.prompt for q in against.plus] == ["Be sad. Tell me."]
+    assert [q.prompt for q in against.minus] == ["Be glad. Tell me."]
+    for name in ROBUSTNESS[1:]:
+        assert probes[name].plus == probes[name].minus and "Tell me." in probes[name].plus[0].prompt
+        assert probes[name].plus[0].choices == ("a", "b") and probes[name].plus[0].suffix == "It is"
+    assert len(probes["several turns"].plus[0].history) == 2
+    assert list(robustness(questions, None, has_template=False)) == []
+
+
+def test_traits_of_another_language_are_left_out(embedded):
+    assert some_suffixes(embedded[1]) == []  # the embedded world has no words for them
+    assert other_traits(SimpleNamespace(positive="honest", negative="dishonest"), *embedded) == {}
+    assert traits_that_move(*embedded, least=1.0) == {}
+
+
+def test_each_trait_but_the_own_is_a_probe(embedded, monkeypatch):
+    from repeng.data import probes
+
+    monkeypatch.setattr(probes, "some_suffixes", lambda tokenizer: ["the rain settles on"])
+    seen = []
+    monkeypatch.setattr(
+        probes,
+        "word_questions",
+        lambda model, tokenizer, pairs: (
+            seen.append(pairs) or module.WordQuestions([Question("", ("a", "b"), ("a",))], 2.0)
+        ),
+    )
+    found = other_traits(SimpleNamespace(positive="honest", negative="dishonest"), *embedded)
+    assert "honesty" not in found and {"mood", "warmth"} <= set(found)
+    assert traits_that_move(*embedded, least=1.0)["honesty"] == 2.0 and traits_that_move(*embedded, least=3.0) == {}
+    assert all(pair.suffix == "the rain settles on" for pairs in seen for pair in pairs)
