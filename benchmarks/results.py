@@ -4,10 +4,11 @@ Reads `docs/results/*.safetensors`, which `python -m benchmarks.rivals` has writ
 picture for each file, and the table of the README.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
-from repeng.eval.compare import ADAPTER, PROMPTS, RANDOM
+from repeng.eval.compare import ADAPTER, MEAN_DIFF, PROMPTS, RANDOM
 from repeng.eval.comparison import Comparison
 from repeng.eval.curves import FIXED_COSTS
 from repeng.eval.report import figures
@@ -17,7 +18,8 @@ from repeng.eval.stored import load_reports
 ROOT = Path(__file__).parent.parent
 FOLDER, PAGE, README = ROOT / "docs" / "results", ROOT / "docs" / "results.md", ROOT / "README.md"
 BEGIN, END = "<!-- results: written by benchmarks/results.py -->", "<!-- end of results on a real model -->"
-IN_README = ("smollm2-mood", (PROMPTS, "mean difference", ADAPTER, "LoRA, same loss", RANDOM))
+IN_README = ("smollm2-mood", (PROMPTS, MEAN_DIFF, ADAPTER, "LoRA, same loss", RANDOM))
+SEEDS = re.compile(r" \(\d+ seeds\)$")
 HEAD = """# Results
 
 Written by `python -m benchmarks.results` from the files in `docs/results`, measured by `python -m benchmarks.rivals`.
@@ -48,7 +50,7 @@ def effect_rows(comparison: Comparison) -> dict[str, dict[str, str]]:
         ends = [comparison.methods[name].end(sign)[1][0].item() for sign in (1, -1)]
         point = comparison.reports[name][0].discrete
         rows[f"{name} ({seeds} seeds)" if seeds > 1 and name != RANDOM else name] = {
-            "at prompts' cost": interval(found["effect_at_prompt_cost"]),
+            "at prompts' cost": interval(found["effect"]),
             **{f"at {cost:g}": number(found[f"effect_at_{cost:g}"].value, 2) for cost in FIXED_COSTS},
             "cost at prompts' effect, + / −": " / ".join(map(never, costs)),
             "own cost, + / −": f"{ends[0]:.3f} / {ends[1]:.3f}" if point else "–",
@@ -89,7 +91,7 @@ def section(path: Path) -> str:
         for c in (report.endpoint(-1), 0.0, report.endpoint(+1)):
             text = next(s.text for s in report.samples_at(c) if s.prompt == prompt)
             cells[f"c = {c:+.2f}" if c else "base"] = " ".join(text.split()).replace("|", "/")
-        said.append((prompt, cells))
+        said.append((" ".join(prompt.split()).replace("|", "/"), cells))
     effect = more.get("persona_effect")
     moved = "" if effect is None else f" The personas move its questions by {effect:.1f} nats."
     return (
@@ -112,7 +114,10 @@ def readme_with_table(text: str, folder: Path = FOLDER) -> str:
     name, wanted = IN_README
     comparison, _ = comparison_in(folder / f"{name}.safetensors")
     rows = effect_rows(comparison)
-    kept = {key: row for key, row in rows.items() if key.startswith(wanted)}
+    exact = {comparison.untrained if key == MEAN_DIFF else key for key in wanted}
+    kept = {key: row for key, row in rows.items() if SEEDS.sub("", key) in exact}
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"the README has no lines {BEGIN!r} and {END!r} to write the table between")
     before, _, rest = text.partition(BEGIN)
     return f"{before}{BEGIN}\n{markdown(kept, 'method')}\n{END}{rest.partition(END)[2]}"
 

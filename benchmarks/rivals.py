@@ -22,7 +22,7 @@ from benchmarks.training import train
 from repeng import EvalReport, SteeringVector, extract, fit_gate, steer, tiny
 from repeng.data.pairs import PLACEHOLDER, ContrastPair
 from repeng.data.task import Task, make_task, read_pairs
-from repeng.data.tokens import encode
+from repeng.data.tokens import encode, encode_text
 from repeng.data.word_questions import without_persona
 from repeng.eval.compare import (
     ADAPTER,
@@ -143,7 +143,7 @@ class Bench:
         model = baselines.lora_on(copy.deepcopy(self.model), self.args, layers, names)
         for name, said in zip(names, texts, strict=True):
             encoded = [
-                encode(self.tokenizer, prompt, f"{pair.suffix}{text}")
+                encode_text(self.tokenizer, prompt, f"{pair.suffix}{text}")
                 for prompt, pair, text in zip(asked, pairs, said, strict=True)
             ]
             model.set_adapter(name)
@@ -181,8 +181,13 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=[*UNTRAINED, *TRAINED], help="some of the methods")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of what is trained")
     options = parser.parse_args()
-    bench = Bench(options.config, options.out.parent / f"{options.out.stem}-work")
-    reports, more = load_reports(options.out) if options.out.exists() else ({}, {"probes": {}, "seconds": {}})
+    bench = Bench(options.config, Path("outputs") / "rivals" / options.out.stem)
+    reports, more = (
+        load_reports(options.out) if options.out.exists() else ({}, {"probes": {}, "seconds": {}, "seeds": {}})
+    )
+    more.setdefault("seeds", {})
+    if more.get("config", options.config) != options.config:
+        parser.error(f"{options.out} holds reports of --config {' '.join(more['config'])}; give another --out")
     if PROMPTS not in reports:
         start = time.perf_counter()
         known = measure_baselines(bench.model, bench.tokenizer, bench.task, bench.tracer, nullcontext)
@@ -196,11 +201,12 @@ def main() -> None:
     for name in options.methods:
         runs = [TRAINED[name]] if name in TRAINED else []
         for seed in options.seeds if runs else [0]:
-            if len(reports.get(name, [])) > (options.seeds.index(seed) if runs else 0):
+            if seed in more["seeds"].get(name, []):
                 continue  # it was measured before
             start = time.perf_counter()
             report, probes = TRAINED[name](bench, seed) if runs else UNTRAINED[name](bench)
             reports.setdefault(name, []).append(report)
+            more["seeds"].setdefault(name, []).append(seed)
             more["probes"].setdefault(name, probes)
             more["seconds"][name] = more["seconds"].get(name, 0.0) + time.perf_counter() - start
             save_reports(options.out, reports, **more)

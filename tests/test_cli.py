@@ -63,7 +63,7 @@ def test_a_vector_is_evaluated_and_passes(vector_file, capsys):
     assert found["shortcomings"] == [] and found["verdict"] in capsys.readouterr().out
     own = found["rows"]["this dial"]
     assert own["range"] > 5 and own["range_interval"][0] > 4
-    effect, low, high = own["figures"]["effect_at_prompt_cost"]
+    effect, low, high = own["figures"]["effect"]
     assert low <= effect <= high and low > 4
     assert {path.name for path in folder.iterdir()} == {"report.json", "report.csv", "report.html", "report.png"}
 

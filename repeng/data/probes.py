@@ -79,6 +79,13 @@ def traits_that_move(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     return {name: effect for name, effect in sorted(effects.items(), key=lambda item: -item[1]) if effect >= least}
 
 
+def _some_units(questions: Sequence[Question]) -> list[Question]:
+    """About `MOST` of the questions, evenly: all or none of a unit, such as both orders of the options."""
+    units = list(dict.fromkeys(q.unit or str(index) for index, q in enumerate(questions)))
+    kept = set(units[:: max(1, -(-len(questions) // MOST))])
+    return [q for index, q in enumerate(questions) if (q.unit or str(index)) in kept]
+
+
 def robustness(
     questions: Sequence[Question], personas: tuple[str, str] | None, *, has_template: bool
 ) -> dict[str, Probe]:
@@ -87,8 +94,7 @@ def robustness(
     Behind the persona that argues against the dial. For a model with a chat template also in other words, in a request
     of another language, and after other turns.
     """
-    targets = [q for q in questions if q.kind == "target"]
-    targets = targets[:: -(-len(targets) // MOST)] if targets else []
+    targets = _some_units([q for q in questions if q.kind == "target"])
     probes = {}
     if personas is not None:
         plus, minus = ([replace(q, prompt=f"{opening} {q.prompt}".strip()) for q in targets] for opening in personas)

@@ -390,7 +390,8 @@ def _dilemmas(rows: Sequence[Row], value: str) -> list[Question]:
                 prompt = f"{_text(row, 'dilemma_situation')}\n\nAction: {_text(row, 'action')}"
                 group = _text(row, "action_type")
             prompt += "\n\nWould you do it? Answer Yes or No."
-            questions.append(Question(prompt, YES_NO, (YES_NO[not serves],), group=group))
+            unit = f"dilemma {row['dilemma_idx']}"
+            questions.append(Question(prompt, YES_NO, (YES_NO[not serves],), group=group, unit=unit))
     if not questions:
         frequent = ", ".join(sorted(counts, key=lambda text: -counts[text])[:12])
         raise ValueError(f"no dilemma turns on the value {value!r}; frequent values are {frequent}")

@@ -17,10 +17,11 @@ from repeng.data.pairs import PLACEHOLDER, ContrastPair, load_pairs, make_pairs,
 from repeng.data.probes import Probe, other_traits, robustness
 from repeng.data.questions import Question, choice_ids, load_questions
 from repeng.data.tokens import encode, special_id
-from repeng.data.word_questions import NEUTRAL_REQUEST, word_questions
+from repeng.data.word_questions import NEUTRAL_REQUEST, persona_sentences, word_questions
 
 MAX_PAIRS = 1024
 MAX_QUESTIONS = 48
+SAME_OPENING = 0.2  # share of pairs that must open alike for that to be the persona prompt
 NEUTRAL_TRAIN, NEUTRAL_TEST = 256, 64
 SAMPLED_TRAIN, SAMPLED_TEST = 128, 24  # of a real model, where each takes time
 HELD_OUT_SHARE = 0.1
@@ -180,8 +181,10 @@ def hold_out(pairs: list[ContrastPair], most: int = MAX_PAIRS) -> tuple[list[Con
 def personas(args: TaskArguments, pairs: Sequence[ContrastPair], own: Task | None) -> tuple[str, str] | None:
     """Openings for the prompt baseline; None where only whole texts say what the behaviour is."""
     if args.positive is None or args.negative is None:
-        ((chosen, rejected), _), *_ = Counter((pair.chosen, pair.rejected) for pair in pairs).most_common(1)
-        return (chosen, rejected) if all(pair.suffix for pair in pairs) else None
+        if not all(pair.suffix for pair in pairs):
+            return None
+        ((opening, count), *_) = Counter(map(persona_sentences, pairs)).most_common(1)
+        return opening if count >= SAME_OPENING * len(pairs) else None
     if own is not None and not args.templates:
         return own.personas
     template = (args.templates or DEFAULT_TEMPLATES)[0]

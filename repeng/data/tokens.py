@@ -67,6 +67,18 @@ def encode(
     return Encoded(prompt_ids, suffix_ids)
 
 
+def encode_text(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> Encoded:
+    """A prompt as `encode` makes it, and a text whose own tokens are the same whatever stands before it.
+
+    `encode` puts a space between a prompt and its suffix, and none where there is no prompt; the two may differ in
+    their number of tokens.
+    """
+    if not prompt and not tokenizer.chat_template:
+        return Encoded(special_id(tokenizer, "bos"), plain_ids(tokenizer, f" {text}"))
+    before = encode(tokenizer, prompt).ids if prompt else []
+    return Encoded(before, plain_ids(tokenizer, text if tokenizer.chat_template else f" {text}"))
+
+
 def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a text without special tokens."""
     return list(cast(list[int], tokenizer(text, add_special_tokens=False)["input_ids"])) if text else []

@@ -92,6 +92,15 @@ def without_persona(pair: ContrastPair, *, has_template: bool) -> str:
     return kept or NEUTRAL_REQUEST
 
 
+def persona_sentences(pair: ContrastPair) -> tuple[str, str]:
+    """The sentences in which the prompts of a pair differ, chosen and rejected."""
+    chosen, rejected = (SENTENCE.split(text) for text in (pair.chosen, pair.rejected))
+    kept = [
+        " ".join(text for text in own if text not in other) for own, other in ((chosen, rejected), (rejected, chosen))
+    ]
+    return kept[0].strip(), kept[1].strip()
+
+
 def _shared_end(chosen: str, rejected: str) -> str:
     """The words that both prompts end with; the first prompt if there are none."""
     left, right = chosen.split(), rejected.split()
@@ -103,9 +112,10 @@ def _telling_words(
     tokenizer: PreTrainedTokenizerBase, shift: Tensor, pair: ContrastPair
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The words whose probability rises most, and those whose falls most, for a change of probabilities `(v)`."""
-    ends = [sign * shift.topk(8 * TOP, largest=sign > 0).values for sign in (1, -1)]
+    most = min(8 * TOP, len(shift))
+    ends = [sign * shift.topk(most, largest=sign > 0).values for sign in (1, -1)]
     ids = [
-        shift.topk(8 * TOP, largest=largest).indices[ends[i] > TELLING].tolist()
+        shift.topk(most, largest=largest).indices[ends[i] > TELLING].tolist()
         for i, largest in enumerate((True, False))
     ]
     first, second = (distinct_words(tokenizer, some, TOP, pair) for some in ids)

@@ -1,6 +1,7 @@
 """Measuring a dial beside its rivals, all at the same costs."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -9,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import torch
 from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,11 +36,12 @@ from repeng.vectors.vector import SteeringVector
 MAX_SCREENED = 12  # layers
 SCREEN_PAIRS, SCREEN_TEXTS = 12, 4
 SCREENED_DEPTH = (0.2, 0.95)
-SCREENED_AT = (-2.5, -1.0, 1.0, 2.5)
+SCREENED = 6  # coefficients of a layer, about
 SAMPLES, SAMPLE_TOKENS = 8, 24
 RANDOM_DIRECTIONS = 3
 TRACED = 12  # coefficients of a dial, about
 LARGEST = 64.0  # no larger coefficient is tried
+SAME = 2e-3  # nats by which two measurements of the same base may differ
 CACHED = 1  # counts up when what is measured of a baseline changes
 ADAPTER, PROMPTS, MEAN_DIFF, RANDOM = "this adapter", "persona prompts", "mean difference", "random direction"
 
@@ -65,19 +68,23 @@ def compare(
         name: what it is called in the reports.
         rivals: more dials by name, which take care of the model's adapters themselves.
         cache: a folder in which what was measured of the baselines is kept, by model, data and version of the package.
+
+    Raises:
+        ValueError: the task has no target question that can be asked, or no unseen neutral texts.
     """
+    if not task.unseen_neutral_texts:
+        raise ValueError("without neutral texts there is no cost to compare at; the task has no unseen_neutral_texts")
     adapted = isinstance(model, PeftModel)
     off = partial(steer, model, 0.0) if adapted else nullcontext
     with Progress(1 + len(rivals or {})) as progress:
         meter = Meter(model, tokenizer, task.questions, task.unseen_neutral_texts, base=off)
         tracer = Tracer(meter, progress, task)
-        key = model_key(model, tokenizer, version("repeng"), CACHED, asdict(replace(task, accepts=None)))
-        path = None if cache is None else cache / f"baselines-{key}.safetensors"
-        known = _known(path)
+        path = None if cache is None else cache / f"baselines-{_key(model, tokenizer, task)}.safetensors"
+        known = _known(path, meter)
         if known is None:
             known = measure_baselines(model, tokenizer, task, tracer, off)
             if path is not None:
-                save_reports(path, known.reports, untrained=known.untrained, probes=known.probes)
+                _keep(path, known)
         progress.baselines_are_done()
         prompts = PROMPTS if task.personas else None
         if prompts is not None:
@@ -97,14 +104,35 @@ class Baselines(NamedTuple):
     probes: dict[str, dict[str, tuple[float, float]]]
 
 
-def _known(path: Path | None) -> Baselines | None:
-    """Baselines that were measured before; None if there are none that can be read."""
+def _key(model: CausalLM, tokenizer: PreTrainedTokenizerBase, task: Task) -> str:
+    """A name for what baselines depend on, but for what `_known` compares."""
+    constants = CACHED, FIXED_COSTS, PLAIN_COST, RANDOM_DIRECTIONS, LARGEST
+    return model_key(model, tokenizer, version("repeng"), constants, asdict(replace(task, accepts=None)))
+
+
+def _keep(path: Path, known: Baselines) -> None:
+    """Write what was measured; where that cannot be, say so and go on."""
+    try:
+        save_reports(path, known.reports, untrained=known.untrained, probes=known.probes)
+    except OSError as error:
+        warnings.warn(f"what was measured of the baselines is not kept: {error}", stacklevel=2)
+
+
+def _known(path: Path | None, meter: Meter) -> Baselines | None:
+    """Baselines that were measured before, of a base that answers as this one does; None if there are none.
+
+    The base's own answers tell what no key holds: precision, quantisation, the chat template.
+    """
     if path is None or not path.is_file():
         return None
     try:
         reports, more = load_reports(path)
     except ValueError:
         return None
+    for report in (report for group in reports.values() for report in group):
+        pairs = (report.log_odds, meter.base.target.odds), (report.neutral_logp, meter.base.texts.logp)
+        if any(a.shape[1:] != b.shape or not torch.allclose(a[report.at(0.0)], b, atol=SAME) for a, b in pairs):
+            return None
     probes = {name: {key: (two[0], two[1]) for key, two in one.items()} for name, one in more["probes"].items()}
     return Baselines(reports, more["untrained"], probes)
 
@@ -144,7 +172,7 @@ class Progress:
 
     def __init__(self, dials: int) -> None:
         self.left = TRACED * dials
-        untrained = TRACED * (1 + RANDOM_DIRECTIONS) + len(SCREENED_AT) * MAX_SCREENED + 2
+        untrained = TRACED * (1 + RANDOM_DIRECTIONS) + SCREENED * MAX_SCREENED + 2
         self.bar = tqdm(total=self.left + untrained, desc="evaluation", leave=False)
 
     def __enter__(self) -> "Progress":
@@ -160,6 +188,23 @@ class Progress:
         """What is left are the dials that are compared."""
         self.bar.total = self.bar.n + self.left
         self.bar.refresh()
+
+
+def trace(
+    meter: Meter, dial: Dial, targets: Mapping[int, Sequence[float]], step: Callable[[], object]
+) -> dict[float, Point]:
+    """A dial at coefficients whose costs are near `targets`, by arm; calls `step` for each."""
+    points: dict[float, Point] = {}
+    tokens = meter.neutral_tokens.sum().item()
+
+    def cost(c: float) -> float:
+        step()
+        points[c] = meter.at(dial, c)
+        return points[c].texts.kl.sum().item() / tokens
+
+    for sign, costs in targets.items():
+        find_costs(lambda c, s=sign: cost(s * c), sorted(set(costs)), start=1.0, largest=LARGEST)
+    return points
 
 
 class Tracer:
@@ -187,18 +232,16 @@ class Tracer:
 
     def trace(self, dial: Dial, few: bool = False) -> EvalReport:
         """A dial near every cost, and near the edge of the budget; near two costs if `few`."""
-        points: dict[float, Point] = {}
-        tokens = self.meter.neutral_tokens.sum().item()
+        fixed = (PLAIN_COST,) if few else FIXED_COSTS
+        points = trace(
+            self.meter, dial, {sign: [cost, *fixed] for sign, cost in self.costs.items()}, self.progress.step
+        )
 
-        def measure(c: float) -> float:
+        def measure(c: float) -> None:
             points[c] = self._point(dial, c)
-            return points[c].texts.kl.sum().item() / tokens
 
-        for _, sign in ARMS:
-            targets = {self.costs[sign], *((PLAIN_COST,) if few else FIXED_COSTS)}
-            find_costs(lambda c, s=sign: measure(s * c), sorted(targets), start=1.0, largest=LARGEST)
-            if not few:
-                find_edge(lambda: self.meter.report(points), measure, sign)
+        for _, sign in () if few else ARMS:
+            find_edge(lambda: self.meter.report(points), measure, sign)
         report = self.meter.report(points)
         ends = [nearest(report, sign, self.costs[sign]) for _, sign in ARMS]
         return replace(report, operating=(ends[1], ends[0]))
@@ -286,16 +329,19 @@ def best_layer(
 ) -> int:
     """The layer whose vector does most for its cost, on questions made of some of the training pairs.
 
-    Each is measured at a few coefficients, and its effect is read at a cost of 0.1 nat per token.
+    Each is measured near a cost of 0.1 nat per token, where its effect is read. The middle layer if the pairs give no
+    questions.
     """
     pairs = task.pairs[:: max(1, len(task.pairs) // SCREEN_PAIRS)][:SCREEN_PAIRS]
-    questions = word_questions(cast(PreTrainedModel, model), tokenizer, pairs).questions
+    with eval_mode(model):
+        questions = word_questions(cast(PreTrainedModel, model), tokenizer, pairs).questions
+    if not questions:
+        return list(vectors)[len(vectors) // 2]
     meter = Meter(model, tokenizer, questions, task.neutral_texts[:SCREEN_TEXTS], base=nullcontext)
     merit: dict[int, float] = {}
     for layer, vector in vectors.items():
-        points = {}
-        for c in SCREENED_AT:
-            points[c] = meter.at(lambda c, v=vector: steer(model, c, vector=v), c)
-            step()
+        points = trace(
+            meter, lambda c, v=vector: steer(model, c, vector=v), {+1: [PLAIN_COST], -1: [PLAIN_COST]}, step
+        )
         merit[layer] = methods_of({"": [meter.report(points)]}, 0)[""].both_at(PLAIN_COST)[0].item()
     return max(merit, key=lambda layer: merit[layer])

@@ -14,6 +14,7 @@ from repeng.eval.eval_report import ARMS, EvalReport
 PLAIN_COST = 0.1  # where methods are compared without persona prompts, nats per token
 WRONG_WAY = 0.05  # share of items that may move against an arm
 RESAMPLES = 1000
+FEW = 8  # units of questions below which an interval is too narrow to be trusted
 
 
 @dataclass
@@ -40,15 +41,20 @@ class Comparison:
     @cached_property
     def methods(self) -> dict[str, Method]:
         """All methods on the same bootstrap draws."""
-        return methods_of(self.reports, RESAMPLES)
+        return methods_of(self.reports, RESAMPLES, self.random)
 
     def yardstick(self, kind: Cost = "mean") -> tuple[Tensor, Tensor]:
-        """The cost `(b)` of the persona prompts, + and −, in every draw; 0.1 nat without prompts."""
+        """The cost `(b)` of the persona prompts, + and −, in every draw; 0.1 nat where they have none."""
+        plain = torch.full((1 + RESAMPLES,), PLAIN_COST, dtype=torch.float64)
         if self.prompts is None:
-            plain = torch.full((1 + RESAMPLES,), PLAIN_COST, dtype=torch.float64)
             return plain, plain
-        prompts = self.methods[self.prompts]
-        return prompts.end(+1, kind)[1], prompts.end(-1, kind)[1]
+        plus, minus = (self.methods[self.prompts].end(sign, kind)[1] for _, sign in ARMS)
+        return torch.where(plus > 0, plus, plain), torch.where(minus > 0, minus, plain)
+
+    @property
+    def where(self) -> str:
+        """At which cost methods are compared, in words."""
+        return f"{PLAIN_COST:g} nat" if self.prompts is None else "prompts' cost"
 
     def at_yardstick(self, name: str, kind: Cost = "mean") -> Tensor:
         """Effect `(b)` of both arms of a method at the cost of the persona prompts."""
@@ -60,19 +66,19 @@ class Comparison:
         return Estimate.of(torch.where(theirs > 0, mine / theirs, math.inf * mine.sign()))
 
     def lead(self, name: str, other: str, sign: int) -> Estimate:
-        """How much more an arm of `name` does than that of `other` at the cost of the persona prompts, nats."""
+        """How much more an arm of `name` does than every report of `other` at the cost of the prompts, in nats."""
         cost = self.yardstick()[0 if sign > 0 else 1]
-        return Estimate.of(self.methods[name].effect_at(sign, cost) - self.methods[other].effect_at(sign, cost))
+        return Estimate.of(self.methods[name].effect_at(sign, cost) - self.methods[other].largest_at(sign, cost))
 
     def figures(self, name: str) -> dict[str, Any]:
-        """The figures of one method, by name, each an `Estimate`."""
+        """The figures of one method, by name, each an `Estimate`; "effect" is at the yardstick."""
         method, plus_minus = self.methods[name], self.yardstick()
         found: dict[str, Any] = {
-            "effect_at_prompt_cost": Estimate.of(self.at_yardstick(name)),
-            "effect_at_prompt_cost_rmse": Estimate.of(self.at_yardstick(name, "rmse")),
+            "effect": Estimate.of(self.at_yardstick(name)),
+            "effect_at_equal_rmse": Estimate.of(self.at_yardstick(name, "rmse")),
         }
         for (arm, sign), cost in zip(ARMS, plus_minus, strict=True):
-            found[f"effect_at_prompt_cost_{arm}"] = Estimate.of(method.effect_at(sign, cost))
+            found[f"effect_{arm}"] = Estimate.of(method.effect_at(sign, cost))
         for cost in FIXED_COSTS:
             found[f"effect_at_{cost:g}"] = Estimate.of(method.both_at(cost))
         if self.prompts is not None:
@@ -92,16 +98,21 @@ class Comparison:
         for other in (self.prompts, self.untrained):
             if other is not None and other != self.own:
                 times, theirs = self.times(self.own, other), self.at_yardstick(other)[0].item()
-                against.append(f"{_times(times)} x {other} ({theirs:.2f})")
+                against.append(f"{other} {theirs:.2f}" + (f", {_times(times)}" if theirs > 0 else ""))
         return (
             f"at {whose} (+ {plus:.3f}, − {minus:.3f} nat per token) {self.own} moves the log-odds by {own.value:.2f} "
             f"nats [{own.low:.2f}, {own.high:.2f}]; {'; '.join(against) or 'nothing to compare with'}"
+            + (f"; from {units} questions only" if (units := self._units()) < FEW else "")
         )
+
+    def _units(self) -> int:
+        """How many units of questions there are."""
+        return len(self.reports[self.own][0].members())
 
     def shortcomings(self) -> list[str]:
         """Why the method cannot be said to steer; empty if it does.
 
-        At the cost of the persona prompts each arm must do more than random directions, with the lower end of the
+        At the cost of the persona prompts each arm must do more than every random direction, with the lower end of the
         paired 95 % interval above 0, and at most 5 % of the items may move against it.
         """
         reasons = []
@@ -112,11 +123,15 @@ class Comparison:
                 lead = self.lead(self.own, self.random, sign)
                 if not lead.low > 0:
                     reasons.append(
-                        f"at equal cost the {arm} arm moves {value:.2f} nats and random directions "
+                        f"at equal cost the {arm} arm moves {value:.2f} nats and a random direction up to "
                         f"{value - lead.value:.2f}: the 95 % interval of the difference begins at {lead.low:.2f}"
                     )
-            against = max(report.against(sign) for report in self.reports[self.own])
-            if not against <= WRONG_WAY:
+            shares = [report.against(sign) for report in self.reports[self.own]]
+            if any(math.isnan(share) for share in shares):
+                reasons.append(f"no coefficient of the {arm} arm was found at that cost")
+                continue
+            against = max(shares)
+            if against > WRONG_WAY:
                 reasons.append(f"{against:.1%} of the items move against the {arm} arm; at most {WRONG_WAY:.0%} may")
         return reasons
 
@@ -126,22 +141,21 @@ class Comparison:
         for name, group in self.reports.items():
             figures = {key: [_finite(v) for v in estimate] for key, estimate in self.figures(name).items()}
             seeds = [report.to_dict(resamples if index == 0 else 0) for index, report in enumerate(group)]
-            rows[name] = {"figures": figures, "probes": self.probes.get(name, {}), **seeds[0]}
+            probes = {key: [_finite(v) for v in two] for key, two in self.probes.get(name, {}).items()}
+            rows[name] = {"figures": figures, "probes": probes, **seeds[0]}
             if len(seeds) > 1:
                 rows[name]["seeds"] = seeds
         return {
             "verdict": self.verdict,
             "shortcomings": self.shortcomings(),
             "own": self.own,
-            "yardstick": [cost[0].item() for cost in self.yardstick()],
+            "yardstick": [_finite(cost[0].item()) for cost in self.yardstick()],
             "rows": rows,
         }
 
 
 def _times(times: Estimate) -> str:
-    if not math.isfinite(times.value):
-        return "out of proportion,"
-    return f"{times.value:.2f} [{times.low:.2f}, {times.high:.2f}]"
+    return f"{times.value:.2f} x [{times.low:.2f}, {times.high:.2f}]"
 
 
 def _finite(value: float) -> float | str | None:

@@ -6,7 +6,7 @@ log-odds move by O(c) and the KL divergence by O(c²).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -61,7 +61,7 @@ def _crossing(x: Tensor, y: Tensor, target: Tensor) -> Tensor:
     before = (after - 1).clamp(min=0)
     (x0, y0), (x1, y1) = ((x.gather(1, i), y.gather(1, i)) for i in (before, after))
     share = ((target - x0) / (x1 - x0)).nan_to_num(nan=1.0, posinf=1.0, neginf=1.0).clamp(0, 1)
-    share = torch.where(x1.isinf(), 0.0, share)
+    share = torch.where(x1.isinf(), 0.0, torch.where(reached.any(dim=1, keepdim=True), share, 1.0))
     step = torch.where(share > 0, share * (y1 - y0), 0.0)
     return (y0 + step)[:, 0]
 
@@ -84,10 +84,17 @@ class Draws:
             _counts(len(report.members()), n, generator), _counts(report.neutral_kl.shape[1], n, generator), seed
         )
 
-    def seeds(self, n: int) -> Tensor:
-        """Shares `(b n)` of `n` training seeds; the same ones for all methods with as many."""
+    def seeds(self, n: int, one: bool = False) -> Tensor:
+        """Shares `(b n)` of `n` training seeds, or a single one in each draw but the first.
+
+        They are the same for all methods with as many seeds.
+        """
         generator = torch.Generator().manual_seed(self.seed + n)
-        return _counts(n, len(self.units) - 1, generator) / n
+        if not one:
+            return _counts(n, len(self.units) - 1, generator) / n
+        drawn = torch.randint(n, (len(self.units) - 1,), generator=generator)
+        single = torch.nn.functional.one_hot(drawn, n).double()
+        return torch.cat([torch.full((1, n), 1 / n, dtype=torch.float64), single])
 
 
 def _counts(size: int, n: int, generator: torch.Generator) -> Tensor:
@@ -133,10 +140,14 @@ def curve(report: EvalReport, sign: int, draws: Draws, cost: Cost = "mean") -> C
 
 
 class Method:
-    """The reports of one method, one for each training seed, and its figures in every draw."""
+    """The reports of one method, one for each training seed, and its figures in every draw.
 
-    def __init__(self, reports: Sequence[EvalReport], draws: Draws) -> None:
+    Of a method of chance (`chance`), a draw holds one report only: its interval says where one of its kind may lie.
+    """
+
+    def __init__(self, reports: Sequence[EvalReport], draws: Draws, chance: bool = False) -> None:
         self.reports, self.draws = list(reports), draws
+        self.shares = draws.seeds(len(self.reports), one=chance)
         self._curves: dict[tuple[int, Cost], list[Curve]] = {}
 
     def curves(self, sign: int, cost: Cost = "mean") -> list[Curve]:
@@ -149,20 +160,22 @@ class Method:
     def effect_at(self, sign: int, cost: Tensor | float, kind: Cost = "mean") -> Tensor:
         """Effect `(b)` of one arm at a cost, mean over seeds; see `Curve.effect_at`."""
         found = torch.stack([one.effect_at(cost) for one in self.curves(sign, kind)], dim=1)
-        return (found * self.draws.seeds(len(self.reports))).sum(dim=1)
+        return torch.where(self.shares > 0, found * self.shares, 0.0).sum(dim=1)
+
+    def largest_at(self, sign: int, cost: Tensor | float) -> Tensor:
+        """The largest effect `(b)` of any of the reports at a cost."""
+        return torch.stack([one.effect_at(cost) for one in self.curves(sign)], dim=1).amax(dim=1)
 
     def cost_at(self, sign: int, effect: Tensor | float, kind: Cost = "mean") -> Tensor:
         """Cost `(b)` of one arm at an effect, mean over seeds; see `Curve.cost_at`."""
         found = torch.stack([one.cost_at(effect) for one in self.curves(sign, kind)], dim=1)
-        shares = self.draws.seeds(len(self.reports))
-        return torch.where(shares > 0, found * shares, 0.0).sum(dim=1)
+        return torch.where(self.shares > 0, found * self.shares, 0.0).sum(dim=1)
 
     def end(self, sign: int, kind: Cost = "mean") -> tuple[Tensor, Tensor]:
         """Effect and cost `(b)` of the outermost point of one arm, mean over seeds."""
-        shares = self.draws.seeds(len(self.reports))
         effect = torch.stack([one.effect[:, -1] for one in self.curves(sign, kind)], dim=1)
         cost = torch.stack([one.cost[:, -1] for one in self.curves(sign, kind)], dim=1)
-        return (effect * shares).sum(dim=1), (cost * shares).sum(dim=1)
+        return (effect * self.shares).sum(dim=1), (cost * self.shares).sum(dim=1)
 
     def both_at(self, cost: float | tuple[Tensor, Tensor], kind: Cost = "mean") -> Tensor:
         """Sum `(b)` of the effects of both arms, each at its cost."""
@@ -170,8 +183,10 @@ class Method:
         return self.effect_at(+1, plus, kind) + self.effect_at(-1, minus, kind)
 
 
-def methods_of(reports: "dict[str, list[EvalReport]]", n: int = 1000) -> dict[str, Method]:
-    """All methods on the same draws, so that their differences and ratios are paired.
+def methods_of(
+    reports: Mapping[str, Sequence[EvalReport]], n: int = 1000, chance: str | None = None
+) -> dict[str, Method]:
+    """All methods on the same draws, so that their differences and ratios are paired; `chance` names one of chance.
 
     Raises:
         ValueError: the reports are of different items.
@@ -183,7 +198,7 @@ def methods_of(reports: "dict[str, list[EvalReport]]", n: int = 1000) -> dict[st
     if not every[0].neutral_tokens.sum():
         raise ValueError("without neutral texts there is no cost to compare at; evaluate with neutral_texts")
     draws = Draws.of(every[0], n)
-    return {name: Method(group, draws) for name, group in reports.items()}
+    return {name: Method(group, draws, name == chance) for name, group in reports.items()}
 
 
 def nearest(report: EvalReport, sign: int, cost: float) -> float:

@@ -5,16 +5,18 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from repeng.data.questions import Question, choice_ids
-from repeng.data.tokens import encode, plain_ids
+from repeng.data.tokens import encode, encode_text, plain_ids
 from repeng.data.word_questions import NEUTRAL_REQUEST
 from repeng.eval.eval_report import Budget, EvalReport, Sample
 from repeng.model.generate import THINK_CLOSE, think
 from repeng.model.logprob import CHUNK, has_plain_head, tokens_at_once
-from repeng.model.rows import Span, read_rows
+from repeng.model.rows import Span, can_share, read_rows
+from repeng.model.sharded import is_sharded
 from repeng.model.sites import eval_mode
 from repeng.model.types import CausalLM
 
@@ -99,10 +101,11 @@ class Meter:
         self.think_tokens, self.batch_size = think_tokens, batch_size
         self.base_context = base
         self._known: list[Tensor] | None = None
-        with eval_mode(model), base():
+        with eval_mode(model), base() as rewrite:
             self._probe = encode(tokenizer, asked[0].prompt, asked[0].suffix).ids
             self.plain = has_plain_head(model, self._probe)
-            self.base = self._measure(None)
+            self.share = can_share(model, self._probe)
+            self.base = self._measure(rewrite)
 
     @property
     def neutral_tokens(self) -> Tensor:
@@ -114,20 +117,28 @@ class Meter:
         if coefficient == 0:
             return self.base
         with eval_mode(self.model):
-            if self.plain:
-                with dial(coefficient):
-                    self.plain = has_plain_head(self.model, self._probe)
-                if not self.plain:  # the dial acts behind the head: logits are read as the model gives them
-                    self._known = None
-                    with self.base_context():
-                        self.base = self._measure(None)
+            with dial(coefficient):
+                plain = self.plain and has_plain_head(self.model, self._probe)
+                self.share = can_share(self.model, self._probe)
+            if plain != self.plain:  # the dial acts behind the head: logits are read as the model gives them
+                self.plain, self._known = plain, None
+                with self.base_context() as rewrite:
+                    self.base = self._measure(rewrite)
             with dial(coefficient) as rewrite:
                 return self._measure(rewrite)
 
     def ask(self, questions: Sequence[Question], rewrite: Rewrite | None = None) -> Answers:
         """What the model as it stands gives to the choices of questions."""
-        options = {"think_tokens": self.think_tokens, "plain": self.plain, "batch_size": self.batch_size}
-        return choice_logp(self.model, self.tokenizer, questions, rewrite, **options)
+        return choice_logp(
+            self.model,
+            self.tokenizer,
+            questions,
+            rewrite,
+            think_tokens=self.think_tokens,
+            plain=self.plain,
+            share=self.share,
+            batch_size=self.batch_size,
+        )
 
     def report(
         self, points: dict[float, Point], *, budget: Budget | None = None, samples: Sequence[Sample] = ()
@@ -155,10 +166,21 @@ class Meter:
         )
 
     def _measure(self, rewrite: Rewrite | None) -> Point:
-        return Point(self.ask(self.targets, rewrite), self.ask(self.controls, rewrite), self._texts(rewrite))
+        point = Point(self.ask(self.targets, rewrite), self.ask(self.controls, rewrite), self._texts(rewrite))
+        # Processes that hold a model together must go on alike, whatever the last digit of each.
+        return broadcast_object_list([point])[0] if is_sharded(self.model) else point
 
     def _read(self, rows: Sequence[list[int]], spans: Sequence[Span], read: Callable[..., Tensor]) -> list[Tensor]:
-        return read_rows(self.model, self.tokenizer, rows, spans, read, plain=self.plain, batch_size=self.batch_size)
+        return read_rows(
+            self.model,
+            self.tokenizer,
+            rows,
+            spans,
+            read,
+            plain=self.plain,
+            share=self.share,
+            batch_size=self.batch_size,
+        )
 
     def _neutral_rows(self, rewrite: Rewrite | None) -> list[tuple[list[int], Span]]:
         """Token ids of each neutral text, and where its own tokens are predicted.
@@ -170,7 +192,7 @@ class Meter:
         skipped = 0 if request or self.tokenizer.bos_token_id is not None else 1
         rows = []
         for text in self.neutral_texts:
-            encoded = encode(self.tokenizer, rewrite(request) if rewrite else request, text)
+            encoded = encode_text(self.tokenizer, rewrite(request) if rewrite else request, text)
             end = len(encoded.ids) - 1
             rows.append((encoded.ids, (end - len(encoded.suffix) + skipped, end)))
         return rows
@@ -226,11 +248,13 @@ def choice_logp(
     *,
     think_tokens: int = 0,
     plain: bool = False,
+    share: bool = False,
     batch_size: int = 128,
 ) -> Answers:
     """What the model gives to the target choices and to the other choices, as sets of exact token ids.
 
-    `plain`: whether logits are the head of the final states, see `has_plain_head`.
+    `plain`: whether logits are the head of the final states, see `has_plain_head`. `share`: whether a beginning that
+    rows have in common may go through the model once, see `can_share`.
     """
     if not questions:
         return Answers(torch.empty(0, 2), torch.empty(0, dtype=torch.bool))
@@ -253,7 +277,7 @@ def choice_logp(
         return torch.tensor(both, device=states.device)
 
     spans = [(len(row) - 1, len(row)) for row in rows]
-    parts = read_rows(model, tokenizer, rows, spans, read, plain=plain, batch_size=batch_size)
+    parts = read_rows(model, tokenizer, rows, spans, read, plain=plain, share=share, batch_size=batch_size)
     return Answers(torch.cat(parts), torch.tensor(closed))
 
 

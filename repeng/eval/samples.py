@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from repeng.data.questions import Question
 from repeng.data.tokens import encode
 from repeng.eval.eval_report import Sample
-from repeng.eval.measure import Dial
+from repeng.eval.measure import Dial, Rewrite
 from repeng.model.generate import continuations
 from repeng.model.logprob import head_logp
 from repeng.model.rows import read_rows
@@ -30,7 +31,7 @@ def draw_samples(
     max_new_tokens: int,
     accepts: Callable[[str], bool] | None = None,
     *,
-    base: Callable[[], AbstractContextManager[object]] | None = None,
+    base: Callable[[], AbstractContextManager[Any]] | None = None,
     batch_size: int = 128,
 ) -> list[Sample]:
     """One greedy continuation of each prompt at a coefficient, and what the base makes of it.
@@ -51,13 +52,10 @@ def draw_samples(
     asked = [p if isinstance(p, Question) else Question(p, ("a", "b"), ("a",)) for p in prompts]
     with eval_mode(model):
         with dial(coefficient) as rewrite:
-            rows = [
-                encode(tokenizer, rewrite(q.prompt) if rewrite else q.prompt, q.suffix, history=q.history).ids
-                for q in asked
-            ]
+            rows = _encoded(tokenizer, asked, rewrite)
             drawn = continuations(model, tokenizer, rows, max_new_tokens, batch_size)
-        with dial(0.0) if base is None else base():
-            bare = [encode(tokenizer, q.prompt, q.suffix, history=q.history).ids for q in asked]
+        with dial(0.0) if base is None else base() as rewrite:
+            bare = _encoded(tokenizer, asked, rewrite)
             surprise = _nll(model, tokenizer, bare, [ids for ids, _ in drawn], batch_size)
     samples = []
     for question, (ids, end), nll in zip(asked, drawn, surprise, strict=True):
@@ -69,6 +67,15 @@ def draw_samples(
             counts = count_accepted(f"{shown.rpartition(' .')[2]} {text}", accepts)
         samples.append(Sample(coefficient, shown, text, end is not None, repetition(ids), counts, nll))
     return samples
+
+
+def _encoded(
+    tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], rewrite: Rewrite | None
+) -> list[list[int]]:
+    return [
+        encode(tokenizer, rewrite(q.prompt) if rewrite else q.prompt, q.suffix, history=q.history).ids
+        for q in questions
+    ]
 
 
 def _nll(
@@ -86,7 +93,7 @@ def _nll(
         own = torch.tensor([token for i in members for token in written[i]], dtype=torch.long)
         return head_logp(states, head, own.to(states.device))
 
-    parts = read_rows(model, tokenizer, whole, spans, read, plain=False, batch_size=batch_size)
+    parts = read_rows(model, tokenizer, whole, spans, read, plain=False, share=False, batch_size=batch_size)
     return [-part.mean().item() for part in parts]
 
 

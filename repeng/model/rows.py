@@ -35,6 +35,7 @@ def read_rows(
     read: Read,
     *,
     plain: bool,
+    share: bool = True,
     batch_size: int = 128,
 ) -> list[Tensor]:
     """What `read` makes of the predictions at `spans`, by row.
@@ -48,10 +49,11 @@ def read_rows(
             indices of these rows; gives `(n …)`, float32.
         plain: whether logits are the head of the final states, see `has_plain_head`; otherwise `read` gets logits and
             the identity.
+        share: whether a beginning that rows have in common goes through the model once; see `can_share`.
         batch_size: rows per forward.
     """
     parts: dict[int, Tensor] = {}
-    for group in _groups(rows, spans, batch_size, share=not is_sharded(model)):
+    for group in _groups(rows, spans, batch_size, share=share and not is_sharded(model)):
         prefix = rows[group.members[0]][: group.shared]
         cache = _cache_of(model, prefix, len(group.members)) if prefix else None
         start = len(prefix) if cache is not None else 0
@@ -96,6 +98,25 @@ def _groups(rows: Sequence[Sequence[int]], spans: Sequence[Span], batch_size: in
 def _common(left: Sequence[int], right: Sequence[int]) -> int:
     """How many tokens two rows begin with together."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))
+
+
+@torch.no_grad()
+def can_share(model: CausalLM, ids: Sequence[int]) -> bool:
+    """Whether the last token of `ids` is predicted the same behind a key-value cache of the others, as steered now.
+
+    It is not where steering depends on how a text is cut into forwards.
+    """
+    if len(ids) < 2 or is_sharded(model):
+        return False
+    cache = _cache_of(model, ids[:-1], 1)
+    if cache is None:
+        return False
+    forward = cast(Any, model)
+    row, last = torch.tensor([ids], device=model.device), torch.tensor([ids[-1:]], device=model.device)
+    behind = {_cache_argument(model): cache, "use_cache": True, "attention_mask": torch.ones_like(row)}
+    whole = forward(input_ids=row, use_cache=False).logits[0, -1].float()
+    cut = forward(input_ids=last, position_ids=torch.full_like(last, len(ids) - 1), **behind).logits[0, -1].float()
+    return torch.allclose(whole, cut, rtol=1e-3, atol=1e-2)
 
 
 def _cache_argument(model: CausalLM) -> str:

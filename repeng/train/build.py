@@ -17,7 +17,7 @@ from repeng.data.questions import Question
 from repeng.data.task import Task, hold_out, make_task, read_pairs
 from repeng.data.word_questions import word_questions
 from repeng.model.loading import load_base, load_tokenizer, model_name
-from repeng.model.sites import decoder_layers, layers_of, site_module
+from repeng.model.sites import decoder_layers, eval_mode, layers_of, site_module
 from repeng.train.arguments import SteeringArguments, layer_request
 from repeng.train.collator import Example, tokenize_examples
 from repeng.train.reference import pair_differences
@@ -114,12 +114,13 @@ def build(
             compute_dtype=torch.bfloat16 if args.bf16 else torch.float32,
         )
     sites = resolve_sites(args, model)
-    if task is None:
-        task = make_task(task_args, model, tokenizer, pairs, seed=args.seed, own=own)
-    doubt = _doubt(task, model, tokenizer)
     validation, validation_texts = None, []
-    if args.eval_strategy != "no":
-        task, validation, validation_texts = _hold_back(task, model, tokenizer)
+    with eval_mode(model):
+        if task is None:
+            task = make_task(task_args, model, tokenizer, pairs, seed=args.seed, own=own)
+        doubt = _doubt(task, model, tokenizer)
+        if args.eval_strategy != "no":
+            task, validation, validation_texts = _hold_back(args, task, model, tokenizer)
     _check_batch(args, len(task.pairs))
     adapted = get_peft_model(model, _adapter_config(args, sites))
     examples = tokenize_examples(tokenizer, _seen(args, task.pairs), task.neutral_texts, args.seed)
@@ -137,21 +138,24 @@ def _doubt(task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
         return None
     others = traits_that_move(model, tokenizer, MOVES)
     listed = ", ".join(f"{name} ({effect:.1f})" for name, effect in others.items())
-    return (
-        f"these personas move this model by {task.persona_effect:.1f} nats, and words that mean nothing to a model by "
-        f"about half a nat: expect little. "
-        + (f"Traits of the package that move it: {listed}" if listed else "No trait of the package moves it")
+    return f"these personas move this model by {task.persona_effect:.1f} nats: expect nothing. " + (
+        f"Traits of the package that move it: {listed}" if listed else "No trait of the package moves it"
     )
 
 
 def _hold_back(
-    task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    args: SteeringArguments, task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Task, list[Question], list[str]]:
     """The task without a few pairs and neutral texts, and these as questions and texts for the validation."""
     pairs, held_back = hold_out(task.pairs, MAX_VALIDATION)
     n_texts = min(MAX_VALIDATION, len(task.neutral_texts) // 2)
     texts, neutral = task.neutral_texts[:n_texts], task.neutral_texts[n_texts:]
     questions = word_questions(model, tokenizer, held_back).questions
+    if not questions:
+        raise ValueError(
+            f"eval_strategy={args.eval_strategy}: this model continues both sides of all {len(held_back)} held-back "
+            "pairs alike, so that there is nothing to measure; give other pairs, or set eval_strategy: no"
+        )
     return replace(task, pairs=pairs, neutral_texts=neutral), questions, texts
 
 
@@ -176,9 +180,9 @@ def _share_between_processes(run: Run) -> None:
     if PartialState().num_processes == 1:
         return
     names = ("examples", "validation", "validation_texts")
-    parts = [run.task.pairs, run.task.unseen_neutral_texts, run.task.questions, *(getattr(run, n) for n in names)]
-    pairs, texts, questions, *rest = broadcast_object_list(parts)
-    run.task = replace(run.task, pairs=pairs, unseen_neutral_texts=texts, questions=questions)
+    data = ("pairs", "neutral_texts", "unseen_neutral_texts", "questions", "probes")
+    parts = broadcast_object_list([*(getattr(run.task, n) for n in data), *(getattr(run, n) for n in names)])
+    run.task, rest = replace(run.task, **dict(zip(data, parts, strict=False))), parts[len(data) :]
     for name, value in zip(names, rest, strict=True):
         setattr(run, name, value)
     for name, buffer in run.model.named_buffers():

@@ -58,7 +58,7 @@ def _write_folder(args: SteeringArguments, run: Run, trainer: Trainer, compariso
     about = {
         "seed": args.seed,
         "optimizer_steps": trainer.state.global_step,
-        "training_pairs": len(run.task.pairs),
+        "training_pairs": len(run.examples),
         "adapted": sorted(cast(SvdSteeringModel, run.model.base_model).targeted_module_names),
         "trainable_parameters": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
         "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
@@ -78,20 +78,9 @@ def as_config(task_args: TaskArguments, args: SteeringArguments, run: Run) -> di
 def _model_card(run: Run, folder: str, sentence: str, drawn: bool) -> str:
     """The README of the adapter: what it does, and how to load it."""
     tiny = run.base == "tiny"
-    load = (
-        "base, tokenizer = tiny.load()"
-        if tiny
-        else (
-            f'base = AutoModelForCausalLM.from_pretrained("{run.base}")\n'
-            f'tokenizer = AutoTokenizer.from_pretrained("{run.base}")'
-        )
-    )
-    imports = (
-        "from repeng import steer, tiny"
-        if tiny
-        else ("from transformers import AutoModelForCausalLM, AutoTokenizer\nfrom repeng import steer")
-    )
-    picture = "![dose and response](report.png)\n" if drawn else ""
+    load = "base, tokenizer = tiny.load()" if tiny else f'base, tokenizer = load_model("{run.base}")'
+    imports = "from repeng import steer, tiny" if tiny else "from repeng import load_model, steer"
+    picture = "![effect and cost](report.png)\n" if drawn else ""
     return f"""---
 library_name: peft
 tags: [steering, repeng]

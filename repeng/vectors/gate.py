@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from repeng.data.files import written_whole
 from repeng.data.pairs import ContrastPair
-from repeng.data.tokens import Encoded, encode, pad_rows
+from repeng.data.tokens import Encoded, encode_text, pad_rows
 from repeng.data.word_questions import without_persona
 from repeng.model.sites import Place, capture, eval_mode, site_modules
 from repeng.model.types import CausalLM
@@ -110,7 +110,7 @@ def fit_gate(
         _suffix_states(
             model,
             tokenizer,
-            [encode(tokenizer, prompt, pair.suffix) for prompt, pair in zip(prompts, pairs, strict=True)],
+            [encode_text(tokenizer, prompt, pair.suffix) for prompt, pair in zip(prompts, pairs, strict=True)],
             places,
             batch_size,
         )

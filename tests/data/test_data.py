@@ -5,10 +5,12 @@ import json
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from repeng import ContrastPair, PairCollator, check_pairs, load_pairs, make_pairs, tiny
 from repeng.data.files import load_texts
-from repeng.data.tokens import encode, label_mask, last_tokens, pad_rows
+from repeng.data.tokens import encode, encode_text, label_mask, last_tokens, pad_rows
 
 TEMPLATE = "{% for m in messages %}<s> {{ m['content'] }} ?{% endfor %}{% if add_generation_prompt %} it is{% endif %}"
 
@@ -194,3 +196,33 @@ def test_embedded_pairs_are_sound_and_about_the_training_half(tokenizer, trait):
     assert not any(pair.suffix.endswith(text) for pair in pairs for text in held_out)
     trained = {q.suffix for q in tiny.questions(trait, "train") if q.kind == "target"}
     assert all(any(pair.suffix.endswith(text) for text in trained) for pair in pairs)
+
+
+def test_a_text_has_the_same_tokens_whatever_stands_before_it():
+    """With byte-level BPE a word at the beginning has other tokens than behind a space, and another number of them."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    backend.train_from_iterator(["my sister saw an apple", "an apple"] * 9, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="!")
+    assert len(encode(tokenizer, "", "apple").suffix) != len(encode(tokenizer, "my", "apple").suffix)
+    rows = [encode_text(tokenizer, prompt, "apple") for prompt in ("", "my sister saw an")]
+    assert rows[0].suffix == rows[1].suffix and rows[1].ids == encode(tokenizer, "my sister saw an", "apple").ids
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
+    asked = encode_text(tokenizer, "my", "apple")
+    assert asked == encode(tokenizer, "my", "apple") and asked.suffix == encode_text(tokenizer, "an", "apple").suffix
+
+
+def test_earlier_turns_stand_before_the_prompt(tokenizer):
+    with_history = encode(tokenizer, "the lime is", history=["the rain settles", "on the field ."])
+    assert with_history == encode(tokenizer, "the rain settles on the field . the lime is")
+    chat = copy.deepcopy(tokenizer)
+    chat.chat_template = "{% for m in messages %}{{ m.role[0] }} {{ m.content }} {% endfor %}"
+    turns = chat.decode(encode(chat, "the lime is", history=["the rain", "the field"]).ids)
+    assert turns.split(" ")[1:3] == ["the", "rain"] and turns.index("rain") < turns.index("field") < turns.index(
+        "lime"
+    )
+    with pytest.raises(ValueError, match="1 turns"):
+        encode(chat, "the lime is", history=["the rain"])

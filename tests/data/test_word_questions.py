@@ -10,7 +10,8 @@ from repeng.data import word_questions as module
 from repeng.data.pairs import ContrastPair
 from repeng.data.probes import ROBUSTNESS, other_traits, robustness, some_suffixes, traits_that_move
 from repeng.data.questions import Question
-from repeng.data.word_questions import NEUTRAL_REQUEST, without_persona, word_questions
+from repeng.data.task import personas
+from repeng.data.word_questions import NEUTRAL_REQUEST, persona_sentences, without_persona, word_questions
 
 PAIR = ContrastPair("You are cheerful. Tell me of the sea.", "You are gloomy. Tell me of the sea.", "It is")
 
@@ -22,6 +23,16 @@ def test_the_persona_is_taken_out():
     assert without_persona(alone, has_template=True) == NEUTRAL_REQUEST
     text = ContrastPair("cheerful people say that rain", "gloomy people say that rain")
     assert without_persona(text, has_template=False) == "people say that rain"
+
+
+def test_the_persona_of_pairs_is_what_differs():
+    assert persona_sentences(PAIR) == ("You are cheerful.", "You are gloomy.")
+    args = SimpleNamespace(positive=None, negative=None)
+    same = [PAIR, ContrastPair("You are cheerful. Sing.", "You are gloomy. Sing.", "La")]
+    assert personas(args, same, None) == ("You are cheerful.", "You are gloomy.")
+    apart = [ContrastPair(f"I like {a}.", f"I hate {a}.", "It is") for a in "abcdef"]
+    assert personas(args, apart, None) is None
+    assert personas(args, [ContrastPair("a", "b")], None) is None
 
 
 class Said:
@@ -102,6 +113,9 @@ def test_probes_change_the_circumstances_only():
         assert probes[name].plus[0].choices == ("a", "b") and probes[name].plus[0].suffix == "It is"
     assert len(probes["several turns"].plus[0].history) == 2
     assert list(robustness(questions, None, has_template=False)) == []
+    orders = [Question("?", ("A", "B"), (x,), unit=f"u{i}") for i in range(40) for x in "AB"]
+    some = robustness(orders, None, has_template=True)["reworded"].plus
+    assert 15 <= len(some) <= 30 and [q.target[0] for q in some] == ["A", "B"] * (len(some) // 2)
 
 
 def test_traits_of_another_language_are_left_out(embedded):

@@ -49,5 +49,5 @@ def test_a_real_model_is_steered_by_its_mean_difference_and_not_by_chance(task_a
     assert found.times("the vector", f"{MEAN_DIFF} (layer 20)").value == pytest.approx(1, abs=0.05)
     figures = found.figures(RANDOM)
     assert figures["effect_at_0.1"].low < 0 < figures["effect_at_0.1"].high
-    prompts = found.figures(PROMPTS)["effect_at_prompt_cost"]
+    prompts = found.figures(PROMPTS)["effect"]
     assert prompts.low > 0 and 0.05 < found.yardstick()[0][0] < 3

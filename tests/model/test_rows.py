@@ -9,7 +9,7 @@ import torch
 from repeng import steer
 from repeng.model import rows as module
 from repeng.model.logprob import has_plain_head
-from repeng.model.rows import read_rows
+from repeng.model.rows import can_share, read_rows
 from repeng.vectors.vector import SteeringVector
 
 KINDS = ["llama", "gemma3-text", "gpt2", "mixtral"]
@@ -51,6 +51,20 @@ def test_shared_beginnings_change_nothing(kind, c, monkeypatch):
                 assert torch.allclose(one, other, atol=1e-4)
     sizes = [call["input_ids"].numel() for call in calls if "input_ids" in call]
     assert sum(sizes) < 2 * sum(map(len, rows)) * 0.8, sizes
+
+
+def test_what_depends_on_the_cut_is_not_shared():
+    """A slice counted from the end of the prompt: the last token of a beginning is none of the text's."""
+    model = tiny_models.build("llama")
+    generator = torch.Generator().manual_seed(0)
+    vector = SteeringVector({("residual", 1): 5 * torch.randn(model.config.hidden_size, generator=generator)})
+    ids = some_rows()[0][0]
+    with torch.no_grad():
+        assert can_share(model, ids)
+        with steer(model, 1.0, vector=vector):
+            assert can_share(model, ids)
+        with steer(model, 1.0, vector=vector, positions=slice(-1, None)):
+            assert not can_share(model, ids)
 
 
 def test_rows_with_little_in_common_go_together():

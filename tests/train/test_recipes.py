@@ -161,9 +161,9 @@ def test_one_step_of_the_recipe(name, chat_tokenizer, tmp_path, monkeypatch):
     task_args, args = parse_arguments(["--config", name, *argv])
     run = build(task_args, args, model=model, tokenizer=chat_tokenizer)
     pairs = run.task.pairs
-    assert check_pairs(pairs, chat_tokenizer) == [] and len(run.task.questions) == 2
+    assert check_pairs(pairs, chat_tokenizer) == [] and 1 <= len(run.task.questions) <= 2
     begin = chat_tokenizer.decode(run.examples[0]["chosen_ids"])
-    assert begin.startswith("<|im_start|>user\n") and "honest" in begin
+    assert begin.startswith("<|im_start|>user\n") and (task_args.positive in begin)
     assert f"</think>\n\n{pairs[0].suffix}" in begin and begin.endswith(pairs[0].suffix)
     trainer = SteeringTrainer(run.model, args, run.examples, run.tokenizer)
     before = [p.detach().clone() for p in run.model.parameters() if p.requires_grad]

@@ -77,7 +77,7 @@ def _draw_method(axes: "Axes", method: Method, sign: int, name: str, comparison:
         low, high = (one.effect[1:].quantile(share, dim=0) for share in (0.025, 0.975))
         label = name if seed == 0 else None
         if one.discrete:
-            reach = [[(effect - low)[-1].item()], [(high - effect)[-1].item()]]
+            reach = [[max(0.0, (effect - low)[-1].item())], [max(0.0, (high - effect)[-1].item())]]
             axes.errorbar(cost[-1:], effect[-1:], yerr=reach, fmt="*", markersize=11, label=label, zorder=5)
             continue
         (line,) = axes.plot(cost, effect, marker=".", label=label, **style)

@@ -32,11 +32,11 @@ footer { margin-top: 3rem; font-size: 0.85rem; opacity: 0.75; }
 
 CAPTIONS = {
     "effect_and_cost": "Effect over cost: the higher at the same cost, the better. Stars are prompts, which have no "
-    "dial; the dashed line is their cost, where methods are compared. The axis of costs is drawn as its root.",
-    "probes": "What each method moves at the cost of the prompts: the behaviour itself, other behaviours, which it "
+    "dial; the dashed line is where methods are compared. The axis of costs is drawn as its root.",
+    "probes": "What each method moves at equal cost: the behaviour itself, other behaviours, which it "
     "should leave alone, and the behaviour in other circumstances, where its effect should hold.",
-    "dose_response": "The method in bold over its coefficient, with 95 % bands over items; dashed: where it costs as "
-    "much as the prompts.",
+    "dose_response": "The method in bold over its coefficient, with 95 % bands over items; dashed: where "
+    "methods are compared.",
     "by_group": "The effect on each group of questions, at equal cost.",
 }
 
@@ -71,7 +71,7 @@ def write_page(comparison: Comparison, path: str | Path, *, title: str) -> None:
         "arm is named. Cost: KL divergence from the base, exact over the vocabulary, mean over the tokens of neutral "
         "texts. Intervals: 95&nbsp;%, bootstrap over questions, texts and seeds. Range: the effect inside the budget "
         "of answer mass, neutral text and controls. Flips, F1 (arXiv 2601.07473), SI, sel_gated and si_flips "
-        "(moral-maps): where a method costs as much as the prompts.</footer>"
+        "(moral-maps): where methods are compared.</footer>"
     )
     text = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'

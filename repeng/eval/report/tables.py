@@ -20,9 +20,9 @@ def summary(comparison: Comparison, name: str) -> dict[str, str]:
     def mean(value: Callable[[EvalReport], float]) -> float:
         return sum(map(value, reports)) / len(reports)
 
-    row = {"effect at prompts' cost": interval(figures["effect_at_prompt_cost"])}
+    row = {f"effect at {comparison.where}": interval(figures["effect"])}
     for arm, sign in ARMS:
-        row[f"{'−+'[sign > 0]} arm"] = number(figures[f"effect_at_prompt_cost_{arm}"].value, 2)
+        row[f"{'−+'[sign > 0]} arm"] = number(figures[f"effect_{arm}"].value, 2)
     for cost in FIXED_COSTS:
         row[f"at {cost:g}"] = number(figures[f"effect_at_{cost:g}"].value, 2)
     if comparison.prompts is not None:
