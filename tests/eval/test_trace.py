@@ -1,6 +1,7 @@
 """Coefficients are found from few measurements, whatever the shape of the cost."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -34,6 +35,12 @@ def test_a_square_is_found_in_one_step_for_each_target(scale):
 def test_other_shapes_are_found_as_well(cost):
     known = find_costs(cost, TARGETS, start=1.0, largest=64.0)
     assert all(near(known, target) for target in TARGETS) and len(known) <= 10
+
+
+def test_strides_are_of_four_at_most():
+    seen = []
+    find_costs(lambda c: seen.append(c) or 1e-9 * c**2, TARGETS, start=1.0, largest=1e6)
+    assert max(b / a for a, b in pairwise(seen)) <= 4.0 + 1e-9 and len(seen) >= 6
 
 
 def test_what_cannot_be_reached_ends():

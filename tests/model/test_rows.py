@@ -78,6 +78,9 @@ def test_groups_share_what_saves_most():
     rows = [*([*a, 50 + i] for i in range(4)), *([*b, 200 + i] for i in range(3)), [*a, 51, 9, 9]]
     groups = module._groups(rows, [(len(row) - 1, len(row)) for row in rows], 128, share=True)
     found = {tuple(sorted(group.members)): group.shared for group in groups}
+    odd = [*rows, [*a[:10], 77, 78]]  # it has ten tokens in common with rows that share twenty
+    joined = module._groups(odd, [(len(row) - 1, len(row)) for row in odd], 128, share=True)
+    assert {tuple(sorted(group.members)): group.shared for group in joined} == {**found, (8,): 0}
     assert found == {(0, 1, 2, 3, 7): 20, (4, 5, 6): 30}
     whole = module._groups(rows, [(5, len(row)) for row in rows], 128, share=True)
     assert all(group.shared == 0 for group in whole)  # what is read must not lie in what is shared
