@@ -47,13 +47,13 @@ def effect_rows(comparison: Comparison) -> dict[str, dict[str, str]]:
         found = comparison.figures(name)
         seeds = len(comparison.reports[name])
         costs = [found[f"cost_at_prompt_effect_{arm}"].value for arm in ("plus", "minus")]
-        ends = [comparison.methods[name].end(sign)[1][0].item() for sign in (1, -1)]
+        ends = [[part[0].item() for part in comparison.methods[name].end(sign)] for sign in (1, -1)]
         point = comparison.reports[name][0].discrete
         rows[f"{name} ({seeds} seeds)" if seeds > 1 and name != RANDOM else name] = {
             "at prompts' cost": interval(found["effect"]),
             **{f"at {cost:g}": number(found[f"effect_at_{cost:g}"].value, 2) for cost in FIXED_COSTS},
             "cost at prompts' effect, + / −": " / ".join(map(never, costs)),
-            "own cost, + / −": f"{ends[0]:.3f} / {ends[1]:.3f}" if point else "–",
+            "own point": f"{ends[0][0] + ends[1][0]:.2f} at {ends[0][1]:.3f} / {ends[1][1]:.3f}" if point else "–",
         }
     return rows
 

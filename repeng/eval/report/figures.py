@@ -65,7 +65,8 @@ def effect_and_cost(comparison: Comparison) -> "Figure":
         axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
         axes.set(xlim=(0, right), xticks=[0, 0.02, *FIXED_COSTS], title=f"{'−+'[sign > 0]} arm")
         axes.set(xlabel="cost: KL from the base, nat per token of neutral text", ylabel="effect on log-odds, nats")
-    figure.axes[0].legend(fontsize=8)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
 
