@@ -1,16 +1,30 @@
 """The pages that a script writes are what the files of reports say."""
 
+import re
+
+import pytest
+
 from benchmarks import results
 from repeng.eval.compare import ADAPTER, PROMPTS
 
 PATHS = sorted(results.FOLDER.glob("*.safetensors"))
 
 
+def fixed(text):
+    """Without the intervals: what is drawn for them may differ between versions of PyTorch."""
+    return re.sub(r"\[[-\d., ]+\]", "", text)
+
+
 def test_the_page_and_the_table_of_the_readme_are_generated():
-    assert PATHS and results.PAGE.read_text(encoding="utf-8") == results.page(PATHS)
+    assert PATHS and fixed(results.PAGE.read_text(encoding="utf-8")) == fixed(results.page(PATHS))
     readme = results.README.read_text(encoding="utf-8")
-    assert results.readme_with_table(readme) == readme
+    assert fixed(results.readme_with_table(readme)) == fixed(readme)
     assert all(path.with_suffix(".png").is_file() for path in PATHS)
+
+
+def test_a_readme_without_its_marks_is_refused():
+    with pytest.raises(ValueError, match="end of results on a real model"):
+        results.readme_with_table(f"head\n{results.BEGIN}\nand all the rest of the page")
 
 
 def test_rows_are_in_the_order_of_their_effect():

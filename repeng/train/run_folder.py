@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import platform
+import time
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, cast
@@ -35,7 +36,7 @@ def finish(task_args: TaskArguments, args: SteeringArguments, run: Run, trainer:
         save_adapter(model, args.output_dir, state)
         config = yaml.safe_dump(as_config(task_args, args, run), sort_keys=False)
         write_text(Path(args.output_dir) / "config.yaml", config)
-    comparison = None
+    comparison, start = None, time.perf_counter()
     if sharded:  # what the processes hold together they can only run together
         comparison = compare(run.model, run.tokenizer, run.task)
     # The others end here. One that left its group behind could crash in leaving, and take the first one along.
@@ -43,11 +44,11 @@ def finish(task_args: TaskArguments, args: SteeringArguments, run: Run, trainer:
     if not first:
         return None
     comparison = comparison or compare(run.model, run.tokenizer, run.task, cache=cache_folder())
-    _write_folder(args, run, trainer, comparison)
+    _write_folder(args, run, trainer, comparison, time.perf_counter() - start)
     return comparison
 
 
-def _write_folder(args: SteeringArguments, run: Run, trainer: Trainer, comparison: Comparison) -> None:
+def _write_folder(args: SteeringArguments, run: Run, trainer: Trainer, comparison: Comparison, seconds: float) -> None:
     """The training log, the learning curve, the report as JSON, CSV, PNG and HTML, and README.md."""
     folder, history = Path(args.output_dir), trainer.state.log_history
     write_text(folder / "training_log.jsonl", "".join(json.dumps(row) + "\n" for row in history))
@@ -59,12 +60,18 @@ def _write_folder(args: SteeringArguments, run: Run, trainer: Trainer, compariso
         "seed": args.seed,
         "optimizer_steps": trainer.state.global_step,
         "training_pairs": len(run.examples),
+        "seconds": {"training": _training_seconds(history), "comparison": round(seconds, 1)},
         "adapted": sorted(cast(SvdSteeringModel, run.model.base_model).targeted_module_names),
         "trainable_parameters": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
         "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
     }
     write_report(comparison, folder, title=f"Steering adapter: {run.task.behaviour}", about=about)
     write_text(folder / "README.md", _model_card(run, args.output_dir, comparison.verdict, figures.available()))
+
+
+def _training_seconds(history: list[dict[str, Any]]) -> float | None:
+    """How long the training loop ran, without what was computed before it; None if it was not logged."""
+    return next((row["train_runtime"] for row in reversed(history) if "train_runtime" in row), None)
 
 
 def as_config(task_args: TaskArguments, args: SteeringArguments, run: Run) -> dict[str, Any]:

@@ -49,6 +49,7 @@ def test_the_folder_is_complete(outcome):
     folder, done = outcome
     report = json.loads((folder / "report.json").read_text())
     assert report["optimizer_steps"] == 2 and report["seed"] == 42
+    assert report["seconds"]["training"] > 0 and report["seconds"]["comparison"] > 0
     assert set(report["versions"]) >= {"torch", "peft", "repeng", "python"}
     kinds = ("this adapter", "persona prompts", "mean difference", "random direction")
     assert all(any(name.startswith(kind) for name in report["rows"]) for kind in kinds)
