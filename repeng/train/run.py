@@ -1,13 +1,16 @@
 """One training run, from the command line to the report."""
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import cast
 
+import torch
+
 from repeng import tiny
 from repeng.data.files import check_writable
 from repeng.eval.report.tables import print_table
-from repeng.train.arguments import parse_arguments
+from repeng.train.arguments import SteeringArguments, parse_arguments
 from repeng.train.build import build
 from repeng.train.callbacks import NonFiniteError
 from repeng.train.checkpoints import CheckpointError, newest
@@ -18,11 +21,19 @@ from repeng.tuner import SvdSteeringModel
 DEFAULT_CONFIG = "tiny"
 
 
+def use_all_cores(args: SteeringArguments) -> None:
+    """Let a single process on a CPU use every core: `accelerate launch` gives a process one thread unless told."""
+    launched = any(name.startswith("ACCELERATE_") for name in os.environ)
+    if launched and args.world_size == 1 and args.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1))
+
+
 def main(argv: Sequence[str]) -> None:
     """Train an adapter, save it, and print what it does; exits with a sentence on bad input."""
     try:
         task_args, args = parse_arguments(argv, DEFAULT_CONFIG)
         check_writable(args.output_dir)
+        use_all_cores(args)
         run = build(task_args, args, tiny.task(task_args, args.seed))
         if args.process_index == 0:
             print(cast(SvdSteeringModel, run.model.base_model).describe())

@@ -64,6 +64,29 @@ def test_the_folder_is_complete(outcome):
     assert not list(folder.glob(".saving-*")) and not list(folder.glob(".probe-*"))
 
 
+@pytest.mark.parametrize(
+    "world, device, threads, launched, wanted",
+    [
+        (1, "cpu", "1", True, True),
+        (1, "cpu", "1", False, False),
+        (1, "cpu", "2", True, False),
+        (2, "cpu", "1", True, False),
+        (1, "cuda", "1", True, False),
+    ],
+)
+def test_one_process_on_a_cpu_uses_every_core(world, device, threads, launched, wanted, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        monkeypatch.delenv(name)
+    if launched:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(7))
+    seen = []
+    monkeypatch.setattr(script.torch, "set_num_threads", seen.append)
+    script.use_all_cores(SimpleNamespace(world_size=world, device=torch.device(device)))
+    assert seen == ([7] if wanted else [])
+
+
 def test_the_resolved_configuration_repeats_the_run(outcome):
     folder, _ = outcome
     task, again = parse_arguments([], folder / "config.yaml")
