@@ -136,11 +136,14 @@ class Comparison:
         return reasons
 
     def to_dict(self, resamples: int = 300) -> dict[str, Any]:
-        """Verdict, figures of every method and what was measured, JSON-serialisable."""
+        """Verdict, figures of every method and what was measured, JSON-serialisable.
+
+        `resamples` make the interval of the own method's range inside the budget.
+        """
         rows = {}
         for name, group in self.reports.items():
             figures = {key: [_finite(v) for v in estimate] for key, estimate in self.figures(name).items()}
-            seeds = [report.to_dict(resamples if index == 0 else 0) for index, report in enumerate(group)]
+            seeds = [report.to_dict(resamples if name == self.own else 0) for report in group]
             probes = {key: [_finite(v) for v in two] for key, two in self.probes.get(name, {}).items()}
             rows[name] = {"figures": figures, "probes": probes, **seeds[0]}
             if len(seeds) > 1:

@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from repeng import evaluate, steer, tiny
 from repeng.data.tokens import encode
 from repeng.eval.compare import mean_differences
-from repeng.eval.evaluate import VECTOR_COEFFICIENTS
 from repeng.eval.measure import choice_logp, prompt_dial
 from repeng.model.activations import hidden_states
 from repeng.tiny import lexicon
@@ -148,13 +147,13 @@ def test_the_mean_difference_separates_held_out_pairs(embedded):
 def test_the_mean_difference_steers_both_ways_inside_the_budget(embedded):
     model, tokenizer = embedded
     vector = mean_differences(model, tokenizer, tiny.pairs("honesty", 128, 0), [MIDDLE])[MIDDLE]
-    questions = tiny.questions("honesty", "held_out")[::3]
+    questions = tiny.questions("honesty", "held_out")[::9]
     report = evaluate(
         model,
         tokenizer,
         questions,
         lambda c: steer(model, c, vector=vector),
-        VECTOR_COEFFICIENTS,
+        (-2, -1, -0.5, 0.5, 1, 2),
         neutral_texts=tiny.neutral_texts(32, seed=5),
     )
     assert report.arm(+1).gain >= 0.5 and report.arm(-1).gain >= 0.5
@@ -163,7 +162,7 @@ def test_the_mean_difference_steers_both_ways_inside_the_budget(embedded):
         tokenizer,
         questions,
         lambda c: steer(model, c, vector=vector.random_like(0)),
-        VECTOR_COEFFICIENTS,
+        (-2, -1, -0.5, 0.5, 1, 2),
         neutral_texts=tiny.neutral_texts(32, seed=5),
     )
     assert noise.range < 0.3 * report.range
