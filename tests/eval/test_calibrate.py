@@ -82,9 +82,9 @@ def test_after_calibration_one_spends_the_budget_on_other_prompts(embedded, toke
     asked = [q for split in ("train", "held_out") for q in tiny.questions(trait, split)]
     texts = [q.suffix for q in asked if q.kind == "target"]
     random.Random(0).shuffle(texts)
-    budget = KLBudget(nats, tokens=8, sequences=160)
+    budget = KLBudget(nats, tokens=8, sequences=96)
     found = calibrate(model, tokenizer, partial(steer, model, vector=vector), texts[::2], budget)
-    assert found.budget == {"kind": "KLBudget", "nats": nats, "percentile": 95.0, "tokens": 8, "sequences": 160}
+    assert found.budget == {"kind": "KLBudget", "nats": nats, "percentile": 95.0, "tokens": 8, "sequences": 96}
     calibrated = vector.calibrated(found.to_dict())
     for name, c in (("plus", 1.0), ("minus", -1.0)):
         assert found.spent[name] == pytest.approx(1.0, abs=0.02)

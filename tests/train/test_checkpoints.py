@@ -183,7 +183,7 @@ def test_no_suffix_is_on_both_sides():
 
 
 def test_the_range_is_measured_on_pairs_that_are_held_back(tmp_path):
-    options = {"num_pairs": 60, "eval_strategy": "steps", "eval_steps": 8, "max_steps": 8, "learning_rate": 1e-2}
+    options = {"num_pairs": 60, "eval_strategy": "steps", "eval_steps": 7, "max_steps": 7, "learning_rate": 1e-2}
     args = arguments(tmp_path, **options)
     run = prepare(args)
     assert 40 < len(run.task.pairs) == len(run.examples) < 60 and len(run.validation) == 3
