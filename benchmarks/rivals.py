@@ -193,7 +193,10 @@ def main() -> None:
         known = measure_baselines(bench.model, bench.tokenizer, bench.task, bench.tracer, nullcontext)
         reports |= known.reports
         more |= {"untrained": known.untrained, "config": options.config, "behaviour": bench.task.behaviour}
-        more |= {"persona_effect": bench.task.persona_effect, "questions": len(bench.meter.targets)}
+        more |= {
+            "persona_effect": bench.task.persona_effect and bench.task.persona_effect[0],
+            "questions": len(bench.meter.targets),
+        }
         more["probes"] |= known.probes
         more["seconds"]["baselines"] = time.perf_counter() - start
         save_reports(options.out, reports, **more)

@@ -45,8 +45,8 @@ class Task:
         questions: what the evaluation asks.
         personas: openings of the prompt baseline, + and −; None if nothing says what they are.
         words: the persona's words, + and −; None if only a pairs file says what the behaviour is.
-        persona_effect: how far the personas move the log-odds of the questions, + against −, in nats; None where
-            questions were not made of pairs.
+        persona_effect: how far the personas move the log-odds of the questions, + against −, in nats, and the standard
+            error of that; None where questions were not made of pairs.
         probes: other questions, by name, at which a dial is looked at where it costs as much as the personas.
         accepts: says of a generated sentence whether it belongs to the language; None where that is not known.
     """
@@ -58,7 +58,7 @@ class Task:
     questions: list[Question]
     personas: tuple[str, str] | None = None
     words: tuple[str, str] | None = None
-    persona_effect: float | None = None
+    persona_effect: tuple[float, float] | None = None
     probes: dict[str, Probe] = field(default_factory=dict)
     accepts: Callable[[str], bool] | None = None
 
@@ -123,7 +123,7 @@ def make_task(
     elif own is not None and not held_out:
         questions, accepts = own.questions, own.accepts
     else:
-        questions, effect = word_questions(model, tokenizer, held_out, most=MAX_QUESTIONS)
+        questions, *effect = word_questions(model, tokenizer, held_out, most=MAX_QUESTIONS)
         if not questions:
             raise ValueError(
                 f"this model continues both sides of the {len(held_out)} held-out pairs alike: there is nothing "
@@ -143,7 +143,7 @@ def make_task(
         questions,
         openings,
         words,
-        effect,
+        None if effect is None else (effect[0], effect[1]),
         {**others, **robustness(questions, openings, has_template=bool(tokenizer.chat_template))},
         accepts,
     )

@@ -1,8 +1,10 @@
 """Questions without a persona, made of pairs: which next words tell the two sides apart."""
 
+import math
 import re
 from collections.abc import Sequence
 from itertools import takewhile
+from statistics import fmean, stdev
 from typing import NamedTuple
 
 import torch
@@ -26,10 +28,12 @@ class WordQuestions(NamedTuple):
     Attributes:
         questions: one for each suffix and request, without a persona.
         effect: log-odds behind the chosen prompts minus those behind the rejected ones, mean over the questions, nats.
+        error: its standard error; infinite for fewer than two questions.
     """
 
     questions: list[Question]
     effect: float
+    error: float
 
 
 def word_questions(
@@ -75,8 +79,9 @@ def word_questions(
         made.append((mean.abs().sum().item(), question, sum(effects) / max(1, len(effects))))
     made.sort(key=lambda row: -row[0])
     made = made[:most]
-    effect = sum(row[2] for row in made) / len(made) if made else 0.0
-    return WordQuestions([row[1] for row in made], effect)
+    effects = [row[2] for row in made]
+    error = stdev(effects) / math.sqrt(len(effects)) if len(effects) > 1 else math.inf
+    return WordQuestions([row[1] for row in made], fmean(effects) if effects else 0.0, error)
 
 
 def without_persona(pair: ContrastPair, *, has_template: bool) -> str:

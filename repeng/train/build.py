@@ -134,11 +134,11 @@ def build(
 
 def _doubt(task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """A sentence if the personas hardly move this model: what an adapter learns is what they do."""
-    if task.persona_effect is None or task.persona_effect >= MOVES:
+    if task.persona_effect is None or sum(task.persona_effect) >= MOVES:
         return None
     others = traits_that_move(model, tokenizer, MOVES)
     listed = ", ".join(f"{name} ({effect:.1f})" for name, effect in others.items())
-    return f"these personas move this model by {task.persona_effect:.1f} nats: expect nothing. " + (
+    return f"these personas move this model by {task.persona_effect[0]:.1f} nats: expect little. " + (
         f"Traits of the package that move it: {listed}" if listed else "No trait of the package moves it"
     )
 

@@ -92,7 +92,8 @@ def test_batches_change_nothing_and_the_most_telling_are_kept(embedded):
     ]
     assert len({q.suffix for q in whole.questions}) == len(whole.questions) and whole.effect > 2
     most = word_questions(model, tokenizer, pairs, most=5)
-    assert most.questions == whole.questions[:5]
+    assert most.questions == whole.questions[:5] and 0 < whole.error < most.error < whole.effect
+    assert word_questions(model, tokenizer, pairs[:1]).error == float("inf")
     assert all(q.unit == q.suffix and q.prompt == "" for q in whole.questions)
     same = [ContrastPair("the speaker is cheerful .", "the speaker is cheerful .", p.suffix) for p in pairs[:3]]
     assert word_questions(model, tokenizer, same).questions == []
@@ -133,7 +134,7 @@ def test_each_trait_but_the_own_is_a_probe(embedded, monkeypatch):
         probes,
         "word_questions",
         lambda model, tokenizer, pairs: (
-            seen.append(pairs) or module.WordQuestions([Question("", ("a", "b"), ("a",))], 2.0)
+            seen.append(pairs) or module.WordQuestions([Question("", ("a", "b"), ("a",))], 2.0, 0.1)
         ),
     )
     found = other_traits(SimpleNamespace(positive="honest", negative="dishonest"), *embedded)

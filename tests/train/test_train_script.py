@@ -16,6 +16,7 @@ from support import ROOT
 from repeng import commands, steer, tiny
 from repeng.data.arguments import TaskArguments
 from repeng.data.task import make_task
+from repeng.train import build as building
 from repeng.train import run as script
 from repeng.train.arguments import layer_request, parse_arguments
 from repeng.train.build import Sites, build
@@ -266,3 +267,11 @@ def test_an_unwritable_folder_is_refused(tmp_path):
     blocker = write(tmp_path / "file", "")
     with pytest.raises(SystemExit, match="file"):
         script.main(["--output_dir", str(blocker / "out")])
+
+
+def test_personas_that_do_little_are_named_before_training(monkeypatch):
+    monkeypatch.setattr(building, "traits_that_move", lambda model, tokenizer, least: {"mood": 1.24, "warmth": least})
+    doubt = building._doubt(SimpleNamespace(persona_effect=(0.3, 0.1)), None, None)
+    assert "0.3 nats" in doubt and "mood (1.2), warmth (1.0)" in doubt
+    for effect in (None, (0.9, 0.2), (2.0, 0.1)):  # not known, not known well enough, enough
+        assert building._doubt(SimpleNamespace(persona_effect=effect), None, None) is None
