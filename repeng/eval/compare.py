@@ -170,6 +170,9 @@ def measure_baselines(
 class Progress:
     """One bar for everything that is measured; how much there is becomes known on the way."""
 
+    left: int
+    bar: Any
+
     def __init__(self, dials: int) -> None:
         self.left = TRACED * dials
         untrained = TRACED * (1 + RANDOM_DIRECTIONS) + SCREENED * MAX_SCREENED + 2
@@ -209,6 +212,12 @@ def trace(
 
 class Tracer:
     """Measures dials with one meter, near the same costs."""
+
+    meter: Meter
+    progress: Progress
+    task: Task
+    costs: dict[int, float]
+    probes: dict[str, tuple[list[Question], ...]]
 
     def __init__(self, meter: Meter, progress: Progress, task: Task) -> None:
         self.meter, self.progress, self.task = meter, progress, task

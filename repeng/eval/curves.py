@@ -145,6 +145,10 @@ class Method:
     Of a method of chance (`chance`), a draw holds one report only: its interval says where one of its kind may lie.
     """
 
+    reports: list[EvalReport]
+    draws: Draws
+    shares: Tensor
+
     def __init__(self, reports: Sequence[EvalReport], draws: Draws, chance: bool = False) -> None:
         self.reports, self.draws = list(reports), draws
         self.shares = draws.seeds(len(self.reports), one=chance)

@@ -74,6 +74,19 @@ class Meter:
         ValueError: no target question can be asked, or the tokenizer has no thinking template.
     """
 
+    model: CausalLM
+    tokenizer: PreTrainedTokenizerBase
+    targets: list[Question]
+    controls: list[Question]
+    dropped: list[str]
+    neutral_texts: list[str]
+    think_tokens: int
+    batch_size: int
+    base_context: Callable[[], AbstractContextManager[Any]]
+    plain: bool
+    share: bool
+    base: Point
+
     def __init__(
         self,
         model: CausalLM,
