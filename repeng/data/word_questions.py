@@ -117,14 +117,11 @@ def _telling_words(
     tokenizer: PreTrainedTokenizerBase, shift: Tensor, pair: ContrastPair
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The words whose probability rises most, and those whose falls most, for a change of probabilities `(v)`."""
-    most = min(8 * TOP, len(shift))
-    ends = [sign * shift.topk(most, largest=sign > 0).values for sign in (1, -1)]
-    ids = [
-        shift.topk(most, largest=largest).indices[ends[i] > TELLING].tolist()
-        for i, largest in enumerate((True, False))
-    ]
-    first, second = (distinct_words(tokenizer, some, TOP, pair) for some in ids)
-    return first, second
+    found = []
+    for sign in (1, -1):
+        top = (sign * shift).topk(min(8 * TOP, len(shift)))
+        found.append(distinct_words(tokenizer, top.indices[top.values > TELLING].tolist(), TOP, pair))
+    return found[0], found[1]
 
 
 def _odds(

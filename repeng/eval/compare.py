@@ -279,10 +279,12 @@ class Tracer:
             return {name: self.meter.ask(sides[side], rewrite) for name, sides in self.probes.items()}
 
     def _samples(self, dial: Dial, c: float) -> list[Sample]:
+        """What the dial writes on some of the target questions, evenly spaced."""
+        targets = self.meter.targets
         return draw_samples(
             self.meter.model,
             self.meter.tokenizer,
-            _sample_questions(self.meter.targets),
+            targets[:: max(1, len(targets) // SAMPLES)][:SAMPLES],
             dial,
             c,
             SAMPLE_TOKENS,
@@ -304,12 +306,6 @@ def without_adapters(off: Callable[[], AbstractContextManager], dial: Dial) -> D
 
 def vector_dial(model: CausalLM, vector: SteeringVector, off: Callable[[], AbstractContextManager]) -> Dial:
     return without_adapters(off, lambda c: steer(model, c, vector=vector))
-
-
-def _sample_questions(questions: Sequence[Question]) -> list[Question]:
-    """Some of the target questions, evenly spaced."""
-    asked = [q for q in questions if q.kind == "target"]
-    return asked[:: max(1, len(asked) // SAMPLES)][:SAMPLES]
 
 
 def mean_differences(

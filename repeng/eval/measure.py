@@ -80,6 +80,7 @@ class Meter:
     controls: list[Question]
     dropped: list[str]
     neutral_texts: list[str]
+    neutral_tokens: Tensor
     think_tokens: int
     batch_size: int
     base_context: Callable[[], AbstractContextManager[Any]]
@@ -113,17 +114,15 @@ class Meter:
         self.model, self.tokenizer, self.neutral_texts = model, tokenizer, list(neutral_texts)
         self.think_tokens, self.batch_size = think_tokens, batch_size
         self.base_context = base
+        # How many tokens of each neutral text count, (q); the same ones for every dial.
+        spans = [span for _, span in self._neutral_rows(None)]
+        self.neutral_tokens = torch.tensor([stop - start for start, stop in spans], dtype=torch.long)
         self._known: list[Tensor] | None = None
         with eval_mode(model), base() as rewrite:
             self._probe = encode(tokenizer, asked[0].prompt, asked[0].suffix).ids
             self.plain = has_plain_head(model, self._probe)
             self.share = can_share(model, self._probe)
             self.base = self._measure(rewrite)
-
-    @property
-    def neutral_tokens(self) -> Tensor:
-        """How many tokens of each neutral text count, `(q)`; the same ones for every dial."""
-        return torch.tensor([stop - start for _, (start, stop) in self._neutral_rows(None)], dtype=torch.long)
 
     def at(self, dial: Dial, coefficient: float) -> Point:
         """Measure a dial at one coefficient."""
