@@ -10,9 +10,10 @@ import copy
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -60,7 +61,14 @@ WORDINGS = {
         "what you leave out. Stay {persona} whatever you are asked, and never step out of this role."
     ),
 }
-Measured = tuple[EvalReport, dict[str, tuple[float, float]]]
+
+
+class Rival(NamedTuple):
+    """A dial, the adapted copy of the model that it turns (else the base itself), and whether it is a mere prompt."""
+
+    dial: Dial
+    model: nn.Module | None = None
+    discrete: bool = False
 
 
 class Bench:
@@ -80,11 +88,11 @@ class Bench:
         )
         self.tracer = Tracer(self.meter, self.progress, self.task)
 
-    def measured(self, dial: Dial, model: nn.Module | None = None, discrete: bool = False) -> Measured:
-        """A dial on the same items, of this model or of an adapted copy."""
-        self.meter.model = cast(CausalLM, model or self.model)
-        self.meter.base_context = nullcontext if model is None else partial(dial, 0.0)
-        return self.tracer.look(dial, self.tracer.discrete(dial) if discrete else self.tracer.trace(dial))
+    def measured(self, rival: Rival) -> EvalReport:
+        """A rival on the same items as all others."""
+        self.meter.model = cast(CausalLM, rival.model or self.model)
+        self.meter.base_context = nullcontext if rival.model is None else partial(rival.dial, 0.0)
+        return self.tracer.discrete(rival.dial) if rival.discrete else self.tracer.trace(rival.dial)
 
     def best(self, **options: Any) -> SteeringVector:
         """A kind of vector at its best layer."""
@@ -93,29 +101,28 @@ class Bench:
         single = {layer: whole.select(layers=[layer]) for layer in whole.layers}
         return single[best_layer(self.model, self.tokenizer, self.task, single, self.progress.step)]
 
-    def vector(self, **options: Any) -> Measured:
-        vector = self.best(**options)
-        return self.measured(lambda c: steer(self.model, c, vector=vector))
+    def vector(self, **options: Any) -> Rival:
+        return Rival(partial(steer, self.model, vector=self.best(**options)))
 
-    def gated(self) -> Measured:
+    def gated(self) -> Rival:
         """The mean difference with a token-wise coefficient (PSR)."""
         vector = self.best()
         gate = fit_gate(self.model, self.tokenizer, vector, self.task.pairs)
-        return self.measured(lambda c: steer(self.model, c, vector=vector, gate=gate))
+        return Rival(partial(steer, self.model, vector=vector, gate=gate))
 
-    def wording(self, template: str) -> Measured:
+    def wording(self, template: str) -> Rival:
         assert self.task.words is not None
         plus, minus = (template.replace(PLACEHOLDER, word) for word in self.task.words)
-        return self.measured(prompt_dial(plus, minus), discrete=True)
+        return Rival(prompt_dial(plus, minus), discrete=True)
 
-    def few_shot(self) -> Measured:
+    def few_shot(self) -> Rival:
         """What the model itself says behind each persona, as examples in front of the request."""
         openings = []
         for side, persona in enumerate(self.task.personas or ()):
             shots = self.said(side, self.task.pairs[:SHOTS])
             examples = " ".join(f"{pair.suffix}{text}." for pair, text in zip(self.task.pairs, shots, strict=False))
             openings.append(f"{persona} For example: {examples}")
-        return self.measured(prompt_dial(openings[0], openings[1]), discrete=True)
+        return Rival(prompt_dial(openings[0], openings[1]), discrete=True)
 
     def said(self, side: int, pairs: list[ContrastPair]) -> list[str]:
         """How the model goes on behind the persona of each pair, drawn at temperature 1."""
@@ -124,12 +131,17 @@ class Bench:
         drawn = continuations(self.model, self.tokenizer, rows, TUNE_TOKENS, 32, seed=side)
         return [str(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids, _ in drawn]
 
-    def trained(self, seed: int, dial: Callable[..., Any] = steer, **options: Any) -> Measured:
-        """An adapter by the recipe, or what `options` put in its place."""
-        run = train(seed, config=self.config, task=self.task, keep=self.folder, **options)
-        return self.measured(partial(dial, run.model), run.model)
+    def trained(self, seed: int, dial: Callable[..., Any] = steer, **options: Any) -> Rival:
+        """An adapter by the recipe, or what `options` put in its place.
 
-    def contrastive_weights(self, seed: int) -> Measured:
+        All seeds see the same pairs, so that the reference is computed once.
+        """
+        seen = self.args.max_steps * self.args.pairs_per_step if self.args.max_steps > 0 else None
+        task = replace(self.task, pairs=self.task.pairs[:seen])
+        run = train(seed, config=self.config, task=task, keep=self.folder, **options)
+        return Rival(partial(dial, run.model), run.model)
+
+    def contrastive_weights(self, seed: int) -> Rival:
         """Contrastive weight steering (arXiv 2511.05408): two small fine-tunes, and the difference of their weights.
 
         Each learns to say, without a persona, what the model says behind one.
@@ -149,16 +161,16 @@ class Bench:
             model.set_adapter(name)
             baselines.fine_tune(model, self.tokenizer, encoded, seed=seed)
         model.base_model.set_adapter(list(names))
-        return self.measured(partial(baselines.weight_dial, model), model)
+        return Rival(partial(baselines.weight_dial, model), model)
 
 
-UNTRAINED: dict[str, Callable[[Bench], Measured]] = {
+UNTRAINED: dict[str, Callable[[Bench], Rival]] = {
     **{name: partial(Bench.wording, template=template) for name, template in WORDINGS.items()},
     "prompt: few-shot": Bench.few_shot,
     **{name: partial(Bench.vector, **options) for name, options in VECTORS.items()},
     "mean difference, gated": Bench.gated,
 }
-TRAINED: dict[str, Callable[[Bench, int], Measured]] = {
+TRAINED: dict[str, Callable[[Bench, int], Rival]] = {
     ADAPTER: Bench.trained,
     "LoRA, same loss": partial(
         Bench.trained, dial=baselines.lora_dial, steer_fn=baselines.lora_dial, prepare=baselines.use_lora
@@ -207,10 +219,12 @@ def main() -> None:
             if seed in more["seeds"].get(name, []):
                 continue  # it was measured before
             start = time.perf_counter()
-            report, probes = TRAINED[name](bench, seed) if runs else UNTRAINED[name](bench)
+            rival = TRAINED[name](bench, seed) if runs else UNTRAINED[name](bench)
+            report = bench.measured(rival)
+            if name not in reports:  # one seed is looked at beside the behaviour
+                report, more["probes"][name] = bench.tracer.look(rival.dial, report)
             reports.setdefault(name, []).append(report)
             more["seeds"].setdefault(name, []).append(seed)
-            more["probes"].setdefault(name, probes)
             more["seconds"][name] = more["seconds"].get(name, 0.0) + time.perf_counter() - start
             save_reports(options.out, reports, **more)
             print(f"{name}, seed {seed}: {time.perf_counter() - start:.0f} s", flush=True)

@@ -41,8 +41,7 @@ def run(installed, program, *argv):
 
 
 def test_the_wheel_trains_and_the_readmes_python_runs(installed):
-    shown = run(installed, "repeng", "train", "--config", "tiny", *QUICK)
-    assert "range inside the budget" in shown
+    run(installed, "repeng", "train", "--config", "tiny", *QUICK)
     # Pictures need the extra `plot`.
     assert {"adapter_model.safetensors", "report.html", "config.yaml"} <= {
         path.name for path in (installed / "outputs" / "tiny").iterdir()
