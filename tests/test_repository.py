@@ -40,10 +40,12 @@ def test_ci_runs_the_readmes_test_command():
     readme, ci = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", ".ci/run"))
     for command in (
         "pip install -q uv && uv run accelerate launch train.py",
-        "pip install -q uv && uv run pytest -v --tb=short",
+        "pip install -q uv && uv run pytest -v --tb=short -n 2 --dist loadfile",
     ):
         assert command in readme
-    assert "uv run pytest -v --tb=short" in ci and "ruff check" in ci and "ruff format --check" in ci
+    assert (
+        "uv run pytest -v --tb=short -n 2 --dist loadfile" in ci and "ruff check" in ci and "ruff format --check" in ci
+    )
 
 
 def imported_modules(path):

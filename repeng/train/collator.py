@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from repeng.data.pairs import ContrastPair
 from repeng.data.tokens import encode, label_mask, pad_rows
+from repeng.model.packing import Packing, additive, pack
 
 SIDES = ("chosen_ids", "rejected_ids", "neutral_ids")
 
@@ -41,6 +42,8 @@ class ReferencedExample(Example):
     gap_weight: Tensor
 
 
+PACKED = "packed_"  # begins the names of what is packed in a batch
+INPUTS = ("input_ids", "attention_mask", "position_ids")
 STACKED = tuple(name for name, kind in get_type_hints(ReferencedExample).items() if kind is Tensor)
 
 
@@ -49,14 +52,27 @@ class PairCollator:
 
     Returns `input_ids`, `attention_mask`, `position_ids` `(3b t)` and, for examples with their reference,
     `ref_hs (2 b n d)`, `ref_mask (2 b n)`, `ref_logp (3b t−1)`, `next_ids (b k)`, `next_weight (b k)`, `ref_gap (b 2)`
-    and `gap_weight (b)`.
+    and `gap_weight (b)`. What a model is to read are the `model_inputs` of a batch; `where (3b t)` says which of its
+    tokens, all rows behind each other, is which token of the rows.
+
+    Args:
+        tokenizer: pads.
+        packing: how the rows are packed for the model, see `repeng.model.packing`; None if it reads them padded.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, packing: Packing | None = None) -> None:
+        self.tokenizer, self.packing = tokenizer, packing
 
     def __call__(self, examples: Sequence[Example] | Sequence[ReferencedExample]) -> dict[str, Tensor]:
-        batch = pad_rows([example[side] for side in SIDES for example in examples], self.tokenizer)
+        rows = [example[side] for side in SIDES for example in examples]
+        batch = pad_rows(rows, self.tokenizer)
+        where = torch.arange(batch["input_ids"].numel()).view_as(batch["input_ids"])
+        if self.packing is not None:
+            packed, paths = pack(rows, self.packing)
+            batch |= {PACKED + name: tensor for name, tensor in packed.items()}
+            where = torch.zeros_like(where)
+            where[batch["attention_mask"].bool()] = torch.tensor([node for path in paths for node in path])
+        batch["where"] = where
         if "ref_hs" in examples[0]:
             references = cast(Sequence[ReferencedExample], examples)
             for name in STACKED:
@@ -67,6 +83,14 @@ class PairCollator:
             logp[mask] = torch.cat([example["ref_logp"][row] for row in range(3) for example in references])
             batch["ref_logp"] = logp
         return batch
+
+
+def model_inputs(batch: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """What the model reads of a batch of `PairCollator`, with its `dtype` for the mask of packed rows."""
+    if PACKED + INPUTS[0] not in batch:
+        return {name: batch[name] for name in INPUTS}
+    inputs = {name: batch[PACKED + name] for name in INPUTS}
+    return {**inputs, "attention_mask": additive(inputs["attention_mask"], dtype)}
 
 
 def tokenize_examples(

@@ -17,7 +17,7 @@ from repeng.model.activations import Tap, collect
 from repeng.model.logprob import has_plain_head, head_logp, read_vocabulary
 from repeng.model.sites import capture, decoder_layers, eval_mode, layers_of, site_module
 from repeng.model.types import CausalLM
-from repeng.train.collator import Example, PairCollator, ReferencedExample
+from repeng.train.collator import Example, PairCollator, ReferencedExample, model_inputs
 from repeng.tuner.config import SvdSteeringConfig
 from repeng.tuner.targets import is_linear
 
@@ -27,7 +27,7 @@ NEXT_TOKENS = 32  # that either persona says most more often: the rest of a voca
 @torch.no_grad()
 def add_reference(
     model: CausalLM,
-    tokenizer: PreTrainedTokenizerBase,
+    collate: PairCollator,
     examples: Sequence[Example],
     *,
     site: str,
@@ -41,7 +41,7 @@ def add_reference(
     `ref_hs (2 n d)` and `ref_mask (2 n)` of the chosen and the rejected prompt; `ref_logp`, three 1-d tensors; and, of
     the next token after the prompts, `next_ids (k)`, `next_weight (k)`, `ref_gap (2)` and `gap_weight ()`.
     """
-    collate, module = PairCollator(tokenizer), site_module(model, layer, site)
+    module = site_module(model, layer, site)
     plain = has_plain_head(model, examples[0]["chosen_ids"])
     done = []
     with eval_mode(model), steer_fn(model, 0.0):
@@ -57,7 +57,7 @@ def _batch_reference(
     model: CausalLM, module: nn.Module, batch: dict[str, Tensor], *, last_n: int, plain: bool
 ) -> list[dict[str, Any]]:
     """What `add_reference` adds to each example of a collated batch, on the CPU."""
-    mask = batch["attention_mask"]
+    mask, where = batch["attention_mask"], batch["where"]
     n = mask.shape[0] // 3
     labels, (ends, _), (index, exists) = (
         label_mask(mask),
@@ -67,13 +67,15 @@ def _batch_reference(
     said: dict[str, Tensor] = {}
 
     def read(states: Tensor, head: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        last = head(gather_tokens(states[: 2 * n], ends)).float()
+        states = states.flatten(0, 1)
+        last = head(states[where[: 2 * n].gather(1, ends)]).float()
         said.update(_next_token_disagreement(rearrange(last, "(p b) 1 v -> p b v", p=2)))
-        return [head_logp(states[:, :-1][labels], head, batch["input_ids"][:, 1:][labels])]
+        return [head_logp(states[where[:, :-1][labels]], head, batch["input_ids"][:, 1:][labels])]
 
     with capture([module]) as outputs:
-        (logp,) = read_vocabulary(model, batch, read, plain=plain)
-    hs = gather_tokens(cast(Tensor, outputs[0])[: 2 * n], index).float()
+        (logp,) = read_vocabulary(model, model_inputs(batch, model.dtype), read, plain=plain)
+    hs = cast(Tensor, outputs[0]).flatten(0, 1)
+    hs = hs[where[: 2 * n].gather(1, index).to(hs.device)].float()
     hs, exists = (rearrange(x, "(p b) ... -> b p ...", p=2).cpu() for x in (hs, exists))
     rows = logp.cpu().split(labels.sum(dim=1).tolist())
     said = {name: tensor.cpu() for name, tensor in said.items()}
@@ -119,11 +121,6 @@ def gap(logits: Tensor, next_ids: Tensor, next_weight: Tensor) -> Tensor:
     between = [1] * (logits.ndim - 2)
     index = next_ids.reshape(next_ids.shape[0], *between, -1).expand(*logits.shape[:-1], -1)
     return (logits.gather(-1, index) * next_weight.reshape(next_weight.shape[0], *between, -1)).sum(dim=-1)
-
-
-def gather_tokens(hs: Tensor, index: Tensor) -> Tensor:
-    """Hidden states `(b n d)` at token indices `(b n)` of `hs (b t d)`."""
-    return hs[torch.arange(hs.shape[0], device=hs.device)[:, None], index.to(hs.device)]
 
 
 def preference_direction(examples: Sequence[ReferencedExample], k: int) -> tuple[Tensor, Tensor]:

@@ -26,15 +26,17 @@ from repeng.eval.eval_report import ARMS
 from repeng.eval.evaluate import ADAPTER_COEFFICIENTS, evaluate
 from repeng.model.adapter_files import adapter_state, check_saved, load_adapter_state
 from repeng.model.logprob import has_plain_head, head_logp, kl_divergence, read_vocabulary, tokens_at_once
+from repeng.model.packing import Packing, packing_for
 from repeng.model.sites import capture, decoder_layers, eval_mode, layers_of, site_module
 from repeng.train.arguments import SteeringArguments
 from repeng.train.callbacks import FiniteGradients, NonFiniteError, StopOnSignal
 from repeng.train.checkpoints import STAGING, CheckpointError, newest, publish
-from repeng.train.collator import Example, PairCollator, ReferencedExample
+from repeng.train.collator import SIDES, Example, PairCollator, ReferencedExample, model_inputs
 from repeng.train.inner_contrastive_loss import InnerContrastiveLoss, inner_contrastive_loss
-from repeng.train.reference import add_reference, gap, gather_tokens, preference_direction
+from repeng.train.reference import add_reference, gap, preference_direction
 from repeng.train.reference_cache import cached_reference
 
+REFERENCE_SIZE = 4  # pairs at a time for each pair of training: nothing is kept for backward
 START_KL = 1e-3  # nats; kernels need not be bitwise reproducible
 
 
@@ -96,12 +98,13 @@ class SteeringTrainer(Trainer):
         callbacks = [*(callbacks or []), FiniteGradients(), self.stop]
         if args.early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
+        collate = PairCollator(processing_class, _packing(model, train_dataset))
         super().__init__(
             model=model,
             args=args,
             train_dataset=cast(Any, train_dataset),
             eval_dataset=cast(Any, eval_dataset),
-            data_collator=PairCollator(processing_class),
+            data_collator=collate,
             processing_class=processing_class,
             callbacks=callbacks,
         )
@@ -110,13 +113,11 @@ class SteeringTrainer(Trainer):
         # On the device and under the autocast of training: the reference must be what the policy is at c = 0.
         self.loss_layer = last_trained_layer(model) if args.loss_layer is None else args.loss_layer
         settings: dict[str, Any] = {"site": args.loss_site, "layer": self.loss_layer, "last_n": args.last_n_tokens}
-        size = args.per_device_train_batch_size
+        size = REFERENCE_SIZE * args.per_device_train_batch_size
         with self.accelerator.autocast():
             examples = cached_reference(
                 train_dataset,
-                lambda share: add_reference(
-                    model, processing_class, share, batch_size=size, steer_fn=steer_fn, **settings
-                ),
+                lambda share: add_reference(model, collate, share, batch_size=size, steer_fn=steer_fn, **settings),
                 model=model,
                 tokenizer=processing_class,
                 folder=args.output_dir,
@@ -168,18 +169,18 @@ class SteeringTrainer(Trainer):
             StartError: it is not 0.
         """
         base = self.accelerator.unwrap_model(model)
-        batch = {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids")}
-        real = batch["attention_mask"].bool()
+        batch = model_inputs(inputs, base.dtype)
+        real = inputs["where"][inputs["attention_mask"].bool()]
         options = {"plain": self.plain_head, "forward": model}
 
         reference: list[Tensor] = []
 
         def keep(states: Tensor, _: Callable[[Tensor], Tensor]) -> list[Tensor]:
-            reference.append(states[real])
+            reference.append(states.flatten(0, 1)[real])
             return [states.new_zeros(1)]
 
         def largest_kl(states: Tensor, head: Callable[[Tensor], Tensor]) -> list[Tensor]:
-            pair = (reference[0], states[real])
+            pair = (reference[0], states.flatten(0, 1)[real])
             parts = zip(*(hs.split(tokens_at_once(hs, head)) for hs in pair), strict=True)
             divergences = [kl_divergence(head(p).float(), head(q).float()).max() for p, q in parts]
             return [torch.stack(divergences).max()]
@@ -235,7 +236,7 @@ class SteeringTrainer(Trainer):
 
     def both_sides(self, model: nn.Module, inputs: dict[str, Tensor]) -> AbstractContextManager[None]:
         """The context in which the first half of the doubled rows stands at +1 and the second at −1."""
-        rows = inputs["input_ids"].shape[0]
+        rows = model_inputs(inputs, torch.float32)["input_ids"].shape[0]
         return self.steer_fn(model, repeat(torch.tensor([1.0, -1.0]), "c -> (c r)", r=rows))
 
     def compute_loss(
@@ -251,35 +252,34 @@ class SteeringTrainer(Trainer):
     def policy_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> InnerContrastiveLoss:
         """One forward of `[chosen ; rejected ; neutral]` at plus and at minus, and the loss on it."""
         args = self.args
-        names = ("input_ids", "attention_mask", "position_ids")
-        doubled = {name: repeat(inputs[name], "r t -> (c r) t", c=2) for name in names}
         base = self.accelerator.unwrap_model(model)
-        ids, mask, logp_ref = (
+        doubled = {name: repeat(x, "r ... -> (c r) ...", c=2) for name, x in model_inputs(inputs, base.dtype).items()}
+        ids, mask, logp_ref, where = (
             rearrange(x, "(p b) t -> p b t", p=3)
-            for x in (inputs["input_ids"], label_mask(inputs["attention_mask"]), inputs["ref_logp"])
+            for x in (inputs["input_ids"], label_mask(inputs["attention_mask"]), inputs["ref_logp"], inputs["where"])
         )
         index, exists = last_tokens(
             rearrange(inputs["attention_mask"], "(p b) t -> p b t", p=3)[:2].flatten(0, 1), args.last_n_tokens
         )
         index, exists = (rearrange(x, "(p b) n -> p b n", p=2) for x in (index, exists))
+        last = where[:2].gather(-1, index)
         # Rows whose coherence counts: chosen at plus, rejected at minus, neutral at both.
         counted, rows = mask[[0, 1, 2, 2]], [(0, 0), (1, 1), (0, 2), (1, 2)]
 
         def read(states: Tensor, head: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-            states = rearrange(states, "(c p b) t d -> c p b t d", c=2, p=3)
-            counted_logp = torch.cat([states[c, p, :, :-1][mask[p]] for c, p in rows])
-            c, p, b = (torch.arange(n, device=states.device) for n in (2, *index.shape[:2]))
-            ends = head(states[c[:, None, None], p[:, None], b, index[..., -1]]).float()  # (c p b v)
+            states = rearrange(states, "(c n) t d -> c (n t) d", c=2)
+            counted_logp = torch.cat([states[c, where[p, :, :-1][mask[p]]] for c, p in rows])
+            ends = head(states[:, last[..., -1]]).float()  # (c p b v)
             gaps = gap(rearrange(ends, "c p b v -> b c p v"), inputs["next_ids"], inputs["next_weight"])
             return head_logp(counted_logp, head, ids[[0, 1, 2, 2], :, 1:][counted]), gaps
 
         with capture([site_module(base, self.loss_layer, args.loss_site)]) as outputs:
             counted_logp, gap_pi = read_vocabulary(base, doubled, read, plain=self.plain_head, forward=model)
         logp = torch.zeros(counted.shape, device=counted_logp.device).masked_scatter(counted, counted_logp)
-        hs = rearrange(cast(Tensor, outputs[0]), "(c p b) t d -> c p b t d", c=2, p=3)[:, :2]
-        hs = gather_tokens(hs.flatten(0, 2), repeat(index, "p b n -> (c p b) n", c=2))
+        hs = rearrange(cast(Tensor, outputs[0]), "(c n) t d -> c (n t) d", c=2)
+        hs = hs[:, last.to(hs.device)]
         return self.loss_func(
-            hs_pi=rearrange(hs, "(c p b) n d -> c p b n d", c=2, p=2).float(),
+            hs_pi=hs.float(),
             hs_ref=inputs["ref_hs"],
             hs_mask=exists,
             logp_pi=logp[:2],
@@ -372,6 +372,14 @@ class SteeringTrainer(Trainer):
                 logs[name] = round(torch.stack(values).mean().item(), 5)
             self._terms.clear()
         super().log(logs, start_time)
+
+
+def _packing(model: nn.Module, examples: Sequence[Example]) -> Packing | None:
+    """How the rows of these examples are packed for the model; tried with two of them."""
+    longest, index = max((len(example[side]), index) for index, example in enumerate(examples) for side in SIDES)
+    some = [example[side] for example in (examples[0], examples[index]) for side in SIDES]
+    with eval_mode(model):
+        return packing_for(model, some, longest)
 
 
 def _switch_off_dropout(model: nn.Module) -> None:

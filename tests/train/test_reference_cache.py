@@ -9,6 +9,7 @@ import pytest
 import torch
 from support import arguments, prepare
 
+from repeng.train.collator import PairCollator
 from repeng.train.reference import add_reference
 from repeng.train.reference_cache import STACKED, cached_reference, reference_key
 from repeng.train.trainer import SteeringTrainer
@@ -23,7 +24,7 @@ def run(tmp_path_factory):
 
 
 def fresh(run, examples):
-    return add_reference(run.model, run.tokenizer, examples, batch_size=4, **PLACE)
+    return add_reference(run.model, PairCollator(run.tokenizer), examples, batch_size=4, **PLACE)
 
 
 def cached(run, folder, compute, examples=None, world=1, rank=0, wait=lambda: None, **changes):

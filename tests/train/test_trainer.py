@@ -56,8 +56,18 @@ def test_gradients_do_not_depend_on_how_the_step_is_computed(tmp_path, changes, 
         assert torch.allclose(other[name], grad, atol=1e-5, rtol=1e-4), name
 
 
+def test_packed_rows_give_the_gradients_of_padded_ones(tmp_path, monkeypatch):
+    packed, sizes = first_step_gradients(arguments(tmp_path / "a")), []
+    monkeypatch.setattr("repeng.train.trainer.packing_for", lambda *_: sizes.append(1))
+    padded = first_step_gradients(arguments(tmp_path / "b"))
+    assert sizes and packed.keys() == padded.keys()
+    for name, grad in packed.items():
+        assert torch.allclose(padded[name], grad, atol=1e-5, rtol=1e-3), name
+
+
+@pytest.mark.parametrize("packs", [True, False])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_the_loss_gets_what_separate_forwards_give(tmp_path, side):
+def test_the_loss_gets_what_separate_forwards_give(tmp_path, side, packs):
     """Every tensor handed to the loss equals the one from single, unpadded rows at one coefficient."""
     args = arguments(tmp_path, num_pairs=8, per_device_train_batch_size=3, last_n_tokens=4)
     seen = {}
@@ -68,6 +78,8 @@ def test_the_loss_gets_what_separate_forwards_give(tmp_path, side):
 
     trainer = trainer_for(args, loss_func=loss)
     trainer.data_collator.tokenizer.padding_side = side
+    assert trainer.data_collator.packing is not None
+    trainer.data_collator.packing = trainer.data_collator.packing if packs else None
     examples = trainer.train_dataset[:3]
     step(trainer, examples)
     model = trainer.model.eval()
