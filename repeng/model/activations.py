@@ -15,9 +15,12 @@ from transformers import PreTrainedTokenizerBase
 
 from repeng.data.tokens import last_tokens, pad_rows
 from repeng.model.logprob import kl_divergence
+from repeng.model.packing import additive, pack, packing_for, padded_index, shared_tokens
 from repeng.model.sites import Place, decoder_layers, edit_outputs, eval_mode, site_modules
 from repeng.model.types import CausalLM
 
+TRIED = 4  # rows with which is tried whether a model takes packed ones
+SAVED = 4096  # tokens from which on it pays to try
 Tokens = int | str
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -76,14 +79,14 @@ def collect(
 ) -> list[Tensor]:
     """What goes into or comes out of each tapped module, `(rows d)`, float32 on the CPU, read as `token_weights` says.
 
-    Rows of similar length share a batch, and the forward ends behind `deepest`, so that no logits are computed.
+    What rows begin with together is computed once, if it is much and the model takes packed rows; else rows of similar
+    length share a batch. The forward ends behind `deepest`, so that no logits are computed.
     """
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
     parts: list[list[Tensor]] = [[] for _ in taps]
-    weights = torch.empty(0)
+    weights = where = torch.empty(0)
 
     def keep(part: list[Tensor], states: Tensor) -> Tensor:
-        part.append(_read(states, weights).cpu())
+        part.append(_read(states.flatten(0, 1)[where.to(states.device)], weights).cpu())
         return states
 
     def before(part: list[Tensor], _module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -94,15 +97,28 @@ def collect(
 
     with ExitStack() as stack:
         stack.enter_context(eval_mode(model))
+        packing = None
+        if shared_tokens(rows) > SAVED:
+            some = sorted(map(list, rows))[:TRIED]
+            packing = packing_for(model, [max(rows, key=len), *some], max(map(len, rows)))
         for (module, end), part in zip(taps, parts, strict=True):
             if end == "input":
                 stack.callback(module.register_forward_pre_hook(partial(before, part)).remove)
             else:
                 stack.enter_context(edit_outputs([(module, partial(keep, part))]))
         stack.enter_context(edit_outputs([(deepest, stop)]))
+        together = len if packing is None else list
+        order = sorted(range(len(rows)), key=lambda i: together(rows[i]), reverse=True)
         for start in tqdm(range(0, len(rows), batch_size), desc="hidden states", leave=False, delay=1):
-            batch = pad_rows([rows[i] for i in order[start : start + batch_size]], tokenizer, model.device)
-            weights = token_weights(batch["attention_mask"], tokens)
+            chunk = [rows[i] for i in order[start : start + batch_size]]
+            batch = pad_rows(chunk, tokenizer, model.device)
+            real = batch["attention_mask"]
+            weights, where = token_weights(real, tokens), torch.arange(real.numel()).view_as(real)
+            if packing is not None:
+                packed, paths = pack(chunk, packing)
+                where = padded_index(paths, real)
+                batch = {name: tensor.to(model.device) for name, tensor in packed.items()}
+                batch["attention_mask"] = additive(batch["attention_mask"], model.dtype)
             try:
                 model(**batch, use_cache=False)
             except _Deepest:

@@ -1,6 +1,8 @@
 """Rows of token ids as trees: what rows begin with together is computed once, and nothing is padded between them."""
 
+import itertools
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -77,6 +79,23 @@ def _path(tree: dict[tuple[int, int], int], row: Sequence[int]) -> list[int]:
         node = tree[node, token]
         path.append(node)
     return path
+
+
+def padded_index(paths: Sequence[Sequence[int]], attention_mask: Tensor) -> Tensor:
+    """Where the tokens of padded rows `(b t)` lie in the flattened `(n t)` of packed ones; 0 for padding."""
+    where = torch.zeros_like(attention_mask)
+    where[attention_mask.bool()] = torch.tensor([node for path in paths for node in path], device=where.device)
+    return where
+
+
+def shared_tokens(rows: Sequence[Sequence[int]]) -> int:
+    """How many tokens need not be computed when all rows are packed together."""
+    return sum(common_beginning(one, other) for one, other in itertools.pairwise(sorted(map(list, rows))))
+
+
+def common_beginning(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many tokens two rows begin with together."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

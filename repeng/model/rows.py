@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Callable, Sequence
-from itertools import takewhile
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -12,6 +11,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from repeng.data.tokens import pad_rows
 from repeng.model.logprob import read_vocabulary
+from repeng.model.packing import common_beginning
 from repeng.model.sharded import is_sharded
 from repeng.model.types import CausalLM
 
@@ -83,7 +83,7 @@ def _groups(rows: Sequence[Sequence[int]], spans: Sequence[Span], batch_size: in
     for i in order if share else ():
         if found:
             members, shared = found[-1]
-            common = _common(rows[members[0]][:shared], rows[i][: spans[i][0]])
+            common = common_beginning(rows[members[0]][:shared], rows[i][: spans[i][0]])
             saved = shared * (len(members) - 1)
             if common >= SHORTEST and common * len(members) >= saved and len(members) < batch_size:
                 found[-1] = Group([*members, i], common)
@@ -93,11 +93,6 @@ def _groups(rows: Sequence[Sequence[int]], spans: Sequence[Span], batch_size: in
     joined = {i for group in together for i in group.members}
     alone = [i for i in order if i not in joined]
     return together + [Group(alone[at : at + batch_size], 0) for at in range(0, len(alone), batch_size)]
-
-
-def _common(left: Sequence[int], right: Sequence[int]) -> int:
-    """How many tokens two rows begin with together."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from repeng.data.pairs import ContrastPair
 from repeng.data.tokens import encode, label_mask, pad_rows
-from repeng.model.packing import Packing, additive, pack
+from repeng.model.packing import Packing, additive, pack, padded_index
 
 SIDES = ("chosen_ids", "rejected_ids", "neutral_ids")
 
@@ -70,8 +70,7 @@ class PairCollator:
         if self.packing is not None:
             packed, paths = pack(rows, self.packing)
             batch |= {PACKED + name: tensor for name, tensor in packed.items()}
-            where = torch.zeros_like(where)
-            where[batch["attention_mask"].bool()] = torch.tensor([node for path in paths for node in path])
+            where = padded_index(paths, batch["attention_mask"])
         batch["where"] = where
         if "ref_hs" in examples[0]:
             references = cast(Sequence[ReferencedExample], examples)

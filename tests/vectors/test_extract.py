@@ -85,6 +85,23 @@ def test_a_mean_over_tokens_is_that_of_the_states(embedded, rows):
             assert torch.allclose(state, outputs[0][0, span].mean(dim=0), atol=1e-5)
 
 
+@pytest.mark.parametrize("tokens", ["last", "mean", 2])
+def test_what_rows_begin_with_together_is_computed_once(embedded, tokenizer, tokens, monkeypatch):
+    """More than one packed row, of prompts of which each two have a beginning in common."""
+    model = embedded[0]
+    words = [f"the speaker is honest . {text}" for text in tiny.neutral_texts(40, seed=0)]
+    ids = [encode(tokenizer, text).ids for text in (*words, *(text[:-9] for text in words))]
+    monkeypatch.setattr("repeng.model.activations.SAVED", 0)
+    read, forward = [], model.forward
+    monkeypatch.setattr(model, "forward", lambda *a, **k: read.append(k["input_ids"]) or forward(*a, **k))
+    packed = hidden_states(model, tokenizer, ids, [("residual", 2)], tokens=tokens)["residual", 2]
+    assert read[-1].shape[0] == 1 and sum(part.numel() for part in read) < 0.6 * sum(map(len, ids))
+    monkeypatch.setattr("repeng.model.activations.packing_for", lambda *_: None)
+    read.clear()
+    padded = hidden_states(model, tokenizer, ids, [("residual", 2)], tokens=tokens)["residual", 2]
+    assert sum(map(len, read)) == len(ids) and torch.allclose(packed, padded, atol=1e-5)
+
+
 def count_calls(model, monkeypatch):
     calls = {"layers": 0, "head": 0}
     for name, modules in (("layers", decoder_layers(model)), ("head", [model.lm_head])):
