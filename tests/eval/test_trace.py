@@ -53,6 +53,18 @@ def test_what_cannot_be_reached_ends():
     assert len(find_costs(lambda c: math.nan, TARGETS, start=1.0, largest=64.0)) <= 10
 
 
+def test_a_guess_outside_of_what_is_known_is_put_inside():
+    """A jump: the slope between two coefficients behind it says nothing of where it is."""
+    seen = []
+    find_costs(lambda c: seen.append(c) or (0.01 if c < 1.5 else 5.0), (0.3,), start=1.0, largest=64.0)
+    assert seen[:2] == [1.0, 4.0] and len(seen) == 4
+    for index in (2, 3):
+        below = max(c for c in seen[:index] if c < 1.5)
+        above = min(c for c in seen[:index] if c >= 1.5)
+        assert below < seen[index] < above
+    assert seen[3] == pytest.approx(math.sqrt(1.0 * seen[2]))
+
+
 def test_the_edge_of_the_budget_is_bracketed():
     nll = {-1.0: 1.5, 0.0: 1.0, 1.0: 1.0 + 0.16}  # twice the budget of 0.08 at c = 1, linear
 

@@ -80,3 +80,10 @@ def test_attention_without_a_mask_is_found_out():
     forward = model.forward
     model.forward = lambda *args, attention_mask=None, **kwargs: forward(*args, **kwargs)
     assert packing_for(model, long_rows()[:3], 14) is None
+
+
+def test_attention_that_takes_no_mask_is_not_tried():
+    model = tiny_models.build("llama")
+    model.forward = None
+    model.config._attn_implementation = "flash_attention_2"
+    assert packing_for(model, long_rows()[:3], 14) is None
