@@ -1,5 +1,6 @@
-"""What tests of training share: quick arguments of the embedded model, a built run, a trainer away from zero."""
+"""What tests share: quick arguments of the embedded model, a built run, a trainer away from zero."""
 
+import inspect
 from pathlib import Path
 
 import torch
@@ -57,3 +58,8 @@ def step(trainer, examples):
     """One forward and backward, as in the training loop."""
     trainer.current_gradient_accumulation_steps = 1  # the loop sets it
     trainer.training_step(trainer.model, trainer.data_collator(examples))
+
+
+def cache_name():
+    """Transformers has renamed the argument."""
+    return "cache" if "cache" in inspect.signature(tiny.load()[0].forward).parameters else "past_key_values"

@@ -1,12 +1,13 @@
 """The context manager that sets how far a model is steered, by adapters or by vectors."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 
 from torch import Tensor, nn
 
 from repeng.control.cache_guard import Influence, State, current, guarded
+from repeng.control.lora import lora_modules, scaled
 from repeng.control.operators import OPERATORS, Operator, edit_with
 from repeng.control.positions import Positions, TokenFilter
 from repeng.model.sites import edit_outputs, site_modules, trunk
@@ -35,12 +36,13 @@ def steer(
     it was before. Everything that runs the model's forward is steered: `generate`, a pipeline, training.
 
     Args:
-        model: a model with steering adapters (a `PeftModel`, or a module that they were injected into); any causal
-            language model if `vector` is given.
+        model: a model with steering or LoRA adapters (a `PeftModel`, or a module that they were injected into); any
+            causal language model if `vector` is given.
         coefficient: one number, or a `(b,)` tensor with one for each batch row; 0 is the base model exactly, and ±1
             what a calibration says, if the adapter, or the vector that is added, has one.
         vector: what acts on the outputs of its sites, instead of using adapters.
-        adapter_name: the adapter to set; by default, every active steering adapter.
+        adapter_name: the adapter to set; by default, every active steering adapter, and of a model without any, every
+            active LoRA adapter: its change times the coefficient.
         operator: for a vector: "add" it; "ablate" its direction, wholly at 1; "rotate" toward it at constant norm.
         positions: for a vector: "all" tokens but padding, those of the "prompt", the "generated" ones, or a slice of
             tokens, counted from the first real one; negative bounds count from the end of the prompt.
@@ -90,15 +92,18 @@ def steer(
 def _steer_adapters(
     model: nn.Module, coefficient: float | Tensor, adapter_name: str | None, reuse_cache: bool
 ) -> Iterator[None]:
-    """Set the coefficient of steering adapters inside the context."""
-    stores = _coefficient_stores(model, adapter_name)
+    """Set the coefficient of steering adapters, or of LoRA adapters, inside the context."""
+    stores, loras = _adapters(model, adapter_name)
     value = as_coefficient(coefficient)
     before = [(store, store.snapshot()) for store, _ in stores]
     try:
         for store, names in stores:
             for name in names:
                 store.set(name, value)
-        with _guard_adapters(model, [name for _, names in stores for name in names], value, reuse_cache):
+        names = sorted({*loras, *(name for _, names in stores for name in names)})
+        with ExitStack() as stack:
+            stack.enter_context(scaled([module for modules in loras.values() for module in modules], value))
+            stack.enter_context(_guard_adapters(model, names, value, reuse_cache))
             yield
     finally:
         for store, snapshot in before:
@@ -122,8 +127,10 @@ def _as_key(value: Tensor) -> float | tuple[float, ...]:
     return value.item() if value.ndim == 0 else tuple(value.tolist())
 
 
-def _coefficient_stores(model: nn.Module, adapter_name: str | None) -> list[tuple[Coefficients, list[str]]]:
-    """Every coefficient store of `model`, with the adapters to set in it.
+def _adapters(
+    model: nn.Module, adapter_name: str | None
+) -> tuple[list[tuple[Coefficients, list[str]]], dict[str, list[nn.Module]]]:
+    """Every coefficient store of `model`, with the adapters to set in it; and the LoRA adapters to scale.
 
     Raises:
         ValueError: there is no such active adapter, or one is merged into the weights.
@@ -150,12 +157,15 @@ def _coefficient_stores(model: nn.Module, adapter_name: str | None) -> list[tupl
         )
     wanted = active if adapter_name is None else active & {adapter_name}
     if not wanted:
+        loras = {} if available and adapter_name is None else lora_modules(model)
+        if loras and adapter_name in (None, *loras):
+            return [], {name: modules for name, modules in loras.items() if adapter_name in (None, name)}
         wanted_text = (
             "an active steering adapter" if adapter_name is None else f"the steering adapter {adapter_name!r}"
         )
-        listed = ", ".join(sorted(available)) or "none"
+        listed = ", ".join(sorted({*available, *loras})) or "none"
         raise ValueError(
             f"{type(model).__name__} lacks {wanted_text}; it has: {listed}. "
             "Load one with PeftModel.from_pretrained, or pass vector="
         )
-    return [(store, sorted(names[key] & wanted)) for key, store in stores.items()]
+    return [(store, sorted(names[key] & wanted)) for key, store in stores.items()], {}

@@ -1,13 +1,13 @@
 """Vectors in action: operators, positions at every decode step, every way of generating, caches."""
 
 import copy
-import inspect
 
 import pytest
 import tiny_models
 import torch
 from accelerate import dispatch_model
 from peft import get_peft_model
+from support import cache_name
 from transformers import Cache, pipeline
 
 from repeng import SteeringVector, SvdSteeringConfig, extract, steer, tiny
@@ -296,11 +296,6 @@ def prefill(model, ids):
     with torch.no_grad():
         out = model(input_ids=ids, use_cache=True)
     return next(value for value in out.values() if isinstance(value, Cache))
-
-
-def cache_name():
-    """Transformers has renamed the argument."""
-    return "cache" if "cache" in inspect.signature(tiny.load()[0].forward).parameters else "past_key_values"
 
 
 def go_on(model, cache, ids=((5,),)):
