@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from repeng import steer
 from repeng.data.tokens import Encoded, pad_rows
 from repeng.model.logprob import kl_divergence
 from repeng.model.sites import decoder_layers, edit_outputs
@@ -127,35 +128,18 @@ def fine_tune(model: PeftModel, tokenizer: PreTrainedTokenizerBase, encoded: lis
 
 
 @contextmanager
-def lora_dial(model: nn.Module, coefficient: float | Tensor) -> Iterator[None]:
-    """LoRA times c; with adapters "plus" and "minus", the one of c's sign times |c|."""
+def arms_dial(model: nn.Module, coefficient: float | Tensor) -> Iterator[None]:
+    """The LoRA "plus" or "minus", the one of c's sign, times |c|."""
     c = torch.as_tensor(coefficient, dtype=torch.float32)
-    scales = {"default": c, "plus": c.clamp(min=0), "minus": (-c).clamp(min=0)}
-    hooks = []
-    for name, module in model.named_modules():
-        if name.rpartition(".")[0].endswith("lora_B"):
-            scale = scales[name.rpartition(".")[2]]
-            scale = scale if scale.ndim == 0 else scale[:, None, None]
-            hooks.append(module.register_forward_hook(lambda _m, _a, out, s=scale: out * s.to(out)))
-    try:
+    with steer(model, c.clamp(min=0), adapter_name="plus"), steer(model, (-c).clamp(min=0), adapter_name="minus"):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager
 def weight_dial(model: nn.Module, coefficient: float | Tensor) -> Iterator[None]:
     """LoRA "plus" times c and "minus" times −c: the difference of the weights of two fine-tunes."""
     c = torch.as_tensor(coefficient, dtype=torch.float32)
-    scales = {"plus": c, "minus": -c}
-    places = {name.rpartition("."): module for name, module in model.named_modules()}
-    edits = [
-        (module, lambda out, s=scales[name]: out * s.to(out))
-        for (parent, _, name), module in places.items()
-        if parent.endswith("lora_B")
-    ]
-    with edit_outputs(edits):
+    with steer(model, c, adapter_name="plus"), steer(model, -c, adapter_name="minus"):
         yield
 
 

@@ -129,10 +129,10 @@ TRAINED: dict[str, Callable[[Bench, int], EvalReport]] = {
         prepare=baselines.use_biases,
         argv=("--learning_rate", "5e-2", "--loss_layer", "4"),
     ),
-    "LoRA, same loss": partial(Bench.other, dial=baselines.lora_dial, prepare=baselines.use_lora),
+    "LoRA, same loss": partial(Bench.other, dial=steer, prepare=baselines.use_lora),
     "LoRA, prompt distillation": partial(
         Bench.other,
-        dial=baselines.lora_dial,
+        dial=baselines.arms_dial,
         prepare=partial(baselines.use_lora, names=("plus", "minus")),
         trainer=baselines.DistillationTrainer,
     ),

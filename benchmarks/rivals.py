@@ -172,9 +172,7 @@ UNTRAINED: dict[str, Callable[[Bench], Rival]] = {
 }
 TRAINED: dict[str, Callable[[Bench, int], Rival]] = {
     ADAPTER: Bench.trained,
-    "LoRA, same loss": partial(
-        Bench.trained, dial=baselines.lora_dial, steer_fn=baselines.lora_dial, prepare=baselines.use_lora
-    ),
+    "LoRA, same loss": partial(Bench.trained, prepare=baselines.use_lora),
     "learned biases, same loss": partial(
         Bench.trained,
         dial=baselines.dial_of,

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from benchmarks import baselines
 from benchmarks.timing import seconds
 from benchmarks.training import CONFIG
-from repeng import steer, tiny
+from repeng import tiny
 from repeng.eval.report.tables import markdown
 from repeng.train.arguments import parse_arguments
 from repeng.train.build import build
@@ -74,12 +74,10 @@ def step(method: str, options: argparse.Namespace) -> tuple[float, float]:
         for example in run.examples:
             for side in ("chosen_ids", "rejected_ids", "neutral_ids"):
                 example[side] = [rng.randrange(3, vocabulary) for _ in range(options.tokens)]
-        steer_fn = steer
         if method == "LoRA":
             baselines.use_lora(run, args)
-            steer_fn = baselines.lora_dial
         examples = run.examples[: options.pairs]
-        trainer = SteeringTrainer(run.model, args, examples, run.tokenizer, steer_fn=steer_fn)
+        trainer = SteeringTrainer(run.model, args, examples, run.tokenizer)
         trainer.create_optimizer()
         trainer.current_gradient_accumulation_steps = 1
         batch = trainer.data_collator([trainer.train_dataset[i] for i in range(options.pairs)])

@@ -60,14 +60,14 @@ def randomise(model):
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
 
 
-@pytest.mark.parametrize("kind", ["biases", "lora", "two loras"])
+@pytest.mark.parametrize("kind", ["biases", "two loras", "weights"])
 def test_other_methods_have_a_coefficient_by_row_too(prepared, batch, embedded, kind):
     run, args = prepared
     if kind == "biases":
         baselines.use_biases(run, args)
     else:
-        baselines.use_lora(run, args, ("plus", "minus") if kind == "two loras" else ("default",))
-    dial = baselines.dial_of if kind == "biases" else baselines.lora_dial
+        baselines.use_lora(run, args, ("plus", "minus"))
+    dial = {"biases": baselines.dial_of, "two loras": baselines.arms_dial, "weights": baselines.weight_dial}[kind]
     model = run.model.eval()
     assert all(p.requires_grad == ("lora" in name or "biases" in name) for name, p in model.named_parameters())
     randomise(model)
@@ -89,7 +89,7 @@ def test_distillation_compares_what_is_behind_the_persona(prepared):
     run, args = prepared
     baselines.use_lora(run, args, ("plus", "minus"))
     randomise(run.model)
-    trainer = baselines.DistillationTrainer(run.model, args, run.examples, run.tokenizer, steer_fn=baselines.lora_dial)
+    trainer = baselines.DistillationTrainer(run.model, args, run.examples, run.tokenizer, steer_fn=baselines.arms_dial)
     inputs = trainer.data_collator(trainer.train_dataset[:3])
     model = run.model.eval()
     with trainer.both_sides(model, inputs), torch.no_grad():
@@ -101,10 +101,10 @@ def test_distillation_compares_what_is_behind_the_persona(prepared):
             for text in (pair.suffix, tokenizer.decode(example["neutral_ids"], skip_special_tokens=True)):
                 n = len(text.split())
                 with torch.no_grad():
-                    with baselines.lora_dial(model, 0.0):
+                    with baselines.arms_dial(model, 0.0):
                         rows = pad_rows([encode(tokenizer, f"{opening} {text}").ids], tokenizer)
                         p = model(**rows).logits[0, -n:].log_softmax(-1)
-                    with baselines.lora_dial(model, c):
+                    with baselines.arms_dial(model, c):
                         q = model(**pad_rows([encode(tokenizer, text).ids], tokenizer)).logits[0, -n:].log_softmax(-1)
                 expected.append((p.exp() * (p - q)).sum(-1).mean())
     assert found.item() == pytest.approx(torch.stack(expected).mean().item(), rel=1e-4)
