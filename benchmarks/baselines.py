@@ -15,11 +15,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from repeng import steer
 from repeng.data.tokens import Encoded, pad_rows
 from repeng.model.logprob import kl_divergence
+from repeng.model.packing import packing_for
 from repeng.model.sites import decoder_layers, edit_outputs
 from repeng.tiny import lexicon
 from repeng.tiny.world import FACT_FORMS, MOOD_FORMS, SPLITS, World
 from repeng.train.arguments import SteeringArguments
 from repeng.train.build import Run
+from repeng.train.collator import PairCollator, model_inputs
 from repeng.train.trainer import SteeringTrainer
 
 LORA_RANK = 8  # about as many parameters as the adapter of rank 64 has
@@ -114,14 +116,16 @@ def fine_tune(model: PeftModel, tokenizer: PreTrainedTokenizerBase, encoded: lis
     """Teach the active adapter the suffixes behind their prompts, by the plain language modelling loss."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=TUNE_RATE, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
+    rows = [one.ids for one in encoded]
+    packing = packing_for(model, rows[:3], max(map(len, rows)))
     for _ in tqdm(range(TUNE_STEPS), desc="fine-tune", leave=False):
         some = [encoded[i] for i in torch.randperm(len(encoded), generator=generator)[:TUNE_ROWS].tolist()]
-        batch = pad_rows([one.ids for one in some], tokenizer, model.device, side="left")
-        logits = model(**batch, use_cache=False, logits_to_keep=max(len(one.suffix) for one in some) + 1).logits
+        batch = PairCollator(tokenizer, packing).rows([one.ids for one in some])
+        logits = model(**model_inputs(batch, model.dtype), use_cache=False).logits.flatten(0, 1)
         losses = []
-        for row, one in zip(logits, some, strict=True):
-            own = torch.tensor(one.suffix, device=row.device)
-            losses.append(torch.nn.functional.cross_entropy(row[-len(own) - 1 : -1].float(), own))
+        for at, mask, one in zip(batch["where"], batch["attention_mask"].bool(), some, strict=True):
+            own = torch.tensor(one.suffix, device=logits.device)
+            losses.append(torch.nn.functional.cross_entropy(logits[at[mask][-len(own) - 1 : -1]].float(), own))
         torch.stack(losses).mean().backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -63,15 +63,18 @@ class PairCollator:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, packing: Packing | None = None) -> None:
         self.tokenizer, self.packing = tokenizer, packing
 
-    def __call__(self, examples: Sequence[Example] | Sequence[ReferencedExample]) -> dict[str, Tensor]:
-        rows = [example[side] for side in SIDES for example in examples]
+    def rows(self, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """What a batch holds of rows of token ids alone."""
         batch = pad_rows(rows, self.tokenizer)
         where = torch.arange(batch["input_ids"].numel()).view_as(batch["input_ids"])
         if self.packing is not None:
             packed, paths = pack(rows, self.packing)
             batch |= {PACKED + name: tensor for name, tensor in packed.items()}
             where = padded_index(paths, batch["attention_mask"])
-        batch["where"] = where
+        return {**batch, "where": where}
+
+    def __call__(self, examples: Sequence[Example] | Sequence[ReferencedExample]) -> dict[str, Tensor]:
+        batch = self.rows([example[side] for side in SIDES for example in examples])
         if "ref_hs" in examples[0]:
             references = cast(Sequence[ReferencedExample], examples)
             for name in STACKED:
