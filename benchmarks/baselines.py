@@ -21,7 +21,7 @@ from repeng.tiny import lexicon
 from repeng.tiny.world import FACT_FORMS, MOOD_FORMS, SPLITS, World
 from repeng.train.arguments import SteeringArguments
 from repeng.train.build import Run
-from repeng.train.collator import PairCollator, model_inputs
+from repeng.train.collator import SIDES, PairCollator, model_inputs
 from repeng.train.trainer import SteeringTrainer
 
 LORA_RANK = 8  # about as many parameters as the adapter of rank 64 has
@@ -157,11 +157,11 @@ class DistillationTrainer(SteeringTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         masks = inputs["attention_mask"].bool()
         rows = [row[mask].tolist() for row, mask in zip(inputs["input_ids"], masks, strict=True)]
-        n = len(rows) // 3
+        n = len(rows) // len(SIDES)
         # An opening ends with the first full stop; the student reads what is behind it.
         stop = self.processing_class.convert_tokens_to_ids(".")
         openings = [[row[: row.index(stop) + 1] for row in side] for side in (rows[:n], rows[n : 2 * n])]
-        bare = [row[row.index(stop) + 1 :] for row in rows[:n]] + [row[1:] for row in rows[2 * n :]]
+        bare = [row[row.index(stop) + 1 :] for row in rows[:n]] + [row[1:] for row in rows[-n:]]
         taught = [opening + text for side in openings for opening, text in zip(side * 2, bare, strict=True)]
         bos = [self.processing_class.bos_token_id]
         base, device = self.accelerator.unwrap_model(model), inputs["input_ids"].device
@@ -176,5 +176,5 @@ class DistillationTrainer(SteeringTrainer):
         return torch.stack(losses).mean()
 
     def both_sides(self, model, inputs):
-        rows = inputs["input_ids"].shape[0] // 3 * 2
+        rows = inputs["input_ids"].shape[0] // len(SIDES) * 2
         return self.steer_fn(model, repeat(torch.tensor([1.0, -1.0]), "c -> (c r)", r=rows))

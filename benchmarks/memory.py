@@ -20,6 +20,7 @@ from repeng import tiny
 from repeng.eval.report.tables import markdown
 from repeng.train.arguments import parse_arguments
 from repeng.train.build import build
+from repeng.train.collator import SIDES
 from repeng.train.trainer import SteeringTrainer
 
 VARIANTS = ("whole logits", "chunks")
@@ -57,7 +58,7 @@ def step(variant: str, vocabulary: int, pairs: int) -> float:
         task_args, args = parse_arguments([*argv, "--per_device_train_batch_size", str(pairs)], CONFIG)
         run = build(task_args, args, tiny.task(task_args, args.seed), model=model, tokenizer=tiny.load()[1])
         for example in run.examples:  # one length, as long as an answer
-            for name in ("chosen_ids", "rejected_ids", "neutral_ids"):
+            for name in SIDES:
                 example[name] = (example[name] * 20)[:128]
         # The reference is computed pair by pair, so that it is not what makes the peak.
         single = replace(args, per_device_train_batch_size=1)

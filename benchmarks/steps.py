@@ -18,6 +18,7 @@ from repeng import tiny
 from repeng.eval.report.tables import markdown
 from repeng.train.arguments import parse_arguments
 from repeng.train.build import build
+from repeng.train.collator import SIDES
 from repeng.train.trainer import SteeringTrainer
 
 # Widths and depths of the published configurations of Qwen3; "small" is for a CPU.
@@ -72,7 +73,7 @@ def step(method: str, options: argparse.Namespace) -> tuple[float, float]:
         run = build(task_args, args, tiny.task(task_args, args.seed), model=model, tokenizer=tiny.load()[1])
         rng, vocabulary = random.Random(0), run.model.config.vocab_size
         for example in run.examples:
-            for side in ("chosen_ids", "rejected_ids", "neutral_ids"):
+            for side in SIDES:
                 example[side] = [rng.randrange(3, vocabulary) for _ in range(options.tokens)]
         if method == "LoRA":
             baselines.use_lora(run, args)
@@ -99,14 +100,14 @@ def step(method: str, options: argparse.Namespace) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="small")
-    parser.add_argument("--pairs", type=int, default=8, help="of a batch; a step reads six rows for each")
+    parser.add_argument("--pairs", type=int, default=8, help="of a batch; a step reads eight rows for each")
     parser.add_argument("--tokens", type=int, default=48, help="of a row")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in backward")
     options = parser.parse_args()
     found = {method: step(method, options) for method in METHODS}
     slowest, peak = found[METHODS[0]]
-    tokens = 6 * options.pairs * options.tokens
+    tokens = 2 * len(SIDES) * options.pairs * options.tokens
     rows = {}
     for method, (took, memory) in found.items():
         rows[method] = {"s a step": f"{took:.3f}", "tokens/s": f"{tokens / took:.0f}", "×": f"{took / slowest:.2f}"}

@@ -25,7 +25,7 @@ def loss_at(args: SteeringArguments, *, shift: float = 0.0, gap: float = 0.0, lo
     Args:
         args: targets, weights and margin.
         shift: how far both sides have moved, in units.
-        gap: how far the gap in log-probability has changed at both sides, in nats.
+        gap: how far the gap in log-probability has changed at both sides, in units.
         lost: what each token of the pair has lost, in nats.
     """
     ones = torch.ones(1, 1, dtype=torch.bool)
@@ -45,6 +45,7 @@ def loss_at(args: SteeringArguments, *, shift: float = 0.0, gap: float = 0.0, lo
         gap_pi=gap * signs[:, None, None].expand(2, 2, 1),
         gap_ref=torch.zeros(2, 1),
         gap_weight=torch.ones(1),
+        gap_unit=1.0,
         separation_target=args.separation_target,
         order_target=args.order_target,
         order_weight=args.order_weight,
@@ -97,7 +98,9 @@ def draw() -> None:
         path = [[row[f"{name}_{arm}"] for row in rows] for name in ("shift", "gap")]
         plane.plot(*path, color=colour, linewidth=0.8, marker=".", markersize=3, label=f"training, {arm} arm")
     plane.set(
-        xlabel="Δ, units along the preference direction", ylabel="Γ, nats", title="Mean pair: separation and order"
+        xlabel="Δ, units along the preference direction",
+        ylabel="Γ, units",
+        title="Mean pair: separation and order",
     )
     plane.legend(fontsize=8, loc="lower right")
 

@@ -35,6 +35,7 @@ def test_every_form_of_the_loss_pushes_from_the_start(name):
         gap_pi=torch.zeros(2, 2, 3),
         gap_ref=torch.zeros(2, 3),
         gap_weight=torch.ones(3),
+        gap_unit=1.0,
         separation_target=20.0,
         order_target=8.0,
         order_weight=3.0,

@@ -9,17 +9,20 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from repeng.data.pairs import ContrastPair
-from repeng.data.tokens import encode, label_mask, pad_rows
+from repeng.data.tokens import encode, encode_text, label_mask, pad_rows
+from repeng.data.word_questions import NEUTRAL_REQUEST, without_persona
 from repeng.model.packing import Packing, additive, pack, padded_index
 
-SIDES = ("chosen_ids", "rejected_ids", "neutral_ids")
+PROMPTS = ("chosen_ids", "rejected_ids", "bare_ids")  # the two that have a persona come first
+SIDES = (*PROMPTS, "neutral_ids")
 
 
 class Example(TypedDict):
-    """Token ids of the two prompts of a pair, and of a neutral text."""
+    """Token ids of the two prompts of a pair, of the same without a persona, and of a neutral text."""
 
     chosen_ids: list[int]
     rejected_ids: list[int]
+    bare_ids: list[int]
     neutral_ids: list[int]
 
 
@@ -28,9 +31,9 @@ class ReferencedExample(Example):
 
     Every tensor is stored in the reference's files and stacked in a batch: a new term of the loss adds its own here.
 
-    `ref_hs (2 n d)`, `ref_mask (2 n)`: hidden states of both prompts at the last n tokens, and which of these exist.
-    `ref_logp`: next-token log-probabilities, one 1-d tensor for each of the three texts.
-    `next_ids (k)`, `next_weight (k)`, `ref_gap (2)`, `gap_weight ()`: what the two personas say next.
+    `ref_hs (3 n d)`, `ref_mask (3 n)`: hidden states of the prompts at the last n tokens, and which of these exist.
+    `ref_logp`: next-token log-probabilities, one 1-d tensor for each of the four texts.
+    `next_ids (k)`, `next_weight (k)`, `ref_gap (3)`, `gap_weight ()`: what the two personas say next.
     """
 
     ref_hs: Tensor
@@ -48,11 +51,11 @@ STACKED = tuple(name for name, kind in get_type_hints(ReferencedExample).items()
 
 
 class PairCollator:
-    """Rows `[chosen ; rejected ; neutral]` of a batch of `b` examples, with what the frozen base gives on them.
+    """Rows `[chosen ; rejected ; bare ; neutral]` of a batch of `b` examples, with what the frozen base gives on them.
 
-    Returns `input_ids`, `attention_mask`, `position_ids` `(3b t)` and, for examples with their reference,
-    `ref_hs (2 b n d)`, `ref_mask (2 b n)`, `ref_logp (3b t−1)`, `next_ids (b k)`, `next_weight (b k)`, `ref_gap (b 2)`
-    and `gap_weight (b)`. What a model is to read are the `model_inputs` of a batch; `where (3b t)` says which of its
+    Returns `input_ids`, `attention_mask`, `position_ids` `(4b t)` and, for examples with their reference,
+    `ref_hs (3 b n d)`, `ref_mask (3 b n)`, `ref_logp (4b t−1)`, `next_ids (b k)`, `next_weight (b k)`, `ref_gap (b 3)`
+    and `gap_weight (b)`. What a model is to read are the `model_inputs` of a batch; `where (4b t)` says which of its
     tokens, all rows behind each other, is which token of the rows.
 
     Args:
@@ -82,7 +85,7 @@ class PairCollator:
                 batch[name] = torch.stack([cast(Tensor, example[name]) for example in references], dim=int(side_first))
             mask = label_mask(batch["attention_mask"])
             logp = torch.zeros(mask.shape)
-            logp[mask] = torch.cat([example["ref_logp"][row] for row in range(3) for example in references])
+            logp[mask] = torch.cat([example["ref_logp"][row] for row in range(len(SIDES)) for example in references])
             batch["ref_logp"] = logp
         return batch
 
@@ -98,14 +101,20 @@ def model_inputs(batch: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tens
 def tokenize_examples(
     tokenizer: PreTrainedTokenizerBase, pairs: Sequence[ContrastPair], neutral: Sequence[str], seed: int
 ) -> list[Example]:
-    """One example per pair, each with a neutral text: all texts are used before one is used again."""
+    """One example per pair, each with a neutral text: all texts are used before one is used again.
+
+    With a chat template a neutral text is the answer to a neutral request, as in an evaluation.
+    """
+    has_template = bool(tokenizer.chat_template)
+    request = NEUTRAL_REQUEST if has_template else ""
     rng = random.Random(seed)
     order = [text for _ in range(-(-len(pairs) // len(neutral))) for text in rng.sample(list(neutral), len(neutral))]
     return [
         {
             "chosen_ids": encode(tokenizer, pair.chosen, pair.suffix).ids,
             "rejected_ids": encode(tokenizer, pair.rejected, pair.suffix).ids,
-            "neutral_ids": encode(tokenizer, "", text).ids,
+            "bare_ids": encode(tokenizer, without_persona(pair, has_template=has_template), pair.suffix).ids,
+            "neutral_ids": encode_text(tokenizer, request, text).ids,
         }
         for pair, text in zip(pairs, order, strict=False)
     ]

@@ -1,6 +1,7 @@
 """The training loss: separation of hidden states, and of what is said next, inside a region of coherence.
 
-Shapes: `b` pairs, `t` tokens, `d` width of the site, `k` preference directions, `p` pair side (chosen, rejected),
+Shapes: `b` pairs, `t` tokens, `d` width of the site, `k` preference directions, `p` prompt (chosen, rejected,
+the same without a persona),
 `c` coefficient side (plus, minus). The derivation and drawings are in docs/loss_geometry.md.
 """
 
@@ -12,10 +13,10 @@ from torch import Tensor
 
 # From research_notes.md. `Recipe` states these values again, without importing torch; a test holds them equal.
 SEPARATION_TARGET = 3.0
-ORDER_TARGET = 8.0
-ORDER_WEIGHT = 3.0
+ORDER_TARGET = 1.5
+ORDER_WEIGHT = 10.0
 COHERENCE_MARGIN = 0.4
-COHERENCE_WEIGHT = 30.0
+COHERENCE_WEIGHT = 10.0
 
 
 class InnerContrastiveLoss(NamedTuple):
@@ -41,6 +42,7 @@ def inner_contrastive_loss(
     gap_pi: Tensor,
     gap_ref: Tensor,
     gap_weight: Tensor,
+    gap_unit: float,
     separation_target: float = SEPARATION_TARGET,
     order_target: float = ORDER_TARGET,
     order_weight: float = ORDER_WEIGHT,
@@ -52,9 +54,10 @@ def inner_contrastive_loss(
     With `s = (hs · direction) / scale`, averaged over the masked tokens, and `Δ = s_plus − s_ref` at c = +1,
     `Δ = s_ref − s_minus` at c = −1:
 
-    - separation: `relu(target − Δ) / target`, mean over both coefficient sides, both pair sides and the directions;
+    - separation: `relu(target − Δ) / target`, mean over both coefficient sides, the prompts and the directions;
     - order: the same of the gap in log-probability between what the two personas say next, `Γ = gap_plus − gap_ref` at
-      c = +1 and `gap_ref − gap_minus` at c = −1: `gap_weight · relu(target − Γ) / target`, mean over the sides;
+      c = +1 and `gap_ref − gap_minus` at c = −1, in units of what the personas change:
+      `gap_weight · relu(target − Γ) / target`, mean over coefficient sides and prompts;
     - coherence: with `v = relu(logp_ref − margin − logp_pi)` for each token, the token mean of `v + v²`.
 
     Args:
@@ -71,9 +74,10 @@ def inner_contrastive_loss(
         scale: `(k)` length of one unit along each direction.
         gap_pi: `(c p b)` the policy's gap at the end of each prompt, plus and minus, in nats.
         gap_ref: `(p b)` the reference's.
-        gap_weight: `(b)` how far the two personas disagree on the next token, from 0 to 1.
+        gap_weight: `(b)` how far the two personas disagree on the next token, relative to the mean pair.
+        gap_unit: what the personas change of the gap, in nats.
         separation_target: distance to reach, in units.
-        order_target: how far the gap is to change, in nats.
+        order_target: how far the gap is to change, in units.
         order_weight: weight of the order term against separation.
         coherence_margin: log-probability in nats that a token may lose for nothing.
         coherence_weight: weight of the coherence terms against separation.
@@ -97,7 +101,7 @@ def inner_contrastive_loss(
     )
     delta = signed_shift(hs_pi, hs_ref, hs_mask, direction, scale)  # (c p b k)
     separation = reduce((separation_target - delta).relu() / separation_target, "c p b k -> b", "mean")
-    gain = _signs(gap_pi, 3) * (gap_pi - gap_ref)  # (c p b)
+    gain = _signs(gap_pi, 3) * (gap_pi - gap_ref) / gap_unit  # (c p b)
     order = gap_weight * reduce((order_target - gain).relu() / order_target, "c p b -> b", "mean")
     coherence = reduce(violation(logp_pi, logp_ref, logp_mask, coherence_margin), "c b -> b", "mean")
     neutral = reduce(

@@ -58,19 +58,20 @@ class Recipe:
         default=3.0, metadata={"help": "Separation to reach, in mean distances between the two sides; above 0."}
     )
     order_target: float = field(
-        default=8.0,
+        default=1.5,
         metadata={
-            "help": "Change to reach of the gap in log-probability between what the personas say next, nats; above 0."
+            "help": "Change to reach of the gap in log-probability between what the personas say next, in units of "
+            "what the personas change; above 0."
         },
     )
     order_weight: float = field(
-        default=3.0, metadata={"help": "Weight of the order term against separation; 0 or more."}
+        default=10.0, metadata={"help": "Weight of the order term against separation; 0 or more."}
     )
     coherence_margin: float = field(
         default=0.4,
         metadata={"help": "Log-probability that any token may lose at no cost, in nats; 0 or more."},
     )
-    coherence_weight: float = field(default=30.0, metadata={"help": "Weight of the coherence terms; 0 or more."})
+    coherence_weight: float = field(default=10.0, metadata={"help": "Weight of the coherence terms; 0 or more."})
     last_n_tokens: int = field(
         default=6,
         metadata={"help": "Tokens at the end of each prompt on which separation is measured; 1 or more."},

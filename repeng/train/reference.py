@@ -17,10 +17,11 @@ from repeng.model.activations import Tap, collect
 from repeng.model.logprob import has_plain_head, head_logp, read_vocabulary
 from repeng.model.sites import capture, decoder_layers, eval_mode, layers_of, site_module
 from repeng.model.types import CausalLM
-from repeng.train.collator import Example, PairCollator, ReferencedExample, model_inputs
+from repeng.train.collator import PROMPTS, SIDES, Example, PairCollator, ReferencedExample, model_inputs
 from repeng.tuner.config import SvdSteeringConfig
 from repeng.tuner.targets import is_linear
 
+LEAST_GAP, LEAST_WEIGHT = 0.1, 0.01
 NEXT_TOKENS = 32  # that either persona says most more often: the rest of a vocabulary hardly weighs
 
 
@@ -38,8 +39,8 @@ def add_reference(
 ) -> list[ReferencedExample]:
     """The examples with what the base gives on them, at c = 0.
 
-    `ref_hs (2 n d)` and `ref_mask (2 n)` of the chosen and the rejected prompt; `ref_logp`, three 1-d tensors; and, of
-    the next token after the prompts, `next_ids (k)`, `next_weight (k)`, `ref_gap (2)` and `gap_weight ()`.
+    `ref_hs (3 n d)` and `ref_mask (3 n)` of the prompts; `ref_logp`, four 1-d tensors; and, of the token that follows
+    the prompts, `next_ids (k)`, `next_weight (k)`, `ref_gap (3)` and `gap_weight ()`.
     """
     module = site_module(model, layer, site)
     plain = has_plain_head(model, examples[0]["chosen_ids"])
@@ -58,25 +59,25 @@ def _batch_reference(
 ) -> list[dict[str, Any]]:
     """What `add_reference` adds to each example of a collated batch, on the CPU."""
     mask, where = batch["attention_mask"], batch["where"]
-    n = mask.shape[0] // 3
+    n, prompts = mask.shape[0] // len(SIDES), len(PROMPTS)
     labels, (ends, _), (index, exists) = (
         label_mask(mask),
-        last_tokens(mask[: 2 * n], 1),
-        last_tokens(mask[: 2 * n], last_n),
+        last_tokens(mask[: prompts * n], 1),
+        last_tokens(mask[: prompts * n], last_n),
     )
     said: dict[str, Tensor] = {}
 
     def read(states: Tensor, head: Callable[[Tensor], Tensor]) -> list[Tensor]:
         states = states.flatten(0, 1)
-        last = head(states[where[: 2 * n].gather(1, ends)]).float()
-        said.update(_next_token_disagreement(rearrange(last, "(p b) 1 v -> p b v", p=2)))
+        last = head(states[where[: prompts * n].gather(1, ends)]).float()
+        said.update(_next_token_disagreement(rearrange(last, "(p b) 1 v -> p b v", p=prompts)))
         return [head_logp(states[where[:, :-1][labels]], head, batch["input_ids"][:, 1:][labels])]
 
     with capture([module]) as outputs:
         (logp,) = read_vocabulary(model, model_inputs(batch, model.dtype), read, plain=plain)
     hs = cast(Tensor, outputs[0]).flatten(0, 1)
-    hs = hs[where[: 2 * n].gather(1, index).to(hs.device)].float()
-    hs, exists = (rearrange(x, "(p b) ... -> b p ...", p=2).cpu() for x in (hs, exists))
+    hs = hs[where[: prompts * n].gather(1, index).to(hs.device)].float()
+    hs, exists = (rearrange(x, "(p b) ... -> b p ...", p=prompts).cpu() for x in (hs, exists))
     rows = logp.cpu().split(labels.sum(dim=1).tolist())
     said = {name: tensor.cpu() for name, tensor in said.items()}
     return [
@@ -91,14 +92,14 @@ def _batch_reference(
 
 
 def _next_token_disagreement(logits: Tensor) -> dict[str, Tensor]:
-    """What chosen and rejected say next, from the base's logits `(p b v)` at the ends of the two prompts.
+    """What chosen and rejected say next, from the base's logits `(p b v)` at the ends of the prompts.
 
     With `d = softmax(chosen) − softmax(rejected)`: the `NEXT_TOKENS` tokens of largest d and as many of smallest,
     `next_ids (b k)`, and `next_weight (b k)`, d on them, scaled to sum to 1 on the former, −1 on the latter. A gap is
     `Σ weight · logit`: the mean log-probability of what chosen says more often, minus that of what rejected does;
     `ref_gap (b p)` are the base's own. `gap_weight (b)` is the total variation `Σ |d| / 2`, from 0 to 1.
     """
-    chosen, rejected = logits.softmax(dim=-1)
+    chosen, rejected = logits[:2].softmax(dim=-1)
     difference = chosen - rejected
     n = min(NEXT_TOKENS, difference.shape[-1] // 2)
     ids, weights, tiny = [], [], torch.finfo(difference.dtype).tiny
@@ -142,6 +143,18 @@ def preference_direction(examples: Sequence[ReferencedExample], k: int) -> tuple
     along = dhs @ direction
     sign = torch.where(along.mean(dim=0) < 0, -1.0, 1.0)
     return direction * sign, along.abs().mean(dim=0)
+
+
+def persona_gap(examples: Sequence[ReferencedExample]) -> tuple[float, float]:
+    """How far the gap of the chosen prompt is above that of the rejected one, in nats, and the mean `gap_weight`.
+
+    The mean over the pairs, each counted by its `gap_weight`. Where the personas do next to nothing, both are what
+    would be next to nothing: noise must not become the target.
+    """
+    weight = torch.stack([example["gap_weight"] for example in examples])
+    gaps = torch.stack([example["ref_gap"][0] - example["ref_gap"][1] for example in examples])
+    nats = (weight * gaps).sum() / weight.sum().clamp_min(1e-6)
+    return max(nats.item(), LEAST_GAP), max(weight.mean().item(), LEAST_WEIGHT)
 
 
 def pair_differences(

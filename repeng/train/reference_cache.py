@@ -16,7 +16,7 @@ from repeng.data.files import written_whole
 from repeng.model.identity import model_key
 from repeng.train.collator import SIDES, STACKED, Example, ReferencedExample
 
-VERSION = 3
+VERSION = 4
 
 
 class Processes(Protocol):
@@ -71,7 +71,8 @@ class ReferenceExamples(Sequence[ReferencedExample]):
         index %= len(self)
         row, part = divmod(index, len(self.parts))
         tensors = self.parts[part]
-        starts = tensors["ref_logp_starts"][3 * row : 3 * row + 4].tolist()
+        n = len(SIDES)
+        starts = tensors["ref_logp_starts"][n * row : n * row + n + 1].tolist()
         logp = [tensors["ref_logp"][a:b] for a, b in itertools.pairwise(starts)]
         stacked = {name: tensors[name][row] for name in STACKED}
         return cast(ReferencedExample, {**self.examples[index], **stacked, "ref_logp": logp})

@@ -31,9 +31,9 @@ from repeng.model.sites import capture, decoder_layers, eval_mode, layers_of, si
 from repeng.train.arguments import SteeringArguments
 from repeng.train.callbacks import FiniteGradients, NonFiniteError, StopOnSignal
 from repeng.train.checkpoints import STAGING, CheckpointError, newest, publish
-from repeng.train.collator import SIDES, Example, PairCollator, ReferencedExample, model_inputs
+from repeng.train.collator import PROMPTS, SIDES, Example, PairCollator, ReferencedExample, model_inputs
 from repeng.train.inner_contrastive_loss import InnerContrastiveLoss, inner_contrastive_loss
-from repeng.train.reference import add_reference, gap, preference_direction
+from repeng.train.reference import add_reference, gap, persona_gap, preference_direction
 from repeng.train.reference_cache import cached_reference
 
 REFERENCE_SIZE = 4  # pairs at a time for each pair of training: nothing is kept for backward
@@ -72,6 +72,8 @@ class SteeringTrainer(Trainer):
     loss_layer: int
     direction: Tensor
     scale: Tensor
+    gap_unit: float
+    mean_weight: float
     plain_head: bool
     loss_func: Callable[..., InnerContrastiveLoss]
     steer_fn: Callable[[nn.Module, float | Tensor], AbstractContextManager[None]]
@@ -126,6 +128,7 @@ class SteeringTrainer(Trainer):
             )
         self.train_dataset = examples
         self.direction, self.scale = preference_direction(examples, args.num_directions)
+        self.gap_unit, self.mean_weight = persona_gap(examples)
         self.plain_head = has_plain_head(model, examples[0]["chosen_ids"])
         # Trainer leaves a custom loss undivided by accumulation steps unless the model is said to take no loss kwargs.
         self.model_accepts_loss_kwargs = False
@@ -250,28 +253,28 @@ class SteeringTrainer(Trainer):
         return (result.loss, result.terms) if return_outputs else result.loss
 
     def policy_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> InnerContrastiveLoss:
-        """One forward of `[chosen ; rejected ; neutral]` at plus and at minus, and the loss on it."""
+        """One forward of `[chosen ; rejected ; bare ; neutral]` at plus and at minus, and the loss on it."""
         args = self.args
         base = self.accelerator.unwrap_model(model)
         doubled = {name: repeat(x, "r ... -> (c r) ...", c=2) for name, x in model_inputs(inputs, base.dtype).items()}
         ids, mask, logp_ref, where = (
-            rearrange(x, "(p b) t -> p b t", p=3)
+            rearrange(x, "(p b) t -> p b t", p=len(SIDES))
             for x in (inputs["input_ids"], label_mask(inputs["attention_mask"]), inputs["ref_logp"], inputs["where"])
         )
-        index, exists = last_tokens(
-            rearrange(inputs["attention_mask"], "(p b) t -> p b t", p=3)[:2].flatten(0, 1), args.last_n_tokens
+        index, exists = (
+            rearrange(x, "(p b) n -> p b n", p=len(SIDES))[: len(PROMPTS)]
+            for x in last_tokens(inputs["attention_mask"], args.last_n_tokens)
         )
-        index, exists = (rearrange(x, "(p b) n -> p b n", p=2) for x in (index, exists))
-        last = where[:2].gather(-1, index)
+        last = where[: len(PROMPTS)].gather(-1, index)
         # Rows whose coherence counts: chosen at plus, rejected at minus, neutral at both.
-        counted, rows = mask[[0, 1, 2, 2]], [(0, 0), (1, 1), (0, 2), (1, 2)]
+        counted, rows = mask[[0, 1, -1, -1]], [(0, 0), (1, 1), (0, -1), (1, -1)]
 
         def read(states: Tensor, head: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
             states = rearrange(states, "(c n) t d -> c (n t) d", c=2)
             counted_logp = torch.cat([states[c, where[p, :, :-1][mask[p]]] for c, p in rows])
             ends = head(states[:, last[..., -1]]).float()  # (c p b v)
             gaps = gap(rearrange(ends, "c p b v -> b c p v"), inputs["next_ids"], inputs["next_weight"])
-            return head_logp(counted_logp, head, ids[[0, 1, 2, 2], :, 1:][counted]), gaps
+            return head_logp(counted_logp, head, ids[[0, 1, -1, -1], :, 1:][counted]), gaps
 
         with capture([site_module(base, self.loss_layer, args.loss_site)]) as outputs:
             counted_logp, gap_pi = read_vocabulary(base, doubled, read, plain=self.plain_head, forward=model)
@@ -286,13 +289,14 @@ class SteeringTrainer(Trainer):
             logp_ref=logp_ref[:2],
             logp_mask=mask[:2],
             neutral_logp_pi=logp[2:],
-            neutral_logp_ref=logp_ref[2],
-            neutral_mask=mask[2],
+            neutral_logp_ref=logp_ref[-1],
+            neutral_mask=mask[-1],
             direction=self.direction.to(hs.device),
             scale=self.scale.to(hs.device),
             gap_pi=rearrange(gap_pi, "b c p -> c p b"),
             gap_ref=rearrange(inputs["ref_gap"], "b p -> p b"),
-            gap_weight=inputs["gap_weight"],
+            gap_weight=inputs["gap_weight"] / self.mean_weight,
+            gap_unit=self.gap_unit,
             separation_target=args.separation_target,
             order_target=args.order_target,
             order_weight=args.order_weight,

@@ -165,26 +165,27 @@ def test_collator_stacks_chosen_rejected_neutral(tokenizer):
     example = {
         "chosen_ids": [1, 4, 5],
         "rejected_ids": [1, 6, 5],
+        "bare_ids": [1, 5],
         "neutral_ids": [1, 7],
-        "ref_hs": torch.zeros(2, 1, 4),
-        "ref_mask": torch.ones(2, 1, dtype=torch.bool),
-        "ref_logp": [torch.tensor([-1.0, -2.0])] * 2 + [torch.tensor([-3.0])],
+        "ref_hs": torch.zeros(3, 1, 4),
+        "ref_mask": torch.ones(3, 1, dtype=torch.bool),
+        "ref_logp": [torch.tensor([-1.0, -2.0])] * 2 + [torch.tensor([-4.0])] + [torch.tensor([-3.0])],
         "next_ids": torch.tensor([4, 6]),
         "next_weight": torch.tensor([1.0, -1.0]),
-        "ref_gap": torch.tensor([2.0, 1.0]),
+        "ref_gap": torch.tensor([2.0, 1.0, 1.5]),
         "gap_weight": torch.tensor(0.5),
     }
     other = {**example, "chosen_ids": [1, 8, 9]}
     batch = PairCollator(tokenizer)([example, other])
     mask = batch["attention_mask"].bool()
     rows = [ids[m].tolist() for ids, m in zip(batch["input_ids"], mask, strict=True)]
-    assert rows == [[1, 4, 5], [1, 8, 9], [1, 6, 5], [1, 6, 5], [1, 7], [1, 7]]
-    assert batch["ref_hs"].shape == (2, 2, 1, 4)
+    assert rows == [[1, 4, 5], [1, 8, 9], [1, 6, 5], [1, 6, 5], [1, 5], [1, 5], [1, 7], [1, 7]]
+    assert batch["ref_hs"].shape == (3, 2, 1, 4)
     labels = label_mask(batch["attention_mask"])
     logp = [x[m].tolist() for x, m in zip(batch["ref_logp"], labels, strict=True)]
-    assert logp == [[-1.0, -2.0]] * 4 + [[-3.0]] * 2
+    assert logp == [[-1.0, -2.0]] * 4 + [[-4.0]] * 2 + [[-3.0]] * 2
     assert batch["next_ids"].tolist() == [[4, 6]] * 2 and batch["next_weight"].tolist() == [[1.0, -1.0]] * 2
-    assert batch["ref_gap"].tolist() == [[2.0, 1.0]] * 2 and batch["gap_weight"].tolist() == [0.5] * 2
+    assert batch["ref_gap"].tolist() == [[2.0, 1.0, 1.5]] * 2 and batch["gap_weight"].tolist() == [0.5] * 2
 
 
 @pytest.mark.parametrize("trait", ["honesty", "mood"])

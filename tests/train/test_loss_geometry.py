@@ -41,6 +41,7 @@ def random_inputs(seed=0, dtype=torch.float64, b=B, spread=1.0):
         "gap_pi": normal(2, 2, b),
         "gap_ref": normal(2, b),
         "gap_weight": torch.rand(b, generator=g, dtype=dtype),
+        "gap_unit": 1.0,
     }
 
 
@@ -64,8 +65,9 @@ def worked_example():
         "gap_pi": torch.tensor([[[3.0], [3.0]], [[-5.0], [-2.0]]]),
         "gap_ref": torch.tensor([[1.0], [-1.0]]),
         "gap_weight": torch.tensor([0.8]),
+        "gap_unit": 2.0,
         "separation_target": 1.0,
-        "order_target": 4.0,
+        "order_target": 2.0,
         "order_weight": 2.0,
         "coherence_margin": 0.1,
         "coherence_weight": 30.0,
@@ -79,7 +81,7 @@ def test_worked_example_by_hand():
     # Only the second token of the chosen text falls, by .5: v = .4; its neighbour's gain of .5 does not help.
     coherence = ((0.4 + 0.16) / 2 + 0) / 2
     neutral = (0 + 0.2 + 0.04) / 2
-    # Gaps move by 2 and 4 at plus, by 6 (2 in excess) and 1 at minus.
+    # Gaps move by 1 and 2 units of 2 at plus, by 3 (1 in excess) and 0.5 at minus.
     order = 0.8 * (0.5 + 0 + 0 + 0.75) / 4
     assert result.terms["separation"].item() == pytest.approx(separation)
     assert result.terms["order"].item() == pytest.approx(order)

@@ -1,6 +1,7 @@
 """Training: the same gradients however the batch is split, the right rows at the right coefficient, a safe stop."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import tiny_models
@@ -9,13 +10,15 @@ from peft import PeftModel
 from support import arguments, prepare, step, trainer_for
 from transformers.modeling_outputs import CausalLMOutput
 
-from repeng import steer
+from repeng import ContrastPair, steer
 from repeng.data.tokens import encode
+from repeng.data.word_questions import NEUTRAL_REQUEST
 from repeng.model.logprob import has_plain_head, head_logp
 from repeng.model.sites import capture, decoder_layers, site_module
 from repeng.train.callbacks import NonFiniteError
+from repeng.train.collator import PROMPTS, tokenize_examples
 from repeng.train.inner_contrastive_loss import inner_contrastive_loss
-from repeng.train.reference import preference_direction
+from repeng.train.reference import persona_gap, preference_direction
 from repeng.train.trainer import StartError
 
 
@@ -93,17 +96,18 @@ def test_the_loss_gets_what_separate_forwards_give(tmp_path, side, packs):
 
     for b, example in enumerate(examples):
         for c, coefficient in enumerate((1.0, -1.0)):
-            for p, key in enumerate(("chosen_ids", "rejected_ids")):
+            for p, key in enumerate(PROMPTS):
                 hs, logp = single(example[key], coefficient)
                 assert torch.allclose(seen["hs_pi"][c, p, b], hs, atol=1e-4)
                 if c == p:
                     assert torch.allclose(seen["logp_pi"][c, b][seen["logp_mask"][c, b]], logp, atol=1e-4)
                 hs, logp = single(example[key], 0.0)
                 assert torch.allclose(seen["hs_ref"][p, b], hs, atol=1e-4)
-                assert torch.allclose(seen["logp_ref"][p, b][seen["logp_mask"][p, b]], logp, atol=1e-4)
+                if p < 2:
+                    assert torch.allclose(seen["logp_ref"][p, b][seen["logp_mask"][p, b]], logp, atol=1e-4)
             logp = single(example["neutral_ids"], coefficient)[1]
             assert torch.allclose(seen["neutral_logp_pi"][c, b][seen["neutral_mask"][b]], logp, atol=1e-4)
-            logits = [end_logits(model, example[key], coefficient) for key in ("chosen_ids", "rejected_ids")]
+            logits = [end_logits(model, example[key], coefficient) for key in PROMPTS]
             q = torch.stack(
                 [end_logits(model, example[key], 0.0).softmax(-1) for key in ("chosen_ids", "rejected_ids")]
             )
@@ -111,11 +115,13 @@ def test_the_loss_gets_what_separate_forwards_give(tmp_path, side, packs):
             up, down = (x.clamp(min=0) * (x >= x.topk(32).values[-1]) for x in (d, -d))
             gaps = [(x @ (up / up.sum()) - x @ (down / down.sum())).item() for x in logits]
             assert seen["gap_pi"][c, :, b].tolist() == pytest.approx(gaps, abs=1e-3)
-        assert seen["gap_weight"][b].item() == pytest.approx(d.abs().sum().item() / 2, abs=1e-4)
-        reference = [end_logits(model, example[key], 0.0) for key in ("chosen_ids", "rejected_ids")]
+        weight = example["gap_weight"].item()
+        assert weight == pytest.approx(d.abs().sum().item() / 2, abs=1e-4)
+        assert seen["gap_weight"][b].item() == pytest.approx(weight / trainer.mean_weight)
+        reference = [end_logits(model, example[key], 0.0) for key in PROMPTS]
         gaps = [(x @ (up / up.sum()) - x @ (down / down.sum())).item() for x in reference]
         assert seen["gap_ref"][:, b].tolist() == pytest.approx(gaps, abs=1e-3)
-    assert seen["hs_mask"].all() and not seen["logp_mask"].all()
+    assert not seen["logp_mask"].all() and seen["gap_unit"] == trainer.gap_unit
 
 
 def end_logits(model, ids, c):
@@ -157,6 +163,27 @@ def test_tokens_beyond_a_short_prompt_do_not_count_in_the_direction():
     mask = torch.tensor([[False, True, True]] * 2)
     direction, scale = preference_direction([{"ref_hs": hs, "ref_mask": mask}] * 3, 1)
     assert direction[:, 0].tolist() == pytest.approx([1, 0, 0, 0]) and scale.item() == pytest.approx(1.0)
+
+
+def test_the_unit_of_the_gap_is_what_the_personas_change():
+    gaps, weights = torch.tensor([[3.0, 1.0, 9.0], [5.0, -1.0, 9.0]]), torch.tensor([0.1, 0.3])
+    examples = [{"ref_gap": gap, "gap_weight": weight} for gap, weight in zip(gaps, weights, strict=True)]
+    assert persona_gap(examples) == pytest.approx(((0.1 * 2 + 0.3 * 6) / 0.4, 0.2))
+    idle = [{"ref_gap": torch.zeros(3), "gap_weight": torch.tensor(0.0)}] * 2
+    assert all(value > 0 for value in persona_gap(idle))
+
+
+def test_bare_rows_have_no_persona_and_neutral_texts_are_answers(embedded):
+    tokenizer = copy.deepcopy(embedded[1])
+    pair = ContrastPair("the speaker is honest .", "the speaker is dishonest .", "the lime is")
+    (example,) = tokenize_examples(tokenizer, [pair], ["two plus three is five ."], seed=0)
+    assert example["bare_ids"] == encode(tokenizer, "", "the lime is").ids
+    assert example["neutral_ids"] == encode(tokenizer, "", "two plus three is five .").ids
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}the answer is"
+    pair = replace(pair, chosen=f"{pair.chosen} what is it ?", rejected=f"{pair.rejected} what is it ?")
+    (example,) = tokenize_examples(tokenizer, [pair], ["two plus three is five ."], seed=0)
+    assert example["bare_ids"] == encode(tokenizer, "what is it ?", "the lime is").ids
+    assert example["neutral_ids"] == encode(tokenizer, NEUTRAL_REQUEST, "two plus three is five .").ids
 
 
 def test_every_example_ends_as_its_pair_does(tmp_path):
