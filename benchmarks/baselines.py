@@ -121,6 +121,7 @@ def fine_tune(model: PeftModel, tokenizer: PreTrainedTokenizerBase, encoded: lis
     for _ in tqdm(range(TUNE_STEPS), desc="fine-tune", leave=False):
         some = [encoded[i] for i in torch.randperm(len(encoded), generator=generator)[:TUNE_ROWS].tolist()]
         batch = PairCollator(tokenizer, packing).rows([one.ids for one in some])
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         logits = model(**model_inputs(batch, model.dtype), use_cache=False).logits.flatten(0, 1)
         losses = []
         for at, mask, one in zip(batch["where"], batch["attention_mask"].bool(), some, strict=True):

@@ -59,8 +59,8 @@ def step(variant: str, vocabulary: int, pairs: int) -> float:
         run = build(task_args, args, tiny.task(task_args, args.seed), model=model, tokenizer=tiny.load()[1])
         for example in run.examples:  # one length, as long as an answer
             for name in SIDES:
-                example[name] = (example[name] * 20)[:128]
-        # The reference is computed pair by pair, so that it is not what makes the peak.
+                example[name] = (example[name] * 64)[:128]
+        # The reference is computed of few pairs at a time, so that it is not what makes the peak.
         single = replace(args, per_device_train_batch_size=1)
         SteeringTrainer(run.model, single, run.examples[: 4 * pairs], run.tokenizer)
         trainer = SteeringTrainer(run.model, args, run.examples[: 4 * pairs], run.tokenizer)

@@ -134,7 +134,7 @@ class Bench:
     def trained(self, seed: int, dial: Callable[..., Any] = steer, **options: Any) -> Rival:
         """An adapter by the recipe, or what `options` put in its place.
 
-        All seeds see the same pairs, so that the reference is computed once.
+        All seeds see the same pairs, in another order and with other neutral texts.
         """
         seen = self.args.max_steps * self.args.pairs_per_step if self.args.max_steps > 0 else None
         task = replace(self.task, pairs=self.task.pairs[:seen])

@@ -7,6 +7,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from repeng.tuner.coefficients import repeat_rows
@@ -14,11 +16,11 @@ from repeng.tuner.coefficients import repeat_rows
 _set: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()  # by B of an adapter at a site
 
 
-def lora_modules(model: nn.Module) -> dict[str, list[nn.Module]]:
-    """The B matrices of the active LoRA adapters of a model, by adapter name.
+def lora_modules(model: nn.Module, adapter_name: str | None = None) -> dict[str, list[nn.Module]]:
+    """The B matrices of the active LoRA adapters of a model, or of one of them, by adapter name.
 
     Raises:
-        ValueError: an adapter is merged into the weights, or its change is not linear in B (DoRA, embeddings).
+        ValueError: an adapter is merged into the weights, or a part of what it does would not scale.
     """
     found: dict[str, list[nn.Module]] = {}
     for place, layer in model.named_modules():
@@ -30,14 +32,38 @@ def lora_modules(model: nn.Module) -> dict[str, list[nn.Module]]:
                 "it; call unmerge_adapter() first"
             )
         for name in layer.active_adapters:
-            if name in layer.lora_embedding_B or layer.use_dora.get(name, False):
-                raise ValueError(
-                    f"LoRA adapter {name!r} has {'DoRA' if name not in layer.lora_embedding_B else 'an embedding'} at "
-                    f"{place}: its change does not scale with a coefficient. Steer a plain LoRA on linear layers"
-                )
+            if adapter_name not in (None, name):
+                continue
+            if name in layer.lora_embedding_B:
+                _refuse(name, f"an embedding at {place}")
             if name in layer.lora_B:
+                if layer.lora_variant.get(name) is not None:
+                    _refuse(name, f"{type(layer.lora_variant[name]).__name__} at {place}")
+                if isinstance(layer, ParamWrapper | MultiheadAttention):
+                    _refuse(name, f"a {type(layer).__name__} at {place}")
                 found.setdefault(name, []).append(layer.lora_B[name])
+    for place, module in model.named_modules() if found else ():
+        if isinstance(module, AuxiliaryTrainingWrapper) and found.keys() & set(module.active_adapters):
+            _refuse(", ".join(found), f"a module of its own in place of {place}")
+    configs = getattr(model, "peft_config", {})
+    for name in found:
+        bias = getattr(configs.get(name), "bias", "none")
+        if bias != "none":
+            _refuse(name, f"trained biases (bias={bias!r})")
     return found
+
+
+def lora_names(model: nn.Module) -> set[str]:
+    """The names of all active LoRA adapters."""
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    return {name for layer in layers for name in layer.active_adapters}
+
+
+def _refuse(name: str, what: str) -> None:
+    raise ValueError(
+        f"LoRA adapter {name!r} has {what}, which no coefficient scales, so that 0 would not be the base model. Steer "
+        "a plain LoRA on linear layers"
+    )
 
 
 @contextmanager
@@ -62,8 +88,8 @@ def _scale(module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
     value = _set.get(module)
     if value is None:
         return output  # of a copy that was made inside a context
-    value = value.to(output)
+    value = value.to(output.device)
     if value.ndim:
         value = value[repeat_rows(torch.arange(value.numel(), device=output.device), output)]
         value = value.reshape(-1, *[1] * (output.ndim - 1))
-    return output * value
+    return (output * value).to(output.dtype)

@@ -7,7 +7,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from repeng.control.cache_guard import Influence, State, current, guarded
-from repeng.control.lora import lora_modules, scaled
+from repeng.control.lora import lora_modules, lora_names, scaled
 from repeng.control.operators import OPERATORS, Operator, edit_with
 from repeng.control.positions import Positions, TokenFilter
 from repeng.model.sites import edit_outputs, site_modules, trunk
@@ -157,13 +157,13 @@ def _adapters(
         )
     wanted = active if adapter_name is None else active & {adapter_name}
     if not wanted:
-        loras = {} if available and adapter_name is None else lora_modules(model)
-        if loras and adapter_name in (None, *loras):
-            return [], {name: modules for name, modules in loras.items() if adapter_name in (None, name)}
+        loras = {} if available and adapter_name is None else lora_modules(model, adapter_name)
+        if loras:
+            return [], loras
         wanted_text = (
             "an active steering adapter" if adapter_name is None else f"the steering adapter {adapter_name!r}"
         )
-        listed = ", ".join(sorted({*available, *loras})) or "none"
+        listed = ", ".join(sorted({*available, *lora_names(model)})) or "none"
         raise ValueError(
             f"{type(model).__name__} lacks {wanted_text}; it has: {listed}. "
             "Load one with PeftModel.from_pretrained, or pass vector="

@@ -13,6 +13,7 @@ from repeng.model.logprob import kl_divergence
 LONGEST = 512  # tokens of a packed row: attention costs their square
 SAME = 1e-3  # nats a token by which packed rows may be predicted otherwise; kernels and precisions differ in less
 MASKED = ("eager", "sdpa")  # kinds of attention that take a mask of any form
+SLOTS = ("window_size", "attention_chunk_size")  # in configurations of models that count places, not positions
 
 
 class Packing(NamedTuple):
@@ -118,7 +119,8 @@ def packing_for(model: nn.Module, rows: Sequence[Sequence[int]], longest: int) -
     config = cast(Any, model).config.get_text_config()
     window = getattr(config, "sliding_window", None)
     mixed = len(set(getattr(config, "layer_types", None) or ())) > 1
-    if config._attn_implementation not in MASKED or (mixed and window and longest > window):
+    slots = [getattr(config, name, None) for name in SLOTS]
+    if config._attn_implementation not in MASKED or (mixed and window and longest > window) or any(slots):
         return None
     packing = Packing(window=None if mixed else window)
     device, dtype = next(model.parameters()).device, cast(Any, model).dtype
@@ -127,6 +129,8 @@ def packing_for(model: nn.Module, rows: Sequence[Sequence[int]], longest: int) -
     batch["attention_mask"] = additive(batch["attention_mask"], dtype)
     try:
         packed = model(**batch, use_cache=False).logits.flatten(0, 1)
+    except torch.OutOfMemoryError:
+        raise
     except (IndexError, RuntimeError, TypeError, ValueError):
         return None  # the mask or the positions do not have the form that this model wants
     for row, path in zip(rows, where, strict=True):

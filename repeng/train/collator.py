@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from repeng.data.pairs import ContrastPair
-from repeng.data.tokens import encode, encode_text, label_mask, pad_rows
+from repeng.data.tokens import encode, encode_text, label_mask, pad_rows, special_id
 from repeng.data.word_questions import NEUTRAL_REQUEST, without_persona
 from repeng.model.packing import Packing, additive, pack, padded_index
 
@@ -105,16 +105,23 @@ def tokenize_examples(
 
     With a chat template a neutral text is the answer to a neutral request, as in an evaluation.
     """
-    has_template = bool(tokenizer.chat_template)
-    request = NEUTRAL_REQUEST if has_template else ""
+    request = NEUTRAL_REQUEST if tokenizer.chat_template else ""
     rng = random.Random(seed)
     order = [text for _ in range(-(-len(pairs) // len(neutral))) for text in rng.sample(list(neutral), len(neutral))]
     return [
         {
             "chosen_ids": encode(tokenizer, pair.chosen, pair.suffix).ids,
             "rejected_ids": encode(tokenizer, pair.rejected, pair.suffix).ids,
-            "bare_ids": encode(tokenizer, without_persona(pair, has_template=has_template), pair.suffix).ids,
+            "bare_ids": _bare_ids(tokenizer, pair),
             "neutral_ids": encode_text(tokenizer, request, text).ids,
         }
         for pair, text in zip(pairs, order, strict=False)
     ]
+
+
+def _bare_ids(tokenizer: PreTrainedTokenizerBase, pair: ContrastPair) -> list[int]:
+    """What is asked without a persona; the beginning of any text where the prompts have no words in common."""
+    bare = without_persona(pair, has_template=bool(tokenizer.chat_template))
+    if bare == pair.chosen and not pair.suffix:
+        return special_id(tokenizer, "bos", "eos") or encode(tokenizer, bare).ids
+    return encode(tokenizer, bare, pair.suffix).ids

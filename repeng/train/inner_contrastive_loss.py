@@ -1,8 +1,7 @@
 """The training loss: separation of hidden states, and of what is said next, inside a region of coherence.
 
-Shapes: `b` pairs, `t` tokens, `d` width of the site, `k` preference directions, `p` prompt (chosen, rejected,
-the same without a persona),
-`c` coefficient side (plus, minus). The derivation and drawings are in docs/loss_geometry.md.
+Shapes: `b` pairs, `t` tokens, `d` width of the site, `k` preference directions, `p` prompt (chosen, rejected, the same
+without a persona), `c` coefficient side (plus, minus). The derivation and drawings are in docs/loss_geometry.md.
 """
 
 from typing import NamedTuple

@@ -31,5 +31,5 @@ def learning_curve(log: Sequence[Mapping[str, float]]) -> "Figure | None":
     for axes in (terms, reached):
         axes.legend(fontsize=8)
     terms.set(title="Terms of the loss")
-    reached.set(title="Shift in units, gap and range in nats")
+    reached.set(title="Shift and gap in units, range in nats")
     return figure

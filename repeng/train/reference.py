@@ -49,13 +49,15 @@ def add_reference(
         for start in tqdm(range(0, len(examples), batch_size), desc="reference", leave=False):
             part = examples[start : start + batch_size]
             batch = {name: tensor.to(model.device) for name, tensor in collate(part).items()}
-            references = _batch_reference(model, module, batch, last_n=last_n, plain=plain)
+            references = _batch_reference(
+                model, module, batch, last_n=last_n, plain=plain, bos=collate.tokenizer.bos_token_id
+            )
             done += [{**example, **of_it} for example, of_it in zip(part, references, strict=True)]
     return done
 
 
 def _batch_reference(
-    model: CausalLM, module: nn.Module, batch: dict[str, Tensor], *, last_n: int, plain: bool
+    model: CausalLM, module: nn.Module, batch: dict[str, Tensor], *, last_n: int, plain: bool, bos: int | None
 ) -> list[dict[str, Any]]:
     """What `add_reference` adds to each example of a collated batch, on the CPU."""
     mask, where = batch["attention_mask"], batch["where"]
@@ -77,6 +79,8 @@ def _batch_reference(
         (logp,) = read_vocabulary(model, model_inputs(batch, model.dtype), read, plain=plain)
     hs = cast(Tensor, outputs[0]).flatten(0, 1)
     hs = hs[where[: prompts * n].gather(1, index).to(hs.device)].float()
+    if bos is not None:  # attention rests there, at a state of its own that says nothing of the text
+        exists = exists & (batch["input_ids"][: prompts * n].gather(1, index) != bos)
     hs, exists = (rearrange(x, "(p b) ... -> b p ...", p=prompts).cpu() for x in (hs, exists))
     rows = logp.cpu().split(labels.sum(dim=1).tolist())
     said = {name: tensor.cpu() for name, tensor in said.items()}

@@ -100,7 +100,7 @@ class SteeringTrainer(Trainer):
         callbacks = [*(callbacks or []), FiniteGradients(), self.stop]
         if args.early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
-        collate = PairCollator(processing_class, _packing(model, train_dataset))
+        collate = PairCollator(processing_class)
         super().__init__(
             model=model,
             args=args,
@@ -117,6 +117,7 @@ class SteeringTrainer(Trainer):
         settings: dict[str, Any] = {"site": args.loss_site, "layer": self.loss_layer, "last_n": args.last_n_tokens}
         size = REFERENCE_SIZE * args.per_device_train_batch_size
         with self.accelerator.autocast():
+            collate.packing = _packing(model, train_dataset, steer_fn)
             examples = cached_reference(
                 train_dataset,
                 lambda share: add_reference(model, collate, share, batch_size=size, steer_fn=steer_fn, **settings),
@@ -239,7 +240,7 @@ class SteeringTrainer(Trainer):
 
     def both_sides(self, model: nn.Module, inputs: dict[str, Tensor]) -> AbstractContextManager[None]:
         """The context in which the first half of the doubled rows stands at +1 and the second at −1."""
-        rows = model_inputs(inputs, torch.float32)["input_ids"].shape[0]
+        rows = inputs.get("packed_input_ids", inputs["input_ids"]).shape[0]
         return self.steer_fn(model, repeat(torch.tensor([1.0, -1.0]), "c -> (c r)", r=rows))
 
     def compute_loss(
@@ -261,10 +262,8 @@ class SteeringTrainer(Trainer):
             rearrange(x, "(p b) t -> p b t", p=len(SIDES))
             for x in (inputs["input_ids"], label_mask(inputs["attention_mask"]), inputs["ref_logp"], inputs["where"])
         )
-        index, exists = (
-            rearrange(x, "(p b) n -> p b n", p=len(SIDES))[: len(PROMPTS)]
-            for x in last_tokens(inputs["attention_mask"], args.last_n_tokens)
-        )
+        index, _ = last_tokens(inputs["attention_mask"], args.last_n_tokens)
+        index = rearrange(index, "(p b) n -> p b n", p=len(SIDES))[: len(PROMPTS)]
         last = where[: len(PROMPTS)].gather(-1, index)
         # Rows whose coherence counts: chosen at plus, rejected at minus, neutral at both.
         counted, rows = mask[[0, 1, -1, -1]], [(0, 0), (1, 1), (0, -1), (1, -1)]
@@ -284,7 +283,7 @@ class SteeringTrainer(Trainer):
         return self.loss_func(
             hs_pi=hs.float(),
             hs_ref=inputs["ref_hs"],
-            hs_mask=exists,
+            hs_mask=inputs["ref_mask"],
             logp_pi=logp[:2],
             logp_ref=logp_ref[:2],
             logp_mask=mask[:2],
@@ -378,11 +377,13 @@ class SteeringTrainer(Trainer):
         super().log(logs, start_time)
 
 
-def _packing(model: nn.Module, examples: Sequence[Example]) -> Packing | None:
-    """How the rows of these examples are packed for the model; tried with two of them."""
+def _packing(
+    model: nn.Module, examples: Sequence[Example], steer_fn: Callable[[nn.Module, float], AbstractContextManager[None]]
+) -> Packing | None:
+    """How the rows of these examples are packed for the model as it is steered; tried with some of them."""
     longest, index = max((len(example[side]), index) for index, example in enumerate(examples) for side in SIDES)
-    some = [example[side] for example in (examples[0], examples[index]) for side in SIDES]
-    with eval_mode(model):
+    some = [*(examples[0][side] for side in SIDES), max((examples[index][side] for side in SIDES), key=len)]
+    with eval_mode(model), steer_fn(model, 1.0):
         return packing_for(model, some, longest)
 
 

@@ -108,11 +108,20 @@ def test_a_cache_of_another_coefficient_raises(model, batch):
 
 
 def test_what_does_not_scale_is_refused(base, batch):
-    for options, message in (({"use_dora": True}, "DoRA"), ({"target_modules": ["embed_tokens"]}, "embedding")):
+    for options, message in (
+        ({"use_dora": True}, "Dora"),
+        ({"target_modules": ["embed_tokens"]}, "embedding"),
+        ({"modules_to_save": ["lm_head"]}, "lm_head"),
+        ({"bias": "all"}, "bias='all'"),
+        ({"target_parameters": ["model.layers.0.mlp.up_proj.weight"], "target_modules": []}, "ParamWrapper"),
+    ):
         config = LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **options})
         other = get_peft_model(copy.deepcopy(base), config)
         with pytest.raises(ValueError, match=message), steer(other, 0.5):
             pass
+        with pytest.raises(ValueError, match=r"lacks the steering adapter .other.*default"):
+            with steer(other, 0.5, adapter_name="other"):
+                pass
     merged = lora(base)
     merged.merge_adapter()
     with pytest.raises(ValueError, match="merged"), steer(merged, 0.5):

@@ -71,7 +71,8 @@ def test_mixed_windows_recurrence_and_alibi_are_left_alone():
     torch.manual_seed(0)
     mamba = tf.MambaForCausalLM(tf.MambaConfig(**sizes, num_hidden_layers=2, state_size=4)).eval()
     bloom = tf.BloomForCausalLM(tf.BloomConfig(**sizes, n_layer=2, n_head=4)).eval()
-    assert packing_for(mamba, rows[:3], 14) is None and packing_for(bloom, rows[:3], 14) is None
+    neo = tf.GPTNeoForCausalLM(tf.GPTNeoConfig(**sizes, num_layers=2, num_heads=4, attention_types=[[["local"], 2]]))
+    assert all(packing_for(model, rows[:3], 14) is None for model in (mamba, bloom, neo.eval()))
 
 
 def test_attention_without_a_mask_is_found_out():

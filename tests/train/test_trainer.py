@@ -1,6 +1,7 @@
 """Training: the same gradients however the batch is split, the right rows at the right coefficient, a safe stop."""
 
 import copy
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,7 @@ from repeng import ContrastPair, steer
 from repeng.data.tokens import encode
 from repeng.data.word_questions import NEUTRAL_REQUEST
 from repeng.model.logprob import has_plain_head, head_logp
-from repeng.model.sites import capture, decoder_layers, site_module
+from repeng.model.sites import capture, decoder_layers, edit_outputs, site_module
 from repeng.train.callbacks import NonFiniteError
 from repeng.train.collator import PROMPTS, tokenize_examples
 from repeng.train.inner_contrastive_loss import inner_contrastive_loss
@@ -179,11 +180,39 @@ def test_bare_rows_have_no_persona_and_neutral_texts_are_answers(embedded):
     (example,) = tokenize_examples(tokenizer, [pair], ["two plus three is five ."], seed=0)
     assert example["bare_ids"] == encode(tokenizer, "", "the lime is").ids
     assert example["neutral_ids"] == encode(tokenizer, "", "two plus three is five .").ids
+    whole = ContrastPair("the speaker is honest", "the speaker lies", "")
+    (example,) = tokenize_examples(tokenizer, [whole], ["two plus three is five ."], seed=0)
+    assert example["bare_ids"] == [tokenizer.bos_token_id]
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}the answer is"
     pair = replace(pair, chosen=f"{pair.chosen} what is it ?", rejected=f"{pair.rejected} what is it ?")
     (example,) = tokenize_examples(tokenizer, [pair], ["two plus three is five ."], seed=0)
     assert example["bare_ids"] == encode(tokenizer, "what is it ?", "the lime is").ids
     assert example["neutral_ids"] == encode(tokenizer, NEUTRAL_REQUEST, "two plus three is five .").ids
+
+
+def test_the_first_token_does_not_count_in_separation(tmp_path, embedded):
+    """A row that is no longer than what is read: its BOS, where attention rests, is left out."""
+    trainer = trainer_for(arguments(tmp_path, num_pairs=8, last_n_tokens=64))
+    for example in trainer.train_dataset:
+        lengths = [len(example[side]) for side in PROMPTS]
+        assert example["ref_mask"].sum(dim=-1).tolist() == [n - 1 for n in lengths]
+        assert all(example[side][0] == embedded[1].bos_token_id for side in PROMPTS)
+
+
+def test_packing_is_tried_as_it_will_be_steered(tmp_path):
+    """A dial that looks at places in the row: it would hit another row's tokens."""
+
+    @contextmanager
+    def dial(model, c):
+        def last(hs):
+            value = torch.as_tensor(c, dtype=hs.dtype)
+            return torch.cat([hs[:, :-1], hs[:, -1:] + 30 * value.reshape(-1, 1, 1)], dim=1)
+
+        with edit_outputs([(decoder_layers(model)[1], last)]):
+            yield
+
+    trainer = trainer_for(arguments(tmp_path), steer_fn=dial)
+    assert trainer.data_collator.packing is None
 
 
 def test_every_example_ends_as_its_pair_does(tmp_path):
