@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from repeng.control.steer import steer
-from repeng.data.tokens import label_mask, last_tokens
+from repeng.data.tokens import label_mask, last_tokens, special_id
 from repeng.model.activations import Tap, collect
 from repeng.model.logprob import has_plain_head, head_logp, read_vocabulary
 from repeng.model.sites import capture, decoder_layers, eval_mode, layers_of, site_module
@@ -42,22 +42,20 @@ def add_reference(
     `ref_hs (3 n d)` and `ref_mask (3 n)` of the prompts; `ref_logp`, four 1-d tensors; and, of the token that follows
     the prompts, `next_ids (k)`, `next_weight (k)`, `ref_gap (3)` and `gap_weight ()`.
     """
-    module = site_module(model, layer, site)
+    module, bos = site_module(model, layer, site), special_id(collate.tokenizer, "bos")
     plain = has_plain_head(model, examples[0]["chosen_ids"])
     done = []
     with eval_mode(model), steer_fn(model, 0.0):
         for start in tqdm(range(0, len(examples), batch_size), desc="reference", leave=False):
             part = examples[start : start + batch_size]
             batch = {name: tensor.to(model.device) for name, tensor in collate(part).items()}
-            references = _batch_reference(
-                model, module, batch, last_n=last_n, plain=plain, bos=collate.tokenizer.bos_token_id
-            )
+            references = _batch_reference(model, module, batch, last_n=last_n, plain=plain, bos=bos)
             done += [{**example, **of_it} for example, of_it in zip(part, references, strict=True)]
     return done
 
 
 def _batch_reference(
-    model: CausalLM, module: nn.Module, batch: dict[str, Tensor], *, last_n: int, plain: bool, bos: int | None
+    model: CausalLM, module: nn.Module, batch: dict[str, Tensor], *, last_n: int, plain: bool, bos: list[int]
 ) -> list[dict[str, Any]]:
     """What `add_reference` adds to each example of a collated batch, on the CPU."""
     mask, where = batch["attention_mask"], batch["where"]
@@ -79,8 +77,8 @@ def _batch_reference(
         (logp,) = read_vocabulary(model, model_inputs(batch, model.dtype), read, plain=plain)
     hs = cast(Tensor, outputs[0]).flatten(0, 1)
     hs = hs[where[: prompts * n].gather(1, index).to(hs.device)].float()
-    if bos is not None:  # attention rests there, at a state of its own that says nothing of the text
-        exists = exists & (batch["input_ids"][: prompts * n].gather(1, index) != bos)
+    for token in bos:  # attention rests there, at a state of its own that says nothing of the text
+        exists = exists & (batch["input_ids"][: prompts * n].gather(1, index) != token)
     hs, exists = (rearrange(x, "(p b) ... -> b p ...", p=prompts).cpu() for x in (hs, exists))
     rows = logp.cpu().split(labels.sum(dim=1).tolist())
     said = {name: tensor.cpu() for name, tensor in said.items()}
