@@ -9,7 +9,6 @@ from matplotlib.figure import Figure
 
 from repeng import EvalReport, evaluate, steer, tiny
 from repeng.eval.evaluate import ADAPTER_COEFFICIENTS
-from repeng.eval.report.figures import shade_outside
 from repeng.train.arguments import SteeringArguments, parse_arguments
 from repeng.train.build import build
 from repeng.train.inner_contrastive_loss import inner_contrastive_loss
@@ -104,7 +103,10 @@ def draw() -> None:
     )
     plane.legend(fontsize=8, loc="lower right")
 
-    shade_outside(dose, report)
+    spent = report.spent()
+    inside = [c for c in report.coefficients if spent[report.at(c)] <= 1]
+    for edge, end in ((min(inside), min(report.coefficients)), (max(inside), max(report.coefficients))):
+        dose.axvspan(*sorted((edge, end)), color="grey", alpha=0.25, linewidth=0)
     dose.plot(report.coefficients, [report.mean_log_odds(c) for c in report.coefficients], marker="o")
     dose.set(xlabel="coefficient c", ylabel="log-odds of truth on held-out entities, nats", title="Dose and response")
     figure.savefig(HERE / "loss_geometry.png", dpi=110)

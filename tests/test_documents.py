@@ -25,6 +25,7 @@ from repeng.train.arguments import SteeringArguments, parse_arguments
 from repeng.train.launch import split_flags
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+SCRIPTS = [*ROOT.glob("docs/*.py"), *ROOT.glob("configs/data/*.py")]
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
 PYTHON = [
     (name, text) for name, page in PAGES.items() for text in re.findall(r"```python\n(.*?)```", page, flags=re.S)
@@ -161,3 +162,9 @@ def test_the_training_script_has_a_help(capsys):
     shown = capsys.readouterr().out
     assert stop.value.code == 0
     assert all(f"--{name} " in shown for name in names_of((TaskArguments, SteeringArguments)))
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_what_a_script_beside_a_document_imports_exists(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
