@@ -151,3 +151,12 @@ def test_the_page_in_a_real_browser(reports, tmp_path):
     assert {row[0]: row[1:] for row in seen["cells"]} == texts
     assert seen["methods"] == ["a <vector>", "prompts"] and seen["verdict"] == f"{reports.verdict}."
     assert seen["wide"] <= 0 and seen["fetched"] == []
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_the_seeds_of_a_method_share_a_colour(reports, own):
+    (one,) = reports.reports["a <vector>"]
+    seeds = {"mine": [one, one.mirrored()], "theirs": [one, one.mirrored()]}
+    drawn = figures.effect_and_cost(Comparison(seeds, "mine" if own else "theirs"))
+    curves = [line.get_color() for line in drawn.axes[0].lines if line.get_marker() == "."]
+    assert len(curves) == 4 and len(set(curves)) == 2 and curves[0] == curves[1]

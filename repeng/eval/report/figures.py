@@ -46,7 +46,7 @@ def svg(figure: "Figure") -> str:
 def _style(name: str, comparison: Comparison) -> dict[str, Any]:
     """One's own method stands out, random directions stand back."""
     if name == comparison.own:
-        return {"linewidth": 2.5, "zorder": 4}
+        return {"linewidth": 2.5, "zorder": 4, "color": "black"}
     if name == comparison.random:
         return {"linewidth": 1, "color": "0.6", "alpha": 0.8}
     return {"linewidth": 1.4, "alpha": 0.9}
@@ -82,6 +82,7 @@ def _draw_method(axes: "Axes", method: Method, sign: int, name: str, comparison:
             axes.errorbar(cost[-1:], effect[-1:], yerr=reach, fmt="*", markersize=11, label=label, zorder=5)
             continue
         (line,) = axes.plot(cost, effect, marker=".", label=label, **style)
+        style = {**style, "color": line.get_color()}
         if name == comparison.own:
             axes.fill_between(cost, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
 
