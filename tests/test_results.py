@@ -30,6 +30,6 @@ def test_a_readme_without_its_marks_is_refused():
 def test_rows_are_in_the_order_of_their_effect():
     comparison, _ = results.comparison_in(results.FOLDER / f"{results.IN_README[0]}.safetensors")
     rows = list(results.effect_rows(comparison))
-    effects = [comparison.at_yardstick(name.partition(" (3 seeds)")[0])[0].item() for name in rows]
+    effects = [comparison.at_yardstick(results.SEEDS.sub("", name))[0].item() for name in rows]
     assert effects == sorted(effects, reverse=True) and PROMPTS in rows
     assert any(name.startswith(ADAPTER) for name in rows)
