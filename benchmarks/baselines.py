@@ -15,13 +15,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from repeng import steer
 from repeng.data.tokens import Encoded, pad_rows
 from repeng.model.logprob import kl_divergence
-from repeng.model.packing import packing_for
+from repeng.model.packing import batch_rows, model_inputs, packing_for
 from repeng.model.sites import decoder_layers, edit_outputs
 from repeng.tiny import lexicon
 from repeng.tiny.world import FACT_FORMS, MOOD_FORMS, SPLITS, World
 from repeng.train.arguments import SteeringArguments
 from repeng.train.build import Run
-from repeng.train.collator import SIDES, PairCollator, model_inputs
+from repeng.train.collator import SIDES
 from repeng.train.trainer import SteeringTrainer
 
 LORA_RANK = 8  # about as many parameters as the adapter of rank 64 has
@@ -120,7 +120,7 @@ def fine_tune(model: PeftModel, tokenizer: PreTrainedTokenizerBase, encoded: lis
     packing = packing_for(model, rows[:3], max(map(len, rows)))
     for _ in tqdm(range(TUNE_STEPS), desc="fine-tune", leave=False):
         some = [encoded[i] for i in torch.randperm(len(encoded), generator=generator)[:TUNE_ROWS].tolist()]
-        batch = PairCollator(tokenizer, packing).rows([one.ids for one in some])
+        batch = batch_rows([one.ids for one in some], tokenizer, packing)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         logits = model(**model_inputs(batch, model.dtype), use_cache=False).logits.flatten(0, 1)
         losses = []

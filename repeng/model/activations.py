@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from repeng.data.tokens import last_tokens, pad_rows
 from repeng.model.logprob import kl_divergence
-from repeng.model.packing import additive, pack, packing_for, padded_index, shared_tokens
+from repeng.model.packing import batch_rows, model_inputs, packing_for, shared_tokens
 from repeng.model.sites import Place, decoder_layers, edit_outputs, eval_mode, site_modules
 from repeng.model.types import CausalLM
 
@@ -111,16 +111,10 @@ def collect(
         order = sorted(range(len(rows)), key=lambda i: together(rows[i]), reverse=True)
         for start in tqdm(range(0, len(rows), batch_size), desc="hidden states", leave=False, delay=1):
             chunk = [rows[i] for i in order[start : start + batch_size]]
-            batch = pad_rows(chunk, tokenizer, model.device)
-            real = batch["attention_mask"]
-            weights, where = token_weights(real, tokens), torch.arange(real.numel()).view_as(real)
-            if packing is not None:
-                packed, paths = pack(chunk, packing)
-                where = padded_index(paths, real)
-                batch = {name: tensor.to(model.device) for name, tensor in packed.items()}
-                batch["attention_mask"] = additive(batch["attention_mask"], model.dtype)
+            batch = {name: x.to(model.device) for name, x in batch_rows(chunk, tokenizer, packing).items()}
+            weights, where = token_weights(batch["attention_mask"], tokens), batch["where"]
             try:
-                model(**batch, use_cache=False)
+                model(**model_inputs(batch, model.dtype), use_cache=False)
             except _Deepest:
                 pass
     back = torch.tensor(order).argsort()

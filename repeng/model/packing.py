@@ -7,12 +7,16 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
+from repeng.data.tokens import pad_rows
 from repeng.model.logprob import kl_divergence
 
 LONGEST = 512  # tokens of a packed row: attention costs their square
 SAME = 1e-3  # nats a token by which packed rows may be predicted otherwise; kernels and precisions differ in less
 MASKED = ("eager", "sdpa")  # kinds of attention that take a mask of any form
+PACKED = "packed_"  # begins the names of what is packed in a batch
+INPUTS = ("input_ids", "attention_mask", "position_ids")
 SLOTS = ("window_size", "attention_chunk_size")  # in configurations of models that count places, not positions
 
 
@@ -45,12 +49,12 @@ def pack(rows: Sequence[Sequence[int]], packing: Packing) -> tuple[dict[str, Ten
     paths: dict[int, tuple[int, list[int]]] = {}
     for index in sorted(range(len(rows)), key=lambda i: list(rows[i])):  # what begins alike is together
         row = rows[index]
-        new = _grown(trees[-1], row)
+        new, path = _grown(trees[-1], row)
         if trees[-1] and len(new) > max(packing.longest, len(trees[-1])):
             trees.append({})
-            new = _grown(trees[-1], row)
+            new, path = _grown(trees[-1], row)
         trees[-1] = new
-        paths[index] = len(trees) - 1, _path(new, row)
+        paths[index] = len(trees) - 1, path
     width = max(map(len, trees))
     ids, positions = torch.zeros(2, len(trees), width, dtype=torch.long)
     reads = torch.eye(width, dtype=torch.bool).repeat(len(trees), 1, 1, 1)  # a row without any entry would be NaN
@@ -65,28 +69,43 @@ def pack(rows: Sequence[Sequence[int]], packing: Packing) -> tuple[dict[str, Ten
     return {"input_ids": ids, "attention_mask": reads, "position_ids": positions}, where
 
 
-def _grown(tree: dict[tuple[int, int], int], row: Sequence[int]) -> dict[tuple[int, int], int]:
-    """The tree with the path of a row."""
-    grown, node = dict(tree), -1
+def _grown(tree: dict[tuple[int, int], int], row: Sequence[int]) -> tuple[dict[tuple[int, int], int], list[int]]:
+    """The tree with a row, and the nodes of the row."""
+    grown, path = dict(tree), [-1]
     for token in row:
-        node = grown.setdefault((node, token), len(grown))
-    return grown
+        path.append(grown.setdefault((path[-1], token), len(grown)))
+    return grown, path[1:]
 
 
-def _path(tree: dict[tuple[int, int], int], row: Sequence[int]) -> list[int]:
-    """The nodes of a row."""
-    path, node = [], -1
-    for token in row:
-        node = tree[node, token]
-        path.append(node)
-    return path
+def batch_rows(
+    rows: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, packing: Packing | None
+) -> dict[str, Tensor]:
+    """Rows padded to `(b t)`, and, with `packing`, packed beside that.
+
+    `where (b t)` says which token of what the model reads, all its rows behind each other, is which token of the
+    padded rows; 0 for padding that is not read. `model_inputs` are what the model reads.
+    """
+    batch = pad_rows(rows, tokenizer)
+    where = torch.arange(batch["input_ids"].numel()).view_as(batch["input_ids"])
+    if packing is not None:
+        packed, paths = pack(rows, packing)
+        batch |= {PACKED + name: tensor for name, tensor in packed.items()}
+        where = torch.zeros_like(where)
+        where[batch["attention_mask"].bool()] = torch.tensor([node for path in paths for node in path])
+    return {**batch, "where": where}
 
 
-def padded_index(paths: Sequence[Sequence[int]], attention_mask: Tensor) -> Tensor:
-    """Where the tokens of padded rows `(b t)` lie in the flattened `(n t)` of packed ones; 0 for padding."""
-    where = torch.zeros_like(attention_mask)
-    where[attention_mask.bool()] = torch.tensor([node for path in paths for node in path], device=where.device)
-    return where
+def rows_read(batch: dict[str, Tensor]) -> int:
+    """How many rows the model reads of a batch of `batch_rows`."""
+    return batch.get(PACKED + INPUTS[0], batch[INPUTS[0]]).shape[0]
+
+
+def model_inputs(batch: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """What the model reads of a batch of `batch_rows`, with its `dtype` for the mask of packed rows."""
+    if PACKED + INPUTS[0] not in batch:
+        return {name: batch[name] for name in INPUTS}
+    inputs = {name: batch[PACKED + name] for name in INPUTS}
+    return {**inputs, "attention_mask": additive(inputs["attention_mask"], dtype)}
 
 
 def shared_tokens(rows: Sequence[Sequence[int]]) -> int:

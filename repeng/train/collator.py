@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from repeng.data.pairs import ContrastPair
-from repeng.data.tokens import encode, encode_text, label_mask, pad_rows, special_id
+from repeng.data.tokens import encode, encode_text, label_mask, special_id
 from repeng.data.word_questions import NEUTRAL_REQUEST, without_persona
-from repeng.model.packing import Packing, additive, pack, padded_index
+from repeng.model.packing import Packing, batch_rows
 
 PROMPTS = ("chosen_ids", "rejected_ids", "bare_ids")  # the two that have a persona come first
 SIDES = (*PROMPTS, "neutral_ids")
@@ -45,8 +45,6 @@ class ReferencedExample(Example):
     gap_weight: Tensor
 
 
-PACKED = "packed_"  # begins the names of what is packed in a batch
-INPUTS = ("input_ids", "attention_mask", "position_ids")
 STACKED = tuple(name for name, kind in get_type_hints(ReferencedExample).items() if kind is Tensor)
 
 
@@ -66,18 +64,8 @@ class PairCollator:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, packing: Packing | None = None) -> None:
         self.tokenizer, self.packing = tokenizer, packing
 
-    def rows(self, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        """What a batch holds of rows of token ids alone."""
-        batch = pad_rows(rows, self.tokenizer)
-        where = torch.arange(batch["input_ids"].numel()).view_as(batch["input_ids"])
-        if self.packing is not None:
-            packed, paths = pack(rows, self.packing)
-            batch |= {PACKED + name: tensor for name, tensor in packed.items()}
-            where = padded_index(paths, batch["attention_mask"])
-        return {**batch, "where": where}
-
     def __call__(self, examples: Sequence[Example] | Sequence[ReferencedExample]) -> dict[str, Tensor]:
-        batch = self.rows([example[side] for side in SIDES for example in examples])
+        batch = batch_rows([example[side] for side in SIDES for example in examples], self.tokenizer, self.packing)
         if "ref_hs" in examples[0]:
             references = cast(Sequence[ReferencedExample], examples)
             for name in STACKED:
@@ -88,14 +76,6 @@ class PairCollator:
             logp[mask] = torch.cat([example["ref_logp"][row] for row in range(len(SIDES)) for example in references])
             batch["ref_logp"] = logp
         return batch
-
-
-def model_inputs(batch: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """What the model reads of a batch of `PairCollator`, with its `dtype` for the mask of packed rows."""
-    if PACKED + INPUTS[0] not in batch:
-        return {name: batch[name] for name in INPUTS}
-    inputs = {name: batch[PACKED + name] for name in INPUTS}
-    return {**inputs, "attention_mask": additive(inputs["attention_mask"], dtype)}
 
 
 def tokenize_examples(

@@ -26,12 +26,12 @@ from repeng.eval.eval_report import ARMS
 from repeng.eval.evaluate import ADAPTER_COEFFICIENTS, evaluate
 from repeng.model.adapter_files import adapter_state, check_saved, load_adapter_state
 from repeng.model.logprob import has_plain_head, head_logp, kl_divergence, read_vocabulary, tokens_at_once
-from repeng.model.packing import Packing, packing_for
+from repeng.model.packing import Packing, model_inputs, packing_for, rows_read
 from repeng.model.sites import capture, decoder_layers, eval_mode, layers_of, site_module
 from repeng.train.arguments import SteeringArguments
 from repeng.train.callbacks import FiniteGradients, NonFiniteError, StopOnSignal
 from repeng.train.checkpoints import STAGING, CheckpointError, newest, publish
-from repeng.train.collator import PROMPTS, SIDES, Example, PairCollator, ReferencedExample, model_inputs
+from repeng.train.collator import PROMPTS, SIDES, Example, PairCollator, ReferencedExample
 from repeng.train.inner_contrastive_loss import InnerContrastiveLoss, inner_contrastive_loss
 from repeng.train.reference import add_reference, gap, persona_gap, preference_direction
 from repeng.train.reference_cache import cached_reference
@@ -240,8 +240,7 @@ class SteeringTrainer(Trainer):
 
     def both_sides(self, model: nn.Module, inputs: dict[str, Tensor]) -> AbstractContextManager[None]:
         """The context in which the first half of the doubled rows stands at +1 and the second at −1."""
-        rows = inputs.get("packed_input_ids", inputs["input_ids"]).shape[0]
-        return self.steer_fn(model, repeat(torch.tensor([1.0, -1.0]), "c -> (c r)", r=rows))
+        return self.steer_fn(model, repeat(torch.tensor([1.0, -1.0]), "c -> (c r)", r=rows_read(inputs)))
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
