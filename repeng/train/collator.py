@@ -62,7 +62,8 @@ class PairCollator:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, packing: Packing | None = None) -> None:
-        self.tokenizer, self.packing = tokenizer, packing
+        self.tokenizer: PreTrainedTokenizerBase = tokenizer
+        self.packing: Packing | None = packing
 
     def __call__(self, examples: Sequence[Example] | Sequence[ReferencedExample]) -> dict[str, Tensor]:
         batch = batch_rows([example[side] for side in SIDES for example in examples], self.tokenizer, self.packing)
