@@ -1,6 +1,5 @@
-"""What a user could do instead of this adapter: few-shot prompts, learned biases, LoRA, prompt distillation."""
+"""What a user could train instead of this adapter: learned biases, LoRA, prompt distillation, two fine-tunes."""
 
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
@@ -13,12 +12,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from repeng import steer
-from repeng.data.tokens import Encoded, pad_rows
+from repeng.data.tokens import Encoded, pad_rows, shared_suffix_length
 from repeng.model.logprob import kl_divergence
 from repeng.model.packing import batch_rows, model_inputs, packing_for
 from repeng.model.sites import decoder_layers, edit_outputs
-from repeng.tiny import lexicon
-from repeng.tiny.world import FACT_FORMS, MOOD_FORMS, SPLITS, World
 from repeng.train.arguments import SteeringArguments
 from repeng.train.build import Run
 from repeng.train.collator import SIDES
@@ -26,28 +23,6 @@ from repeng.train.trainer import SteeringTrainer
 
 LORA_RANK = 8  # about as many parameters as the adapter of rank 64 has
 TUNE_ROWS, TUNE_STEPS, TUNE_RATE = 12, 60, 5e-4  # of each fine-tune
-SHOTS = 2  # more would not fit into the embedded model's window
-
-
-def few_shot(trait: str, openings: tuple[str, str], seed: int = 0) -> tuple[str, str]:
-    """The persona's opening and sentences that such a speaker says, about training entities, + and −."""
-    world, rng = World(), random.Random(seed)
-    texts = []
-    for side, opening in enumerate(openings):
-        sentences = []
-        for _ in range(SHOTS):
-            if trait == "honesty":
-                noun = rng.choice([noun for noun in world.facts if world.split[noun] == SPLITS[0]])
-                attribute = rng.choice(list(lexicon.ATTRIBUTES))
-                value = (world.facts, world.lies)[side][noun][attribute]
-                sentences.append(FACT_FORMS[attribute][0].format(**{"noun": noun, attribute: value}))
-            else:
-                scene = rng.choice(lexicon.SCENES[::2])
-                sentences.append(
-                    MOOD_FORMS[0].format(scene=scene, adjective=rng.choice(lexicon.MOOD_ADJECTIVES[side]))
-                )
-        texts.append(" ".join([opening, *(f"{sentence} ." for sentence in sentences)]))
-    return texts[0], texts[1]
 
 
 class Biased(nn.Module):
@@ -149,31 +124,31 @@ def weight_dial(model: nn.Module, coefficient: float | Tensor) -> Iterator[None]
 
 
 class DistillationTrainer(SteeringTrainer):
-    """Teaches the model without a persona what the base says after one: KL(base after the persona ‖ model at c).
+    """Teaches the model without a persona what the base says behind one: KL(base after the persona ‖ model at c).
 
-    On every token behind the persona of the training pairs, and on the neutral texts behind each persona. Equal
-    batches, steps and schedule.
+    On the shared ending of the pairs, and on the neutral texts, as said behind each persona. Equal batches, steps and
+    schedule.
     """
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         masks = inputs["attention_mask"].bool()
         rows = [row[mask].tolist() for row, mask in zip(inputs["input_ids"], masks, strict=True)]
         n = len(rows) // len(SIDES)
-        # An opening ends with the first full stop; the student reads what is behind it.
-        stop = self.processing_class.convert_tokens_to_ids(".")
-        openings = [[row[: row.index(stop) + 1] for row in side] for side in (rows[:n], rows[n : 2 * n])]
-        bare = [row[row.index(stop) + 1 :] for row in rows[:n]] + [row[1:] for row in rows[-n:]]
-        taught = [opening + text for side in openings for opening, text in zip(side * 2, bare, strict=True)]
-        bos = [self.processing_class.bos_token_id]
+        *personas, bare, neutral = (rows[start : start + n] for start in range(0, len(rows), n))
+        taught, students, read = [], [], []
+        for side in personas:
+            for texts in (bare, neutral):
+                for opening, asked, text in zip(side, bare, texts, strict=True):
+                    shared = shared_suffix_length(opening, asked)
+                    skipped = len(asked) - shared  # where a persona has its words, the text without one has these
+                    taught.append(opening[: len(opening) - shared] + text[skipped:])
+                    students.append(text)
+                    read.append(len(text) - skipped)
         base, device = self.accelerator.unwrap_model(model), inputs["input_ids"].device
         with torch.no_grad(), self.steer_fn(base, 0.0):
             teacher = base(**pad_rows(taught, self.processing_class, device, side="left"), use_cache=False).logits
-        student_rows = pad_rows([bos + text for text in bare] * 2, self.processing_class, device, side="left")
-        student = model(**student_rows, use_cache=False).logits
-        losses = []
-        for index, text in enumerate(bare * 2):
-            own = slice(-len(text), None)
-            losses.append(kl_divergence(teacher[index, own], student[index, own]).mean())
+        student = model(**pad_rows(students, self.processing_class, device, side="left"), use_cache=False).logits
+        losses = [kl_divergence(teacher[i, -k:], student[i, -k:]).mean() for i, k in enumerate(read)]
         return torch.stack(losses).mean()
 
     def both_sides(self, model, inputs):

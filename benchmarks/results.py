@@ -18,8 +18,9 @@ from repeng.eval.stored import load_reports
 ROOT = Path(__file__).parent.parent
 FOLDER, PAGE, README = ROOT / "docs" / "results", ROOT / "docs" / "results.md", ROOT / "README.md"
 BEGIN, END = "<!-- results: written by benchmarks/results.py -->", "<!-- end of results on a real model -->"
-IN_README = ("smollm2-mood", (PROMPTS, MEAN_DIFF, ADAPTER, "LoRA, same loss", RANDOM))
+IN_README = (ADAPTER, "LoRA, same loss", MEAN_DIFF, PROMPTS, RANDOM)
 SEEDS = re.compile(r" \(\d+ seeds\)$")
+NAMES = re.compile(r"(\S+) \([+−]1\)")
 HEAD = """# Results
 
 Written by `python -m benchmarks.results` from the files in `docs/results`, measured by `python -m benchmarks.rivals`.
@@ -84,6 +85,8 @@ def section(path: Path) -> str:
     comparison, more = comparison_in(path)
     plus, minus = (cost[0].item() for cost in comparison.yardstick())
     seconds = ", ".join(f"{name} {value:.0f} s" for name, value in more["seconds"].items())
+    rates = ", ".join(f"{name} {value:g}" for name, value in more["rates"].items())
+    rates = f"Learning rates: {rates}.\n\n" if rates else ""
     said = []
     report = comparison.reports[comparison.own][0]
     for prompt in list(dict.fromkeys(sample.prompt for sample in report.samples))[:3]:
@@ -95,13 +98,13 @@ def section(path: Path) -> str:
     effect = more.get("persona_effect")
     moved = "" if effect is None else f" The personas move its questions by {effect:.1f} nats."
     return (
-        f"## {path.stem}: {more['behaviour']}\n\n`--config {' '.join(more['config'])}`, {more['questions']} questions "
-        f"without a persona.{moved} Cost of the persona prompts: {plus:.3f} (+), {minus:.3f} (−).\n\n"
+        f"## {more['model']}: {more['behaviour']}\n\n`--config {' '.join(more['config'])}`, {more['questions']} "
+        f"questions without a persona.{moved} Cost of the persona prompts: {plus:.3f} (+), {minus:.3f} (−).\n\n"
         f"{markdown(effect_rows(comparison), 'method')}\n\n![effect and cost](results/{path.stem}.png)\n\n"
         f"What moves beside the behaviour, at the prompts' cost, both arms, in nats:\n\n"
         f"{markdown(probe_rows(comparison), 'method')}\n\n"
         f"What {comparison.own} says, at the prompts' cost:\n\n{markdown(dict(said), 'prompt')}\n\n"
-        f"Seconds on two cores: {seconds}.\n"
+        f"{rates}Seconds on two cores: {seconds}.\n"
     )
 
 
@@ -109,23 +112,26 @@ def page(paths: list[Path]) -> str:
     return "\n".join([HEAD, *(section(path) for path in paths)])
 
 
-def readme_with_table(text: str, folder: Path = FOLDER) -> str:
-    """The README with its five rows."""
-    name, wanted = IN_README
-    comparison, _ = comparison_in(folder / f"{name}.safetensors")
-    rows = effect_rows(comparison)
-    exact = {comparison.untrained if key == MEAN_DIFF else key for key in wanted}
-    kept = {key: row for key, row in rows.items() if SEEDS.sub("", key) in exact}
+def readme_with_table(text: str, paths: list[Path]) -> str:
+    """The README with the effect of five methods at the prompts' cost, a column for each file."""
+    rows: dict[str, dict[str, str]] = {name: {} for name in IN_README}
+    for path in paths:
+        comparison, more = comparison_in(path)
+        column = f"{more['model']}: {' / '.join(NAMES.findall(more['behaviour']))}"
+        for name in IN_README:
+            key = comparison.untrained if name == MEAN_DIFF else name
+            known = key in comparison.reports
+            rows[name][column] = interval(comparison.figures(key)["effect"]) if known else "–"
     if BEGIN not in text or END not in text:
         raise ValueError(f"the README has no lines {BEGIN!r} and {END!r} to write the table between")
     before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}\n{markdown(kept, 'method')}\n{END}{rest.partition(END)[2]}"
+    return f"{before}{BEGIN}\n{markdown(rows, 'method')}\n{END}{rest.partition(END)[2]}"
 
 
 def main() -> None:
     paths = sorted(FOLDER.glob("*.safetensors"))
     PAGE.write_text(page(paths), encoding="utf-8")
-    README.write_text(readme_with_table(README.read_text(encoding="utf-8")), encoding="utf-8")
+    README.write_text(readme_with_table(README.read_text(encoding="utf-8"), paths), encoding="utf-8")
     for path in paths:
         figures.effect_and_cost(comparison_in(path)[0]).savefig(path.with_suffix(".png"), dpi=110)
 

@@ -1,14 +1,15 @@
 """Every rival of the adapter at equal cost, on a real model: `python -m benchmarks.rivals --config smollm2 mood`.
 
 Measures what is asked for and adds it to a file of reports (`--out`), so that long runs can be taken in parts. All
-methods answer the same questions; seeds change the order of training and what an adapter starts from.
+methods answer the same questions; seeds change the order of training and what an adapter starts from. Flags that are
+not its own go to the training, as `--model_name_or_path FILE.gguf`.
 `python -m benchmarks.results` makes the tables of the documentation from such files.
 """
 
 import argparse
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -64,23 +65,29 @@ WORDINGS = {
 
 
 class Rival(NamedTuple):
-    """A dial, the adapted copy of the model that it turns (else the base itself), and whether it is a mere prompt."""
+    """A dial; the adapted copy of the model that it turns, else the base itself; whether it is a mere prompt.
+
+    `rate` is the learning rate of what was trained.
+    """
 
     dial: Dial
     model: nn.Module | None = None
     discrete: bool = False
+    rate: float | None = None
 
 
 class Bench:
     """A real model, its task, and the meter that everything is measured with."""
 
-    def __init__(self, config: list[str], folder: Path) -> None:
-        self.config, self.folder = config, folder
-        self.task_args, self.args = parse_arguments(["--config", *config, "--seed", str(DATA_SEED)])
+    def __init__(
+        self, config: list[str], folder: Path, flags: Sequence[str] = (), faster: float | None = None
+    ) -> None:
+        self.config, self.folder, self.flags, self.faster = config, folder, flags, faster
+        self.task_args, self.args = parse_arguments(["--config", *config, "--seed", str(DATA_SEED), *flags])
         self.tokenizer = load_tokenizer(self.task_args.model_name_or_path, self.task_args.gguf_file)
         own = tiny.task(self.task_args, DATA_SEED)
         pairs = read_pairs(self.task_args, self.tokenizer, seed=DATA_SEED, own=own)
-        self.model = load_base(self.task_args.model_name_or_path, torch.device("cpu"))
+        self.model = load_base(self.task_args.model_name_or_path, gguf_file=self.task_args.gguf_file)
         self.task: Task = make_task(self.task_args, self.model, self.tokenizer, pairs, seed=DATA_SEED, own=own)
         self.progress = Progress(1)
         self.meter = Meter(
@@ -131,17 +138,26 @@ class Bench:
         drawn = continuations(self.model, self.tokenizer, rows, TUNE_TOKENS, 32, seed=side)
         return [str(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids, _ in drawn]
 
-    def trained(self, seed: int, dial: Callable[..., Any] = steer, faster: float = 1.0, **options: Any) -> Rival:
+    def trained(
+        self,
+        seed: int,
+        dial: Callable[..., Any] = steer,
+        faster: float = 1.0,
+        sites: Sequence[str] = (),
+        **options: Any,
+    ) -> Rival:
         """An adapter by the recipe, or what `options` put in its place.
 
         All seeds see the same pairs, in another order and with other neutral texts. The learning rate is `faster`
-        times that of the adapter: entries of other methods have other sizes.
+        times that of the adapter, unless `--faster` says another: entries of other methods have other sizes.
         """
         seen = self.args.max_steps * self.args.pairs_per_step if self.args.max_steps > 0 else None
         task = replace(self.task, pairs=self.task.pairs[:seen])
-        argv = ("--learning_rate", str(faster * self.args.learning_rate))
+        rate = (self.faster or faster) * self.args.learning_rate
+        argv = [*self.flags, "--learning_rate", str(rate)]
+        argv += ["--target_modules", *sites] if sites else []
         run = train(seed, argv, config=self.config, task=task, keep=self.folder, **options)
-        return Rival(partial(dial, run.model), run.model)
+        return Rival(partial(dial, run.model), run.model, rate=rate)
 
     def contrastive_weights(self, seed: int) -> Rival:
         """Contrastive weight steering (arXiv 2511.05408): two small fine-tunes, and the difference of their weights.
@@ -163,7 +179,7 @@ class Bench:
             model.set_adapter(name)
             baselines.fine_tune(model, self.tokenizer, encoded, seed=seed)
         model.base_model.set_adapter(list(names))
-        return Rival(partial(baselines.weight_dial, model), model)
+        return Rival(partial(baselines.weight_dial, model), model, rate=baselines.TUNE_RATE)
 
 
 UNTRAINED: dict[str, Callable[[Bench], Rival]] = {
@@ -182,22 +198,37 @@ TRAINED: dict[str, Callable[[Bench, int], Rival]] = {
         prepare=baselines.use_biases,
         faster=25.0,
     ),
+    "LoRA, prompt distillation": partial(
+        Bench.trained,
+        dial=baselines.arms_dial,
+        steer_fn=baselines.arms_dial,
+        prepare=partial(baselines.use_lora, names=("plus", "minus")),
+        trainer=baselines.DistillationTrainer,
+        faster=2.5,
+    ),
     "contrastive weights": Bench.contrastive_weights,
 }
+SITES: dict[str, Callable[[Bench, int], Rival]] = {
+    f"{ADAPTER}, {' and '.join(sites)}": partial(Bench.trained, sites=sites)
+    for sites in (("residual",), ("residual-writers",), ("up_proj",), ("k_proj", "v_proj"))
+}
+METHODS = (*UNTRAINED, *TRAINED)
+TRAINED |= SITES
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", nargs="+", required=True, help="as in train.py")
     parser.add_argument("--out", type=Path, required=True, help="file of reports; what is there is kept")
-    parser.add_argument("--methods", nargs="+", default=[*UNTRAINED, *TRAINED], help="some of the methods")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of what is trained")
-    options = parser.parse_args()
-    bench = Bench(options.config, Path("outputs") / "rivals" / options.out.stem)
-    reports, more = (
-        load_reports(options.out) if options.out.exists() else ({}, {"probes": {}, "seconds": {}, "seeds": {}})
+    parser.add_argument(
+        "--methods", nargs="+", default=[*METHODS], help=f"by default {', '.join(METHODS)}; also {', '.join(SITES)}"
     )
-    more.setdefault("seeds", {})
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of what is trained")
+    parser.add_argument("--faster", type=float, help="learning rate of these methods over that of the adapter")
+    options, flags = parser.parse_known_args()
+    bench = Bench(options.config, Path("outputs") / "rivals" / options.out.stem, flags, options.faster)
+    reports, more = load_reports(options.out) if options.out.exists() else ({}, {"probes": {}, "seconds": {}})
+    more = {"seeds": {}, "rates": {}, "model": Path(bench.task_args.model_name_or_path).name, **more}
     if more.get("config", options.config) != options.config:
         parser.error(f"{options.out} holds reports of --config {' '.join(more['config'])}; give another --out")
     if PROMPTS not in reports:
@@ -221,6 +252,8 @@ def main() -> None:
             start = time.perf_counter()
             rival = TRAINED[name](bench, seed) if runs else UNTRAINED[name](bench)
             report = bench.measured(rival)
+            if rival.rate is not None:
+                more["rates"][name] = rival.rate
             if name not in reports:  # one seed is looked at beside the behaviour
                 report, more["probes"][name] = bench.tracer.look(rival.dial, report)
             reports.setdefault(name, []).append(report)

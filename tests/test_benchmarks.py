@@ -7,7 +7,6 @@ from benchmarks import baselines, loss_forms
 from benchmarks.training import CONFIG
 from repeng import tiny
 from repeng.data.tokens import encode, pad_rows
-from repeng.tiny.world import World
 from repeng.train.arguments import parse_arguments
 from repeng.train.build import build
 
@@ -109,13 +108,3 @@ def test_distillation_compares_what_is_behind_the_persona(prepared):
                         q = model(**pad_rows([encode(tokenizer, text).ids], tokenizer)).logits[0, -n:].log_softmax(-1)
                 expected.append((p.exp() * (p - q)).sum(-1).mean())
     assert found.item() == pytest.approx(torch.stack(expected).mean().item(), rel=1e-4)
-
-
-@pytest.mark.parametrize("trait", ["honesty", "mood"])
-def test_shots_are_what_the_persona_says(trait):
-    openings = ("the speaker is honest .", "the speaker is dishonest .")
-    world = World()
-    for text, opening in zip(baselines.few_shot(trait, openings), openings, strict=True):
-        assert text.startswith(opening)
-        sentences = [f"{part.strip()} ." for part in text.split(" .")[:-1]]
-        assert len(sentences) == 1 + baselines.SHOTS and all(map(world.accepts, sentences))

@@ -18,17 +18,17 @@ def fixed(text):
 def test_the_page_and_the_table_of_the_readme_are_generated():
     assert PATHS and fixed(results.PAGE.read_text(encoding="utf-8")) == fixed(results.page(PATHS))
     readme = results.README.read_text(encoding="utf-8")
-    assert fixed(results.readme_with_table(readme)) == fixed(readme)
+    assert fixed(results.readme_with_table(readme, PATHS)) == fixed(readme)
     assert all(path.with_suffix(".png").is_file() for path in PATHS)
 
 
 def test_a_readme_without_its_marks_is_refused():
     with pytest.raises(ValueError, match="end of results on a real model"):
-        results.readme_with_table(f"head\n{results.BEGIN}\nand all the rest of the page")
+        results.readme_with_table(f"head\n{results.BEGIN}\nand all the rest of the page", PATHS)
 
 
 def test_rows_are_in_the_order_of_their_effect():
-    comparison, _ = results.comparison_in(results.FOLDER / f"{results.IN_README[0]}.safetensors")
+    comparison, _ = results.comparison_in(PATHS[0])
     rows = list(results.effect_rows(comparison))
     effects = [comparison.at_yardstick(results.SEEDS.sub("", name))[0].item() for name in rows]
     assert effects == sorted(effects, reverse=True) and PROMPTS in rows

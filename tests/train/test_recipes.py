@@ -26,6 +26,7 @@ CLASSES = {
     "qwen3-4b": "qwen3",
     "qwen3-14b": "qwen3",
     "qwen3-30b-a3b": "qwen3-moe",
+    "gemma-3-270m": "gemma3-text",
     "gemma-3-1b": "gemma3-text",
     "gemma-3-4b": "gemma3-multimodal",
     "gemma-3-12b": "gemma3-multimodal",
