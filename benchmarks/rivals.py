@@ -79,11 +79,9 @@ class Rival(NamedTuple):
 class Bench:
     """A real model, its task, and the meter that everything is measured with."""
 
-    def __init__(
-        self, config: list[str], folder: Path, flags: Sequence[str] = (), faster: float | None = None
-    ) -> None:
-        self.config, self.folder, self.flags, self.faster = config, folder, flags, faster
-        self.task_args, self.args = parse_arguments(["--config", *config, "--seed", str(DATA_SEED), *flags])
+    def __init__(self, config: list[str], folder: Path, faster: float | None = None) -> None:
+        self.config, self.folder, self.faster = config, folder, faster
+        self.task_args, self.args = parse_arguments(["--config", *config, "--seed", str(DATA_SEED)])
         self.tokenizer = load_tokenizer(self.task_args.model_name_or_path, self.task_args.gguf_file)
         own = tiny.task(self.task_args, DATA_SEED)
         pairs = read_pairs(self.task_args, self.tokenizer, seed=DATA_SEED, own=own)
@@ -154,7 +152,7 @@ class Bench:
         seen = self.args.max_steps * self.args.pairs_per_step if self.args.max_steps > 0 else None
         task = replace(self.task, pairs=self.task.pairs[:seen])
         rate = (self.faster or faster) * self.args.learning_rate
-        argv = [*self.flags, "--learning_rate", str(rate)]
+        argv = ["--learning_rate", str(rate)]
         argv += ["--target_modules", *sites] if sites else []
         run = train(seed, argv, config=self.config, task=task, keep=self.folder, **options)
         return Rival(partial(dial, run.model), run.model, rate=rate)
@@ -226,16 +224,17 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of what is trained")
     parser.add_argument("--faster", type=float, help="learning rate of these methods over that of the adapter")
     options, flags = parser.parse_known_args()
-    bench = Bench(options.config, Path("outputs") / "rivals" / options.out.stem, flags, options.faster)
+    config = [*options.config, *flags]
+    bench = Bench(config, Path("outputs") / "rivals" / options.out.stem, options.faster)
     reports, more = load_reports(options.out) if options.out.exists() else ({}, {"probes": {}, "seconds": {}})
     more = {"seeds": {}, "rates": {}, "model": Path(bench.task_args.model_name_or_path).name, **more}
-    if more.get("config", options.config) != options.config:
+    if more.get("config", config) != config:
         parser.error(f"{options.out} holds reports of --config {' '.join(more['config'])}; give another --out")
     if PROMPTS not in reports:
         start = time.perf_counter()
         known = measure_baselines(bench.model, bench.tokenizer, bench.task, bench.tracer, nullcontext)
         reports |= known.reports
-        more |= {"untrained": known.untrained, "config": options.config, "behaviour": bench.task.behaviour}
+        more |= {"untrained": known.untrained, "config": config, "behaviour": bench.task.behaviour}
         more |= {
             "persona_effect": bench.task.persona_effect and bench.task.persona_effect[0],
             "questions": len(bench.meter.targets),

@@ -82,6 +82,11 @@ def read_pairs(
         require_sound(pairs, tokenizer)
         return random.Random(seed).sample(pairs, len(pairs))
     if own is not None and args.suffixes_file is None:
+        if args.templates:
+            raise ValueError(
+                f"templates {args.templates} need suffixes_file. This model has pairs of its own, with persona "
+                "sentences that it knows: give only positive and negative"
+            )
         return own.pairs
     if args.suffixes_file is None or args.positive is None or args.negative is None:
         raise ValueError("positive and negative need suffixes_file: incomplete answers, one per line")

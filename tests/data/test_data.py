@@ -9,7 +9,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from repeng import ContrastPair, PairCollator, check_pairs, load_pairs, make_pairs, tiny
+from repeng.data.arguments import TaskArguments
 from repeng.data.files import load_texts
+from repeng.data.task import read_pairs
 from repeng.data.tokens import encode, encode_text, label_mask, last_tokens, pad_rows
 
 TEMPLATE = "{% for m in messages %}<s> {{ m['content'] }} ?{% endfor %}{% if add_generation_prompt %} it is{% endif %}"
@@ -227,3 +229,14 @@ def test_earlier_turns_stand_before_the_prompt(tokenizer):
     )
     with pytest.raises(ValueError, match="1 turns"):
         encode(chat, "the lime is", history=["the rain"])
+
+
+def test_templates_that_would_not_be_used_are_refused():
+    """The embedded model's own pairs have persona sentences of its language."""
+    words = {"positive": "cheerful", "negative": "gloomy"}
+    _, tokenizer = tiny.load()
+    own = tiny.task(TaskArguments(**words), 0)
+    assert read_pairs(TaskArguments(**words), tokenizer, seed=0, own=own) == own.pairs
+    asked = TaskArguments(**words, templates=["Pretend to be {persona}."])
+    with pytest.raises(ValueError, match=r"need suffixes_file.*give only positive and negative"):
+        read_pairs(asked, tokenizer, seed=0, own=own)
