@@ -80,8 +80,9 @@ def lora_on(model: nn.Module, args: SteeringArguments, layers: list[int], names:
     return adapted
 
 
-def use_lora(run: Run, args: SteeringArguments, names: tuple[str, ...] = ("default",)) -> None:
-    """Replace the adapter by LoRA on the same sites and layers."""
+def use_two_loras(run: Run, args: SteeringArguments) -> None:
+    """Replace the adapter by two LoRA adapters on the same sites and layers, "plus" and "minus"."""
+    names = ("plus", "minus")
     model = lora_on(run.model.unload(), args, run.sites.layers, names)
     model.base_model.set_adapter(list(names))
     run.model = model
@@ -127,7 +128,7 @@ class DistillationTrainer(SteeringTrainer):
     """Teaches the model without a persona what the base says behind one: KL(base after the persona ‖ model at c).
 
     On the shared ending of the pairs, and on the neutral texts, as said behind each persona. Equal batches, steps and
-    schedule.
+    schedule, and the learning rate that is found for the loss.
     """
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -147,10 +148,8 @@ class DistillationTrainer(SteeringTrainer):
         base, device = self.accelerator.unwrap_model(model), inputs["input_ids"].device
         with torch.no_grad(), self.steer_fn(base, 0.0):
             teacher = base(**pad_rows(taught, self.processing_class, device, side="left"), use_cache=False).logits
-        student = model(**pad_rows(students, self.processing_class, device, side="left"), use_cache=False).logits
+        c = repeat(torch.tensor([1.0, -1.0]), "c -> (c r)", r=len(students) // 2)
+        with self.steer_fn(base, c):
+            student = model(**pad_rows(students, self.processing_class, device, side="left"), use_cache=False).logits
         losses = [kl_divergence(teacher[i, -k:], student[i, -k:]).mean() for i, k in enumerate(read)]
         return torch.stack(losses).mean()
-
-    def both_sides(self, model, inputs):
-        rows = inputs["input_ids"].shape[0] // len(SIDES) * 2
-        return self.steer_fn(model, repeat(torch.tensor([1.0, -1.0]), "c -> (c r)", r=rows))

@@ -86,8 +86,6 @@ def section(path: Path) -> str:
     plus, minus = (cost[0].item() for cost in comparison.yardstick())
     runs = {name: len(seeds) for name, seeds in more["seeds"].items()}
     seconds = ", ".join(f"{name} {value / runs.get(name, 1):.0f} s" for name, value in more["seconds"].items())
-    rates = ", ".join(f"{name} {value:g}" for name, value in more["rates"].items())
-    rates = f"Learning rates: {rates}.\n\n" if rates else ""
     said = []
     report = comparison.reports[comparison.own][0]
     for prompt in list(dict.fromkeys(sample.prompt for sample in report.samples))[:3]:
@@ -105,7 +103,7 @@ def section(path: Path) -> str:
         f"What moves beside the behaviour, at the prompts' cost, both arms, in nats:\n\n"
         f"{markdown(probe_rows(comparison), 'method')}\n\n"
         f"What {comparison.own} says, at the prompts' cost:\n\n{markdown(dict(said), 'prompt')}\n\n"
-        f"{rates}To train, to choose a layer and to measure took, on one core, for each run: {seconds}.\n"
+        f"To train, to choose a layer and to measure took, on one core, for each run: {seconds}.\n"
     )
 
 

@@ -65,22 +65,18 @@ WORDINGS = {
 
 
 class Rival(NamedTuple):
-    """A dial; the adapted copy of the model that it turns, else the base itself; whether it is a mere prompt.
-
-    `rate` is the learning rate of what was trained.
-    """
+    """A dial; the adapted copy of the model that it turns, else the base itself; whether it is a mere prompt."""
 
     dial: Dial
     model: nn.Module | None = None
     discrete: bool = False
-    rate: float | None = None
 
 
 class Bench:
     """A real model, its task, and the meter that everything is measured with."""
 
-    def __init__(self, config: list[str], folder: Path, faster: float | None = None) -> None:
-        self.config, self.folder, self.faster = config, folder, faster
+    def __init__(self, config: list[str], folder: Path) -> None:
+        self.config, self.folder = config, folder
         self.task_args, self.args = parse_arguments(["--config", *config, "--seed", str(DATA_SEED)])
         self.tokenizer = load_tokenizer(self.task_args.model_name_or_path, self.task_args.gguf_file)
         own = tiny.task(self.task_args, DATA_SEED)
@@ -136,26 +132,16 @@ class Bench:
         drawn = continuations(self.model, self.tokenizer, rows, TUNE_TOKENS, 32, seed=side)
         return [str(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids, _ in drawn]
 
-    def trained(
-        self,
-        seed: int,
-        dial: Callable[..., Any] = steer,
-        faster: float = 1.0,
-        sites: Sequence[str] = (),
-        **options: Any,
-    ) -> Rival:
-        """An adapter by the recipe, or what `options` put in its place.
+    def trained(self, seed: int, flags: Sequence[str] = (), dial: Callable[..., Any] = steer, **options: Any) -> Rival:
+        """An adapter by the recipe, or what `flags` and `options` put in its place.
 
-        All seeds see the same pairs, in another order and with other neutral texts. The learning rate is `faster`
-        times that of the adapter, unless `--faster` says another: entries of other methods have other sizes.
+        All seeds see the same pairs, in another order and with other neutral texts. Each kind gets the learning rate
+        that is found for it.
         """
         seen = self.args.max_steps * self.args.pairs_per_step if self.args.max_steps > 0 else None
         task = replace(self.task, pairs=self.task.pairs[:seen])
-        rate = (self.faster or faster) * self.args.learning_rate
-        argv = ["--learning_rate", str(rate)]
-        argv += ["--target_modules", *sites] if sites else []
-        run = train(seed, argv, config=self.config, task=task, keep=self.folder, **options)
-        return Rival(partial(dial, run.model), run.model, rate=rate)
+        run = train(seed, flags, config=self.config, task=task, keep=self.folder, **options)
+        return Rival(partial(dial, run.model), run.model)
 
     def contrastive_weights(self, seed: int) -> Rival:
         """Contrastive weight steering (arXiv 2511.05408): two small fine-tunes, and the difference of their weights.
@@ -177,7 +163,7 @@ class Bench:
             model.set_adapter(name)
             baselines.fine_tune(model, self.tokenizer, encoded, seed=seed)
         model.base_model.set_adapter(list(names))
-        return Rival(partial(baselines.weight_dial, model), model, rate=baselines.TUNE_RATE)
+        return Rival(partial(baselines.weight_dial, model), model)
 
 
 UNTRAINED: dict[str, Callable[[Bench], Rival]] = {
@@ -188,26 +174,21 @@ UNTRAINED: dict[str, Callable[[Bench], Rival]] = {
 }
 TRAINED: dict[str, Callable[[Bench, int], Rival]] = {
     ADAPTER: Bench.trained,
-    "LoRA, same loss": partial(Bench.trained, prepare=baselines.use_lora, faster=2.5),
+    "LoRA, same loss": partial(Bench.trained, flags=("--adapter", "lora")),
     "learned biases, same loss": partial(
-        Bench.trained,
-        dial=baselines.dial_of,
-        steer_fn=baselines.dial_of,
-        prepare=baselines.use_biases,
-        faster=25.0,
+        Bench.trained, dial=baselines.dial_of, steer_fn=baselines.dial_of, prepare=baselines.use_biases
     ),
     "LoRA, prompt distillation": partial(
         Bench.trained,
         dial=baselines.arms_dial,
         steer_fn=baselines.arms_dial,
-        prepare=partial(baselines.use_lora, names=("plus", "minus")),
+        prepare=baselines.use_two_loras,
         trainer=baselines.DistillationTrainer,
-        faster=2.5,
     ),
     "contrastive weights": Bench.contrastive_weights,
 }
 SITES: dict[str, Callable[[Bench, int], Rival]] = {
-    f"{ADAPTER}, {' and '.join(sites)}": partial(Bench.trained, sites=sites)
+    f"{ADAPTER}, {' and '.join(sites)}": partial(Bench.trained, flags=("--target_modules", *sites))
     for sites in (("residual",), ("residual-writers",), ("up_proj",), ("k_proj", "v_proj"))
 }
 METHODS = (*UNTRAINED, *TRAINED)
@@ -222,12 +203,11 @@ def main() -> None:
         "--methods", nargs="+", default=[*METHODS], help=f"by default {', '.join(METHODS)}; also {', '.join(SITES)}"
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of what is trained")
-    parser.add_argument("--faster", type=float, help="learning rate of these methods over that of the adapter")
     options, flags = parser.parse_known_args()
     config = [*options.config, *flags]
-    bench = Bench(config, Path("outputs") / "rivals" / options.out.stem, options.faster)
+    bench = Bench(config, Path("outputs") / "rivals" / options.out.stem)
     reports, more = load_reports(options.out) if options.out.exists() else ({}, {"probes": {}, "seconds": {}})
-    more = {"seeds": {}, "rates": {}, "model": Path(bench.task_args.model_name_or_path).name, **more}
+    more = {"seeds": {}, "model": Path(bench.task_args.model_name_or_path).name, **more}
     if more.get("config", config) != config:
         parser.error(f"{options.out} holds reports of --config {' '.join(more['config'])}; give another --out")
     if PROMPTS not in reports:
@@ -251,8 +231,6 @@ def main() -> None:
             start = time.process_time()
             rival = TRAINED[name](bench, seed) if runs else UNTRAINED[name](bench)
             report = bench.measured(rival)
-            if rival.rate is not None:
-                more["rates"][name] = rival.rate
             if name not in reports:  # one seed is looked at beside the behaviour
                 report, more["probes"][name] = bench.tracer.look(rival.dial, report)
             reports.setdefault(name, []).append(report)

@@ -11,7 +11,6 @@ import tempfile
 import torch
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from benchmarks import baselines
 from benchmarks.timing import seconds
 from benchmarks.training import CONFIG
 from repeng import tiny
@@ -52,7 +51,7 @@ SHAPES = {
         "vocab_size": 151_936,
     },
 }
-METHODS = ("LoRA", "this adapter")
+METHODS = ("lora", "svd")
 
 
 def random_model(shape: str, device: torch.device) -> PreTrainedModel:
@@ -68,15 +67,14 @@ def step(method: str, options: argparse.Namespace) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         argv = ["--output_dir", folder, "--per_device_train_batch_size", str(options.pairs), "--disable_tqdm", "true"]
         argv += ["--bf16", str(torch.cuda.is_available()), "--gradient_checkpointing", str(options.checkpointing)]
-        task_args, args = parse_arguments([*argv, "--layers", "0.3-0.7", "--directions", "top"], CONFIG)
+        top = ["--directions", "top"] if method == "svd" else []
+        task_args, args = parse_arguments([*argv, "--layers", "0.3-0.7", "--adapter", method, *top], CONFIG)
         model = random_model(options.shape, args.device)
         run = build(task_args, args, tiny.task(task_args, args.seed), model=model, tokenizer=tiny.load()[1])
         rng, vocabulary = random.Random(0), run.model.config.vocab_size
         for example in run.examples:
             for side in SIDES:
                 example[side] = [rng.randrange(3, vocabulary) for _ in range(options.tokens)]
-        if method == "LoRA":
-            baselines.use_lora(run, args)
         examples = run.examples[: options.pairs]
         trainer = SteeringTrainer(run.model, args, examples, run.tokenizer)
         trainer.create_optimizer()

@@ -9,9 +9,11 @@ from typing import NamedTuple, cast
 import torch
 from accelerate import PartialState
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from repeng import tiny
+from repeng.control.lora import lora_names
 from repeng.control.steer import steer
 from repeng.data.arguments import TaskArguments
 from repeng.data.files import cache_folder, check_writable
@@ -115,7 +117,11 @@ def calibrate(
     chosen, checked = prompts[::2], prompts[1::2]
     largest = LARGEST if vector is None else 8.0
     calibration = find_calibration(model, base.tokenizer, dial, chosen, budget, largest=largest)
-    if vector is None:
+    stored, at = f"stored: {target}", {sign: float(sign) for _, sign in ARMS}
+    if vector is None and lora_names(cast(nn.Module, model)):
+        stored = "not stored: a LoRA has one scale for both arms; use these coefficients"
+        at = {sign: sign * getattr(calibration, arm) for arm, sign in ARMS}
+    elif vector is None:
         set_units(model, calibration)
         save_adapter(cast(PeftModel, model), target)
     else:
@@ -124,18 +130,18 @@ def calibrate(
         dial = partial(steer, model, vector=vector)
     spend = kl_spender(model, base.tokenizer, dial, checked, budget)
     for arm, sign in ARMS:
-        spent = budget.nats * spend(float(sign))
+        spent = budget.nats * spend(at[sign])
+        now = f" is now {getattr(calibration, arm):.3g} of the former unit" if abs(at[sign]) == 1 else ""
         print(
-            f"c = {sign:+d} is now {getattr(calibration, arm):.3g} of the former unit. On {len(checked)} other "
-            f"prompts, percentile {budget.percentile:g} of the KL per token is {spent:.3g} nats; the budget is "
-            f"{budget.nats:g}"
+            f"c = {at[sign]:+.3g}{now}. On {len(checked)} other prompts, percentile {budget.percentile:g} of the KL "
+            f"per token is {spent:.3g} nats; the budget is {budget.nats:g}"
         )
         if calibration.spent[arm] < 1 - TOLERANCE:
             print(
                 f"  this arm does not spend the whole budget at any coefficient that was tried: "
                 f"{calibration.spent[arm]:.0%}"
             )
-    print(f"stored: {target}")
+    print(stored)
 
 
 def _load_task_model(task_args: TaskArguments, seed: int, use_cpu: bool, bf16: bool) -> Base:

@@ -19,6 +19,7 @@ def arguments(tmp_path, **changes):
         "num_pairs": 8,
         "max_steps": 1,
         "r": 8,
+        "learning_rate": 2e-3,
         "per_device_train_batch_size": 8,
         "save_strategy": "no",
         "disable_tqdm": "true",

@@ -66,7 +66,7 @@ def test_other_methods_have_a_coefficient_by_row_too(prepared, batch, embedded, 
     if kind == "biases":
         baselines.use_biases(run, args)
     else:
-        baselines.use_lora(run, args, ("plus", "minus"))
+        baselines.use_two_loras(run, args)
     dial = {"biases": baselines.dial_of, "two loras": baselines.arms_dial, "weights": baselines.weight_dial}[kind]
     model = run.model.eval()
     assert all(p.requires_grad == ("lora" in name or "biases" in name) for name, p in model.named_parameters())
@@ -87,7 +87,7 @@ def test_other_methods_have_a_coefficient_by_row_too(prepared, batch, embedded, 
 def test_distillation_compares_what_is_behind_the_persona(prepared):
     """The loss of one batch against single rows: the base after the persona, the model without it at ±1."""
     run, args = prepared
-    baselines.use_lora(run, args, ("plus", "minus"))
+    baselines.use_two_loras(run, args)
     randomise(run.model)
     trainer = baselines.DistillationTrainer(run.model, args, run.examples, run.tokenizer, steer_fn=baselines.arms_dial)
     inputs = trainer.data_collator(trainer.train_dataset[:3])

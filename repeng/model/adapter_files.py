@@ -62,9 +62,14 @@ def check_whole(path: Path) -> None:
 
 def adapter_state(model: PeftModel) -> dict[str, Tensor]:
     """What an adapter's file is made of, whole, on the CPU, by its names in the model; all processes must call."""
+    kept = adapter_keys(model)
+    return {key: whole(tensor).detach().cpu() for key, tensor in model.state_dict().items() if key in kept}
+
+
+def adapter_keys(model: PeftModel) -> set[str]:
+    """The names, in the model, of what an adapter's file holds: what is trained, and this package's own bases."""
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    state = {key: tensor for key, tensor in model.state_dict().items() if key in trained or f".{PREFIX}" in key}
-    return {key: whole(tensor).detach().cpu() for key, tensor in state.items()}
+    return trained | {key for key in model.state_dict() if f".{PREFIX}" in key}
 
 
 @torch.no_grad()
@@ -76,10 +81,13 @@ def load_adapter_state(model: PeftModel, folder: str | Path) -> None:
     """
     stored = load_file(Path(folder) / "adapter_model.safetensors")
     name = cast(str, model.active_adapter)  # of a `PeftModel` always one
+    kept = adapter_keys(model)
     expected = {
-        key.removesuffix(f".{name}"): tensor for key, tensor in model.state_dict().items() if f".{PREFIX}" in key
+        key.removesuffix(f".{name}").replace(f".{name}.", "."): tensor
+        for key, tensor in model.state_dict().items()
+        if key in kept
     }
-    check_keys(set(expected), {key for key in stored if f".{PREFIX}" in key}, name)
+    check_keys(set(expected), set(stored), name)
     for key, tensor in expected.items():
         value = stored[key].to(tensor.device, tensor.dtype)
         if hasattr(tensor, "device_mesh"):

@@ -20,6 +20,7 @@ LEAST = {
     "coherence_weight": (0, False),
     "last_n_tokens": (1, False),
     "num_directions": (1, False),
+    "learning_rate": (0, False),
 }
 
 
@@ -45,6 +46,8 @@ class SteeringArguments(Recipe, TrainingArguments):  # pyright: ignore[reportInc
         super().__post_init__()
         if self.n_gpu > 1:
             self._n_gpu = 1  # one process, one GPU; DataParallel would hand each replica other rows
+        if self.adapter == "lora" and self.directions != "pairs":
+            raise ValueError(f"directions={self.directions} is for adapter: svd; a lora has none of its own")
         for name, (least, open_end) in LEAST.items():
             value = getattr(self, name)
             if value < least or (open_end and value == least):

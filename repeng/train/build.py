@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast, broadcast_object_list
-from peft import PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -24,10 +24,10 @@ from repeng.train.reference import pair_differences
 from repeng.train.sharding import check_parallelism
 from repeng.tuner import SvdSteeringConfig, SvdSteeringModel
 from repeng.tuner.config import PREFIX
-from repeng.tuner.targets import max_rank, resolve, select_layers
+from repeng.tuner.targets import RESIDUAL, is_linear, max_rank, resolve, select_layers
 
 MAX_VALIDATION = 32  # pairs and texts: an evaluation takes a small share of the time between two
-DEFAULT_RANK = 64
+DEFAULT_RANK = {"svd": 64, "lora": 8}
 MOVES = 1.0  # nats between the two sides from which on personas are taken to do something
 
 
@@ -122,9 +122,9 @@ def build(
         if args.eval_strategy != "no":
             task, validation, validation_texts = _hold_back(args, task, model, tokenizer)
     _check_batch(args, len(task.pairs))
-    adapted = get_peft_model(model, _adapter_config(args, sites))
+    adapted = _adapted(args, sites, model)
     examples = tokenize_examples(tokenizer, _seen(args, task.pairs), task.neutral_texts, args.seed)
-    if args.directions == "pairs":
+    if args.adapter == "svd" and args.directions == "pairs":
         differences = pair_differences(adapted, tokenizer, examples, args.last_n_tokens)
         cast(SvdSteeringModel, adapted.base_model).select_directions(differences)
     run = Run(adapted, tokenizer, base, task, sites, examples, validation, validation_texts, doubt)
@@ -185,9 +185,9 @@ def _share_between_processes(run: Run) -> None:
     run.task, rest = replace(run.task, **dict(zip(data, parts, strict=False))), parts[len(data) :]
     for name, value in zip(names, rest, strict=True):
         setattr(run, name, value)
-    for name, buffer in run.model.named_buffers():
-        if f".{PREFIX}" in name:
-            buffer.copy_(cast(Tensor, broadcast(buffer.contiguous())))
+    bases = [buffer for name, buffer in run.model.named_buffers() if f".{PREFIX}" in name]
+    for tensor in [*bases, *(p.data for p in run.model.parameters() if p.requires_grad)]:
+        tensor.copy_(cast(Tensor, broadcast(tensor.contiguous())))
 
 
 def resolve_sites(args: SteeringArguments, model: PreTrainedModel) -> Sites:
@@ -199,16 +199,36 @@ def resolve_sites(args: SteeringArguments, model: PreTrainedModel) -> Sites:
     depth = len(decoder_layers(model))
     wanted = range(round(depth / 3), 2 * depth // 3 + 1) if args.layers is None else layer_request(args.layers)
     layers = select_layers(depth, wanted)
-    names = resolve(model, _adapter_config(args, Sites(layers, 0, r=args.r or 2)))  # any rank that there is
-    r = args.r or min(DEFAULT_RANK, *(max_rank(model, name) for name in names))
+    names = resolve(model, _svd_config(args, Sites(layers, 0, r=args.r or 2)))  # any rank that there is
+    r = args.r or min(DEFAULT_RANK[args.adapter], *(max_rank(model, name) for name in names))
     reached = layers_of(model, map(model.get_submodule, names))
     loss_layer = max(reached, default=depth - 1) if args.loss_layer is None else args.loss_layer
     site_module(model, loss_layer, args.loss_site)
     return Sites(layers, loss_layer, r)
 
 
-def _adapter_config(args: SteeringArguments, sites: Sites) -> SvdSteeringConfig:
-    """The adapter's configuration."""
+def _adapted(args: SteeringArguments, sites: Sites, model: PreTrainedModel) -> PeftModel:
+    """The model with a fresh adapter.
+
+    Raises:
+        ValueError: a LoRA is to act on the residual stream.
+    """
+    config = _svd_config(args, sites)
+    if args.adapter == "svd":
+        return cast(PeftModel, get_peft_model(model, config))
+    names = resolve(model, config)
+    layers = [name for name in names if not is_linear(model.get_submodule(name))]
+    if layers:
+        raise ValueError(
+            f"target_modules {args.target_modules} hold {RESIDUAL!r}, which is no linear module: a LoRA cannot adapt "
+            "it. Leave it out, or use adapter: svd"
+        )
+    lora = LoraConfig(r=sites.r, lora_alpha=sites.r, target_modules=names, task_type=TaskType.CAUSAL_LM)
+    return cast(PeftModel, get_peft_model(model, lora))
+
+
+def _svd_config(args: SteeringArguments, sites: Sites) -> SvdSteeringConfig:
+    """The configuration of an adapter of this package."""
     return SvdSteeringConfig(
         r=sites.r,
         target_modules=args.target_modules,

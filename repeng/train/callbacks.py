@@ -1,18 +1,29 @@
-"""Callbacks of the trainer: a stop that loses nothing, and no step on a gradient that is not finite."""
+"""Callbacks of the trainer: a stop that loses nothing, a way back, and no step on a gradient that is not finite."""
 
+import logging
 import signal
 import threading
+from statistics import mean
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from repeng.model.sharded import local
 
+WINDOW = 4  # steps over which losses are compared
+WORSE = 1e-3  # share of the base model's loss by which rounding may exceed it
+
+logger = logging.getLogger(__name__)
+
 
 class NonFiniteError(FloatingPointError):
     """A loss term, gradient or parameter became NaN or infinite."""
+
+
+class DivergedError(ValueError):
+    """Training became worse than the base model, and could not go back."""
 
 
 class FiniteGradients(TrainerCallback):
@@ -25,6 +36,59 @@ class FiniteGradients(TrainerCallback):
         for name, parameter in model.named_parameters():
             if parameter.grad is not None and not torch.isfinite(local(parameter.grad)).all():
                 raise NonFiniteError(f"the gradient of {name} is not finite at optimizer step {state.global_step + 1}")
+
+
+class WayBack(TrainerCallback):
+    """Takes a run that became worse than the base model back to its best parameters, at half the learning rate.
+
+    What counts is the mean over the last steps of the loss, minus what the base model has on the same batches.
+    """
+
+    def __init__(self) -> None:
+        self.times: int = 0
+        self._parts: list[float] = []  # of a step
+        self._last: list[float] = []  # steps
+        self._best = float("inf")
+        self._kept: dict[str, Tensor] = {}
+        self._before: dict[str, Tensor] = {}
+
+    def saw(self, loss: float, of_base: float) -> None:
+        """Note the loss of a part of a step, and that of the base model; the same in all processes."""
+        self._parts.append(loss - of_base * (1 + WORSE))
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._parts = []
+        self._before = {name: local(p).detach().clone() for name, p in _trained(kwargs["model"])}
+
+    @torch.no_grad()
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not self._parts:
+            return  # a loss of its own, of a trainer that says nothing of it
+        self._last = [*self._last, mean(self._parts)][-WINDOW:]
+        now = mean(self._last)
+        if now < self._best:
+            self._best, self._kept = now, self._before
+        if len(self._last) < WINDOW or now <= 0:
+            return
+        optimizer, scheduler = kwargs["optimizer"], kwargs["lr_scheduler"]
+        scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate wraps it
+        worse = f"step {state.global_step}: the loss is above that of the base model by {now:.3g}"
+        if not hasattr(scheduler, "base_lrs") or args.deepspeed_plugin is not None:
+            raise DivergedError(f"{worse}; lower learning_rate. Checkpoints written before are intact")
+        for name, parameter in _trained(kwargs["model"]):
+            local(parameter).copy_(self._kept[name])
+        getattr(optimizer, "optimizer", optimizer).state.clear()
+        scheduler.base_lrs = [rate / 2 for rate in scheduler.base_lrs]
+        self.times, self._last = self.times + 1, []
+        logger.warning("%s: back to the best parameters so far, with half the learning rate", worse)
+
+
+def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 class StopOnSignal(TrainerCallback):

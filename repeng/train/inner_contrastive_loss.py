@@ -4,7 +4,7 @@ Shapes: `b` pairs, `t` tokens, `d` width of the site, `k` preference directions,
 without a persona), `c` coefficient side (plus, minus). The derivation and drawings are in docs/loss_geometry.md.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import einsum, reduce
@@ -118,6 +118,13 @@ def inner_contrastive_loss(
         "gap_minus": reduce(gain[1], "p b -> b", "mean"),
     }
     return InnerContrastiveLoss(total.mean(), {name: term.detach() for name, term in terms.items()})
+
+
+def as_reference(given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of the loss with the reference in place of the policy: what the base model has on this batch."""
+    sides = {"hs": given["hs_ref"], "neutral_logp": given["neutral_logp_ref"], "gap": given["gap_ref"]}
+    both = {f"{name}_pi": torch.stack([tensor, tensor]) for name, tensor in sides.items()}
+    return {**given, **both, "logp_pi": given["logp_ref"]}
 
 
 def signed_shift(hs_pi: Tensor, hs_ref: Tensor, hs_mask: Tensor, direction: Tensor, scale: Tensor) -> Tensor:

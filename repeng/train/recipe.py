@@ -26,6 +26,12 @@ class Recipe:
             "and 95 percent of the items move along."
         },
     )
+    adapter: Literal["svd", "lora"] = field(
+        default="svd",
+        metadata={
+            "help": "svd: turns singular directions of the weights; lora: PEFT's LoRA, a file that every server loads."
+        },
+    )
     target_modules: list[str] = field(
         default_factory=lambda: list(TARGETS),
         metadata={
@@ -49,10 +55,14 @@ class Recipe:
     loss_layer: int | None = field(
         default=None, metadata={"help": "Layer of the loss site, from 0; None = the last adapted one."}
     )
-    r: int | None = field(default=None, metadata={"help": "Rank; None = 64, or the narrowest target if that is less."})
+    r: int | None = field(
+        default=None, metadata={"help": "Rank; None = 64 (lora: 8), or the narrowest target if that is less."}
+    )
     directions: Literal["pairs", "top"] = field(
         default="pairs",
-        metadata={"help": "Singular directions that turn: those along which the pairs differ most, or the top ones."},
+        metadata={
+            "help": "Singular directions that svd turns: those along which the pairs differ most, or the top ones."
+        },
     )
     separation_target: float = field(
         default=3.0, metadata={"help": "Separation to reach, in mean distances between the two sides; above 0."}
@@ -83,7 +93,10 @@ class Recipe:
     )
 
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Pairs per process and micro-batch."})
-    learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of AdamW."})
+    learning_rate: float = field(
+        default=0.0,
+        metadata={"help": "Peak learning rate; 0 = found by how far the parameters must go to reach the target."},
+    )
     weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of AdamW."})
     max_steps: int = field(default=120, metadata={"help": "Optimizer steps."})
     warmup_steps: float = field(

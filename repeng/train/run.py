@@ -3,16 +3,17 @@
 import os
 import sys
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
+from peft import PeftModel
 
 from repeng import tiny
 from repeng.data.files import check_writable
 from repeng.eval.report.tables import print_table
 from repeng.train.arguments import SteeringArguments, parse_arguments
 from repeng.train.build import build
-from repeng.train.callbacks import NonFiniteError
+from repeng.train.callbacks import DivergedError, NonFiniteError
 from repeng.train.checkpoints import CheckpointError, newest
 from repeng.train.run_folder import finish
 from repeng.train.trainer import StartError, SteeringTrainer
@@ -28,6 +29,14 @@ def use_all_cores(args: SteeringArguments) -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1))
 
 
+def _describe(model: PeftModel) -> str:
+    """What is adapted, in a few lines."""
+    if isinstance(model.base_model, SvdSteeringModel):
+        return model.base_model.describe()
+    names, (trained, _) = cast(Any, model.base_model).targeted_module_names, model.get_nb_trainable_parameters()
+    return f"LoRA on {len(names)} modules, {trained:,} parameters: {names[0]} … {names[-1]}"
+
+
 def main(argv: Sequence[str]) -> None:
     """Train an adapter, save it, and print what it does; exits with a sentence on bad input."""
     try:
@@ -36,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
         use_all_cores(args)
         run = build(task_args, args, tiny.task(task_args, args.seed))
         if args.process_index == 0:
-            print(cast(SvdSteeringModel, run.model.base_model).describe())
+            print(_describe(run.model))
             if run.doubt:
                 print(f"warning: {run.doubt}")
         trainer = SteeringTrainer(
@@ -51,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
         sys.exit(f"error: {error}")
     try:
         trainer.train(resume_from_checkpoint=newest(args.output_dir) if args.resume else args.resume_from_checkpoint)
-    except (NonFiniteError, CheckpointError, StartError) as error:
+    except (NonFiniteError, DivergedError, CheckpointError, StartError) as error:
         sys.exit(f"error: {error}")
     if trainer.stop.received:
         sys.exit(f"stopped by SIGTERM after step {trainer.state.global_step}; continue with --resume true")

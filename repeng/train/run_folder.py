@@ -23,7 +23,6 @@ from repeng.train.arguments import SteeringArguments
 from repeng.train.build import Run
 from repeng.train.learning_curve import learning_curve
 from repeng.train.recipe import Recipe
-from repeng.tuner import SvdSteeringModel
 
 PACKAGES = ("repeng", "torch", "transformers", "peft", "accelerate")
 
@@ -61,7 +60,7 @@ def _write_folder(args: SteeringArguments, run: Run, trainer: Trainer, compariso
         "optimizer_steps": trainer.state.global_step,
         "training_pairs": len(run.examples),
         "seconds": {"training": _training_seconds(history), "comparison": round(seconds, 1)},
-        "adapted": sorted(cast(SvdSteeringModel, run.model.base_model).targeted_module_names),
+        "adapted": sorted(cast(Any, run.model.base_model).targeted_module_names),
         "trainable_parameters": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
         "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
     }

@@ -2,7 +2,7 @@
 
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -16,8 +16,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.data import RandomSampler, Sampler
+from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.training_args import OptimizerNames
 
 from repeng.control.steer import steer
 from repeng.data.questions import Question
@@ -29,15 +31,23 @@ from repeng.model.logprob import has_plain_head, head_logp, kl_divergence, read_
 from repeng.model.packing import Packing, model_inputs, packing_for, rows_read
 from repeng.model.sites import capture, decoder_layers, eval_mode, layers_of, site_module
 from repeng.train.arguments import SteeringArguments
-from repeng.train.callbacks import FiniteGradients, NonFiniteError, StopOnSignal
+from repeng.train.callbacks import FiniteGradients, NonFiniteError, StopOnSignal, WayBack
 from repeng.train.checkpoints import STAGING, CheckpointError, newest, publish
 from repeng.train.collator import PROMPTS, SIDES, Example, PairCollator, ReferencedExample
-from repeng.train.inner_contrastive_loss import InnerContrastiveLoss, inner_contrastive_loss
+from repeng.train.inner_contrastive_loss import (
+    InnerContrastiveLoss,
+    as_reference,
+    inner_contrastive_loss,
+    signed_shift,
+)
+from repeng.train.learning_rate import SIGN_LIKE, peak_learning_rate, way_to_target
 from repeng.train.reference import add_reference, gap, persona_gap, preference_direction
 from repeng.train.reference_cache import cached_reference
 
 REFERENCE_SIZE = 4  # pairs at a time for each pair of training: nothing is kept for backward
 START_KL = 1e-3  # nats; kernels need not be bitwise reproducible
+PROBED = 4  # pairs on which the learning rate is found
+SHIFTED = ("hs_pi", "hs_ref", "hs_mask", "direction", "scale")
 
 
 class StartError(ValueError):
@@ -67,6 +77,7 @@ class SteeringTrainer(Trainer):
     eval_dataset: Sequence[Question]  # pyright: ignore[reportIncompatibleVariableOverride]
     train_dataset: Sequence[ReferencedExample]  # pyright: ignore[reportIncompatibleVariableOverride]
     stop: StopOnSignal
+    way_back: WayBack
     neutral_texts: Sequence[str]
     start_kl: float | None
     loss_layer: int
@@ -78,6 +89,8 @@ class SteeringTrainer(Trainer):
     loss_func: Callable[..., InnerContrastiveLoss]
     steer_fn: Callable[[nn.Module, float | Tensor], AbstractContextManager[None]]
     model_accepts_loss_kwargs: bool
+    way: float | None
+    peak: float  # learning rate
     control: TrainerControl
 
     def __init__(
@@ -97,7 +110,8 @@ class SteeringTrainer(Trainer):
         self._last_inputs: dict[str, Tensor] | None = None
         self._staging: Path | None = None  # where a checkpoint is written before it is moved to its place
         self.stop = StopOnSignal()
-        callbacks = [*(callbacks or []), FiniteGradients(), self.stop]
+        self.way_back = WayBack()
+        callbacks = [*(callbacks or []), FiniteGradients(), self.way_back, self.stop]
         if args.early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
         collate = PairCollator(processing_class)
@@ -136,6 +150,38 @@ class SteeringTrainer(Trainer):
         self.loss_func, self.steer_fn = loss_func, steer_fn
         if args.gradient_checkpointing:
             model.enable_input_require_grads()
+        self.peak, self.way = args.learning_rate, None if args.learning_rate else self._way_to_target()
+
+    def _way_to_target(self) -> float:
+        """See `way_to_target`; all processes get the first one's."""
+        optim = OptimizerNames(self.args.optim).value
+        if not any(name in optim for name in SIGN_LIKE):
+            raise ValueError(f"optim={optim} needs a learning_rate: it is found for Adam and its like only")
+        model = self.accelerator.unwrap_model(self.model)
+        size = 1 if self.args.gradient_checkpointing else min(PROBED, self.args.per_device_train_batch_size)
+        examples = [self.train_dataset[i] for i in range(min(PROBED, len(self.train_dataset)))]
+        collate = cast(PairCollator, self.data_collator)
+        batches = [collate(examples[start : start + size]) for start in range(0, len(examples), size)]
+
+        def shift() -> Iterator[Tensor]:
+            for batch in tqdm(batches, desc="learning rate", leave=False):
+                inputs = cast(dict[str, Tensor], self._prepare_inputs(batch))
+                with self.both_sides(model, inputs), self.accelerator.autocast():
+                    given = self.loss_inputs(model, inputs)
+                    yield signed_shift(*(given[name] for name in SHIFTED)).mean()
+
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        (way,) = broadcast_object_list([way_to_target(shift, parameters, self.args.separation_target)])
+        return way
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        if self.way is not None:
+            self.peak = peak_learning_rate(self.way, self.args, num_training_steps)
+            for group in (optimizer or cast(torch.optim.Optimizer, self.optimizer)).param_groups:
+                group["lr"] = self.peak
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         """Whole optimizer steps an epoch: the pairs left over, others each time, would be a step of its own size."""
@@ -196,7 +242,7 @@ class SteeringTrainer(Trainer):
         with self.steer_fn(base, 0.0):
             (kl,) = read_vocabulary(base, batch, largest_kl, **options)
         self.start_kl = self._gathered(kl.reshape(1)).max().item()
-        self.log({"start_kl": self.start_kl})
+        self.log({"start_kl": self.start_kl, "peak_learning_rate": self.peak})
         if not self.start_kl <= START_KL:
             raise StartError(
                 f"at c = 0 the policy is {self.start_kl:.3g} nats away from the base model, which is to be 0: "
@@ -245,15 +291,22 @@ class SteeringTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        result = self.policy_loss(model, inputs)
+        given = self.loss_inputs(model, inputs)
+        result = self.loss_func(**given)
         self.require_finite(result)
         self._last_inputs = inputs
+        losses = torch.stack([result.loss.detach(), self.loss_func(**as_reference(given)).loss])
+        self.way_back.saw(*self._gathered(losses[None]).mean(dim=0).tolist())
         for name, term in result.terms.items():
             self._terms[name].append(self._gathered(term).mean())
         return (result.loss, result.terms) if return_outputs else result.loss
 
     def policy_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> InnerContrastiveLoss:
         """One forward of `[chosen ; rejected ; bare ; neutral]` at plus and at minus, and the loss on it."""
+        return self.loss_func(**self.loss_inputs(model, inputs))
+
+    def loss_inputs(self, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
+        """What the loss is made of, see `inner_contrastive_loss`."""
         args = self.args
         base = self.accelerator.unwrap_model(model)
         doubled = {name: repeat(x, "r ... -> (c r) ...", c=2) for name, x in model_inputs(inputs, base.dtype).items()}
@@ -279,28 +332,28 @@ class SteeringTrainer(Trainer):
         logp = torch.zeros(counted.shape, device=counted_logp.device).masked_scatter(counted, counted_logp)
         hs = rearrange(cast(Tensor, outputs[0]), "(c n) t d -> c (n t) d", c=2)
         hs = hs[:, last.to(hs.device)]
-        return self.loss_func(
-            hs_pi=hs.float(),
-            hs_ref=inputs["ref_hs"],
-            hs_mask=inputs["ref_mask"],
-            logp_pi=logp[:2],
-            logp_ref=logp_ref[:2],
-            logp_mask=mask[:2],
-            neutral_logp_pi=logp[2:],
-            neutral_logp_ref=logp_ref[-1],
-            neutral_mask=mask[-1],
-            direction=self.direction.to(hs.device),
-            scale=self.scale.to(hs.device),
-            gap_pi=rearrange(gap_pi, "b c p -> c p b"),
-            gap_ref=rearrange(inputs["ref_gap"], "b p -> p b"),
-            gap_weight=inputs["gap_weight"] / self.mean_weight,
-            gap_unit=self.gap_unit,
-            separation_target=args.separation_target,
-            order_target=args.order_target,
-            order_weight=args.order_weight,
-            coherence_margin=args.coherence_margin,
-            coherence_weight=args.coherence_weight,
-        )
+        return {
+            "hs_pi": hs.float(),
+            "hs_ref": inputs["ref_hs"],
+            "hs_mask": inputs["ref_mask"],
+            "logp_pi": logp[:2],
+            "logp_ref": logp_ref[:2],
+            "logp_mask": mask[:2],
+            "neutral_logp_pi": logp[2:],
+            "neutral_logp_ref": logp_ref[-1],
+            "neutral_mask": mask[-1],
+            "direction": self.direction.to(hs.device),
+            "scale": self.scale.to(hs.device),
+            "gap_pi": rearrange(gap_pi, "b c p -> c p b"),
+            "gap_ref": rearrange(inputs["ref_gap"], "b p -> p b"),
+            "gap_weight": inputs["gap_weight"] / self.mean_weight,
+            "gap_unit": self.gap_unit,
+            "separation_target": args.separation_target,
+            "order_target": args.order_target,
+            "order_weight": args.order_weight,
+            "coherence_margin": args.coherence_margin,
+            "coherence_weight": args.coherence_weight,
+        }
 
     def require_finite(self, result: InnerContrastiveLoss) -> None:
         """Raise NonFiniteError, naming step and term, unless the loss is finite."""
@@ -310,7 +363,7 @@ class SteeringTrainer(Trainer):
         raise NonFiniteError(
             f"the loss is not finite at optimizer step {self.state.global_step + 1} "
             f"(terms: {', '.join(bad) or 'total'}); checkpoints written before are intact. "
-            f"Lower learning_rate (now {self.args.learning_rate}) or coherence_weight"
+            f"Lower learning_rate (now {self.peak:.2g}) or coherence_weight"
         )
 
     def _get_output_dir(self, trial: Any) -> str:
