@@ -9,7 +9,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from repeng import KLBudget, SteeringVector, SvdSteeringConfig, extract, steer, tiny
 from repeng.cli import CalibrateArguments, EvaluateArguments, _path_first, main, make_parser
@@ -100,6 +100,16 @@ def test_an_adapter_is_calibrated_where_it_lies(adapter_folder, base, batch):
             expected = plain(batch).logits
         with steer(loaded, -1.0):
             assert torch.allclose(loaded(batch).logits, expected, atol=1e-4)
+
+
+def test_a_lora_is_measured_and_left_as_it_is(base, tmp_path):
+    torch.manual_seed(0)
+    folder = tmp_path / "lora"
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["up_proj"], init_lora_weights=False))
+    model.save_pretrained(folder)
+    before = (folder / "adapter_model.safetensors").read_bytes()
+    main(["calibrate", str(folder), *KEYS, "--nats", "0.05", "--sequences", "24"])
+    assert (folder / "adapter_model.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize(
