@@ -83,6 +83,8 @@ class WayBack(TrainerCallback):
             local(parameter).copy_(self._kept[name])
         getattr(optimizer, "optimizer", optimizer).state.clear()
         scheduler.base_lrs = [rate / 2 for rate in scheduler.base_lrs]
+        for group in optimizer.param_groups:  # of the next step, which the scheduler has set before
+            group["lr"] /= 2
         self.times, self._last = self.times + 1, []
         logger.warning("%s: back to the best parameters so far, with half the learning rate", worse)
 

@@ -44,6 +44,7 @@ def test_worse_than_the_base_goes_back_to_the_best():
     assert loop.callback.times == 0
     assert loop.run([40]) == 5  # (5 + 4 + 20 + 40) / 4 is above 10
     assert loop.callback.times == 1 and loop.scheduler.base_lrs == [0.05] and not loop.optimizer.state
+    assert loop.optimizer.param_groups[0]["lr"] == 0.05
     assert loop.run([30, 30, 30]) == 8  # the window begins anew
     assert loop.run([30]) == 5 and loop.scheduler.base_lrs == [0.025]
 
