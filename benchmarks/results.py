@@ -116,6 +116,8 @@ def readme_with_table(text: str, paths: list[Path]) -> str:
     rows: dict[str, dict[str, str]] = {name: {} for name in IN_README}
     for path in paths:
         comparison, more = comparison_in(path)
+        if comparison.own != ADAPTER:
+            continue  # nothing was trained yet
         column = f"{more['model']}: {' / '.join(NAMES.findall(more['behaviour']))}"
         for name in IN_README:
             key = comparison.untrained if name == MEAN_DIFF else name
