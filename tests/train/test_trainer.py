@@ -77,7 +77,8 @@ def test_the_loss_gets_what_separate_forwards_give(tmp_path, side, packs):
     seen = {}
 
     def loss(**tensors):
-        seen.update(tensors)
+        if not seen:  # the second call is of the base
+            seen.update(tensors)
         return inner_contrastive_loss(**tensors)
 
     trainer = trainer_for(args, loss_func=loss)
