@@ -15,7 +15,7 @@ from repeng.model.sharded import local
 WINDOW = 4  # steps over which losses are compared
 WORSE = 1e-3  # share of the base model's loss by which rounding may exceed it
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 
 class NonFiniteError(FloatingPointError):
@@ -86,7 +86,7 @@ class WayBack(TrainerCallback):
         for group in optimizer.param_groups:  # of the next step, which the scheduler has set before
             group["lr"] /= 2
         self.times, self._last = self.times + 1, []
-        logger.warning("%s: back to the best parameters so far, with half the learning rate", worse)
+        _logger.warning("%s: back to the best parameters so far, with half the learning rate", worse)
 
 
 def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
