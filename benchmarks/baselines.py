@@ -6,7 +6,7 @@ from typing import cast
 
 import torch
 from einops import repeat
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,7 +17,7 @@ from repeng.model.logprob import kl_divergence
 from repeng.model.packing import batch_rows, model_inputs, packing_for
 from repeng.model.sites import decoder_layers, edit_outputs
 from repeng.train.arguments import SteeringArguments
-from repeng.train.build import Run
+from repeng.train.build import Run, Sites, lora_config
 from repeng.train.collator import SIDES
 from repeng.train.trainer import SteeringTrainer
 
@@ -67,13 +67,7 @@ def use_biases(run: Run, args: SteeringArguments) -> None:
 
 def lora_on(model: nn.Module, args: SteeringArguments, layers: list[int], names: tuple[str, ...]) -> PeftModel:
     """LoRA adapters of these names on the sites of the arguments, the first one active."""
-    config = LoraConfig(
-        r=LORA_RANK,
-        lora_alpha=LORA_RANK,
-        target_modules=list(args.target_modules),
-        layers_to_transform=layers,
-        task_type="CAUSAL_LM",
-    )
+    config = lora_config(args, Sites(layers, 0, LORA_RANK), cast(PreTrainedModel, model))
     adapted = cast(PeftModel, get_peft_model(cast(PreTrainedModel, model), config, adapter_name=names[0]))
     for name in names[1:]:
         adapted.add_adapter(name, config)

@@ -192,7 +192,7 @@ SITES: dict[str, Callable[[Bench, int], Rival]] = {
     for sites in (("residual",), ("residual-writers",), ("up_proj",), ("k_proj", "v_proj"))
 }
 METHODS = (*UNTRAINED, *TRAINED)
-TRAINED |= SITES
+REPEATED = TRAINED | SITES  # over seeds
 
 
 def main() -> None:
@@ -224,12 +224,12 @@ def main() -> None:
         save_reports(options.out, reports, **more)
     bench.tracer.set_yardstick(reports[PROMPTS][0])
     for name in options.methods:
-        runs = [TRAINED[name]] if name in TRAINED else []
+        runs = [REPEATED[name]] if name in REPEATED else []
         for seed in options.seeds if runs else [0]:
             if seed in more["seeds"].get(name, []):
                 continue  # it was measured before
             start = time.process_time()
-            rival = TRAINED[name](bench, seed) if runs else UNTRAINED[name](bench)
+            rival = REPEATED[name](bench, seed) if runs else UNTRAINED[name](bench)
             report = bench.measured(rival)
             if name not in reports:  # one seed is looked at beside the behaviour
                 report, more["probes"][name] = bench.tracer.look(rival.dial, report)

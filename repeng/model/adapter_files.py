@@ -1,7 +1,7 @@
 """Adapters as files: gathered from all processes, written whole, read back, loaded."""
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -62,14 +62,13 @@ def check_whole(path: Path) -> None:
 
 def adapter_state(model: PeftModel) -> dict[str, Tensor]:
     """What an adapter's file is made of, whole, on the CPU, by its names in the model; all processes must call."""
-    kept = adapter_keys(model)
-    return {key: whole(tensor).detach().cpu() for key, tensor in model.state_dict().items() if key in kept}
+    return {key: whole(tensor).detach().cpu() for key, tensor in _adapter_tensors(model).items()}
 
 
-def adapter_keys(model: PeftModel) -> set[str]:
-    """The names, in the model, of what an adapter's file holds: what is trained, and this package's own bases."""
+def _adapter_tensors(model: PeftModel) -> dict[str, Any]:
+    """What an adapter's file holds, as the model has it: what is trained, and this package's own bases."""
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return trained | {key for key in model.state_dict() if f".{PREFIX}" in key}
+    return {key: tensor for key, tensor in model.state_dict().items() if key in trained or f".{PREFIX}" in key}
 
 
 @torch.no_grad()
@@ -81,11 +80,9 @@ def load_adapter_state(model: PeftModel, folder: str | Path) -> None:
     """
     stored = load_file(Path(folder) / "adapter_model.safetensors")
     name = cast(str, model.active_adapter)  # of a `PeftModel` always one
-    kept = adapter_keys(model)
     expected = {
         key.removesuffix(f".{name}").replace(f".{name}.", "."): tensor
-        for key, tensor in model.state_dict().items()
-        if key in kept
+        for key, tensor in _adapter_tensors(model).items()
     }
     check_keys(set(expected), set(stored), name)
     for key, tensor in expected.items():

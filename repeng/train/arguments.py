@@ -5,10 +5,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from repeng.data.arguments import TaskArguments
 from repeng.data.configuration import default_of, parse_into
 from repeng.eval.eval_report import ARMS
+from repeng.train.learning_rate import SIGN_LIKE
 from repeng.train.recipe import Recipe
 
 # Least values of keys, and whether a value must be above the least.
@@ -46,6 +48,9 @@ class SteeringArguments(Recipe, TrainingArguments):  # pyright: ignore[reportInc
         super().__post_init__()
         if self.n_gpu > 1:
             self._n_gpu = 1  # one process, one GPU; DataParallel would hand each replica other rows
+        optim = OptimizerNames(self.optim).value
+        if not self.learning_rate and not any(name in optim for name in SIGN_LIKE):
+            raise ValueError(f"optim={optim} needs a learning_rate: it is found for Adam and its like only")
         if self.adapter == "lora" and self.directions != "pairs":
             raise ValueError(f"directions={self.directions} is for adapter: svd; a lora has none of its own")
         for name, (least, open_end) in LEAST.items():

@@ -122,7 +122,8 @@ def build(
         if args.eval_strategy != "no":
             task, validation, validation_texts = _hold_back(args, task, model, tokenizer)
     _check_batch(args, len(task.pairs))
-    adapted = _adapted(args, sites, model)
+    config = lora_config(args, sites, model) if args.adapter == "lora" else _svd_config(args, sites)
+    adapted = cast(PeftModel, get_peft_model(model, config))
     examples = tokenize_examples(tokenizer, _seen(args, task.pairs), task.neutral_texts, args.seed)
     if args.adapter == "svd" and args.directions == "pairs":
         differences = pair_differences(adapted, tokenizer, examples, args.last_n_tokens)
@@ -194,12 +195,17 @@ def resolve_sites(args: SteeringArguments, model: PreTrainedModel) -> Sites:
     """What follows the model's depth and width.
 
     Raises:
-        ValueError: for sites and layers that the model lacks.
+        ValueError: for sites and layers that the model lacks, or that a LoRA cannot adapt.
     """
     depth = len(decoder_layers(model))
     wanted = range(round(depth / 3), 2 * depth // 3 + 1) if args.layers is None else layer_request(args.layers)
     layers = select_layers(depth, wanted)
     names = resolve(model, _svd_config(args, Sites(layers, 0, r=args.r or 2)))  # any rank that there is
+    if args.adapter == "lora" and not all(is_linear(model.get_submodule(name)) for name in names):
+        raise ValueError(
+            f"target_modules {args.target_modules} hold {RESIDUAL!r}, which is no linear module: a LoRA cannot adapt "
+            "it. Leave it out, or use adapter: svd"
+        )
     r = args.r or min(DEFAULT_RANK[args.adapter], *(max_rank(model, name) for name in names))
     reached = layers_of(model, map(model.get_submodule, names))
     loss_layer = max(reached, default=depth - 1) if args.loss_layer is None else args.loss_layer
@@ -207,24 +213,10 @@ def resolve_sites(args: SteeringArguments, model: PreTrainedModel) -> Sites:
     return Sites(layers, loss_layer, r)
 
 
-def _adapted(args: SteeringArguments, sites: Sites, model: PreTrainedModel) -> PeftModel:
-    """The model with a fresh adapter.
-
-    Raises:
-        ValueError: a LoRA is to act on the residual stream.
-    """
-    config = _svd_config(args, sites)
-    if args.adapter == "svd":
-        return cast(PeftModel, get_peft_model(model, config))
-    names = resolve(model, config)
-    layers = [name for name in names if not is_linear(model.get_submodule(name))]
-    if layers:
-        raise ValueError(
-            f"target_modules {args.target_modules} hold {RESIDUAL!r}, which is no linear module: a LoRA cannot adapt "
-            "it. Leave it out, or use adapter: svd"
-        )
-    lora = LoraConfig(r=sites.r, lora_alpha=sites.r, target_modules=names, task_type=TaskType.CAUSAL_LM)
-    return cast(PeftModel, get_peft_model(model, lora))
+def lora_config(args: SteeringArguments, sites: Sites, model: PreTrainedModel) -> LoraConfig:
+    """The configuration of a LoRA on these sites, which are linear."""
+    names = resolve(model, _svd_config(args, sites))
+    return LoraConfig(r=sites.r, lora_alpha=sites.r, target_modules=names, task_type=TaskType.CAUSAL_LM)
 
 
 def _svd_config(args: SteeringArguments, sites: Sites) -> SvdSteeringConfig:

@@ -19,7 +19,6 @@ from torch.utils.data import RandomSampler, Sampler
 from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.training_args import OptimizerNames
 
 from repeng.control.steer import steer
 from repeng.data.questions import Question
@@ -40,7 +39,7 @@ from repeng.train.inner_contrastive_loss import (
     inner_contrastive_loss,
     signed_shift,
 )
-from repeng.train.learning_rate import SIGN_LIKE, peak_learning_rate, way_to_target
+from repeng.train.learning_rate import peak_learning_rate, way_to_target
 from repeng.train.reference import add_reference, gap, persona_gap, preference_direction
 from repeng.train.reference_cache import cached_reference
 
@@ -154,9 +153,6 @@ class SteeringTrainer(Trainer):
 
     def _way_to_target(self) -> float:
         """See `way_to_target`; all processes get the first one's."""
-        optim = OptimizerNames(self.args.optim).value
-        if not any(name in optim for name in SIGN_LIKE):
-            raise ValueError(f"optim={optim} needs a learning_rate: it is found for Adam and its like only")
         model = self.accelerator.unwrap_model(self.model)
         size = 1 if self.args.gradient_checkpointing else min(PROBED, self.args.per_device_train_batch_size)
         examples = [self.train_dataset[i] for i in range(min(PROBED, len(self.train_dataset)))]

@@ -85,10 +85,9 @@ def test_rank_and_scale_do_not_matter(tmp_path):
 
 
 def test_an_optimizer_that_follows_the_size_of_gradients_needs_a_rate(tmp_path):
-    args = arguments(tmp_path, learning_rate=0, optim="sgd")
-    run = prepare(args)
     with pytest.raises(ValueError, match="optim=sgd needs a learning_rate"):
-        SteeringTrainer(run.model, args, run.examples, run.tokenizer)
+        arguments(tmp_path, learning_rate=0, optim="sgd")
     args = arguments(tmp_path, optim="sgd")
+    run = prepare(args)
     randomise(run.model)
     assert SteeringTrainer(run.model, args, run.examples, run.tokenizer).peak == 2e-3
