@@ -53,7 +53,7 @@ def test_the_file_is_read_into_a_model_in_pieces(tmp_path):
     """What FSDP does: the names of the file, without the adapter's, are those of the model."""
     run = prepare(arguments(tmp_path, adapter="lora"))
     randomise(run.model)
-    state = adapter_state(run.model)
+    state = {name: tensor.clone() for name, tensor in adapter_state(run.model).items()}
     save_adapter(run.model, tmp_path / "adapter")
     for parameter in run.model.parameters():
         if parameter.requires_grad:
