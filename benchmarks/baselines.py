@@ -1,4 +1,4 @@
-"""What a user could train instead of this adapter: learned biases, LoRA, prompt distillation, two fine-tunes."""
+"""What a user could train instead of this adapter: learned biases, prompt distillation, two fine-tunes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ from repeng.train.build import Run, Sites, lora_config
 from repeng.train.collator import SIDES
 from repeng.train.trainer import SteeringTrainer
 
-LORA_RANK = 8  # about as many parameters as the adapter of rank 64 has
+LORA_RANK = 8  # as the adapter's
 TUNE_ROWS, TUNE_STEPS, TUNE_RATE = 12, 60, 5e-4  # of each fine-tune
 
 
@@ -61,8 +61,9 @@ def dial_of(model: nn.Module, coefficient: float | Tensor):
 
 
 def use_biases(run: Run, args: SteeringArguments) -> None:
-    """Replace the adapter by learned biases on the same layers."""
+    """Replace the adapter by learned biases on the same layers, with the loss at the same layer."""
     run.model = Biased(run.model.unload(), run.sites.layers)
+    args.loss_layer = run.sites.loss_layer
 
 
 def lora_on(model: nn.Module, args: SteeringArguments, layers: list[int], names: tuple[str, ...]) -> PeftModel:
@@ -122,7 +123,7 @@ class DistillationTrainer(SteeringTrainer):
     """Teaches the model without a persona what the base says behind one: KL(base after the persona ‖ model at c).
 
     On the shared ending of the pairs, and on the neutral texts, as said behind each persona. Equal batches, steps and
-    schedule, and the learning rate that is found for the loss.
+    schedule, and the learning rate that is found for the separation.
     """
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

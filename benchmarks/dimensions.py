@@ -63,7 +63,10 @@ def main() -> None:
     for r in options.r:
         for choice in options.choices:
             prepare = partial(put_bases, choice=choice)
-            reports = [trained_report(seed, [*extra, "--r", str(r)], prepare=prepare) for seed in options.seeds]
+            reports = [
+                trained_report(seed, ["--adapter", "svd", *extra, "--r", str(r)], prepare=prepare)
+                for seed in options.seeds
+            ]
             rows[f"r = {r}, {choice}"] = ranges_row(reports)
     print(markdown(rows, "directions"))
 

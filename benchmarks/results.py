@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from benchmarks.rivals import ONE_CORE
 from repeng.eval.compare import ADAPTER, MEAN_DIFF, PROMPTS, RANDOM
 from repeng.eval.comparison import Comparison
 from repeng.eval.curves import FIXED_COSTS
@@ -18,7 +19,7 @@ from repeng.eval.stored import load_reports
 ROOT = Path(__file__).parent.parent
 FOLDER, PAGE, README = ROOT / "docs" / "results", ROOT / "docs" / "results.md", ROOT / "README.md"
 BEGIN, END = "<!-- results: written by benchmarks/results.py -->", "<!-- end of results on a real model -->"
-IN_README = (ADAPTER, "LoRA, same loss", MEAN_DIFF, PROMPTS, RANDOM)
+IN_README = (ADAPTER, "SVD, same loss", MEAN_DIFF, PROMPTS, RANDOM)
 SEEDS = re.compile(r" \(\d+ seeds\)$")
 NAMES = re.compile(r"(\S+) \([+−]1\)")
 HEAD = """# Results
@@ -96,6 +97,7 @@ def section(path: Path) -> str:
         said.append((" ".join(prompt.split()).replace("|", "/"), cells))
     effect = more.get("persona_effect")
     moved = "" if effect is None else f" The personas move its questions by {effect:.1f} nats."
+    device = more.get("device", ONE_CORE)
     return (
         f"## {more['model']}: {more['behaviour']}\n\n`--config {' '.join(more['config'])}`, {more['questions']} "
         f"questions without a persona.{moved} Cost of the persona prompts: {plus:.3f} (+), {minus:.3f} (−).\n\n"
@@ -103,7 +105,7 @@ def section(path: Path) -> str:
         f"What moves beside the behaviour, at the prompts' cost, both arms, in nats:\n\n"
         f"{markdown(probe_rows(comparison), 'method')}\n\n"
         f"What {comparison.own} says, at the prompts' cost:\n\n{markdown(dict(said), 'prompt')}\n\n"
-        f"To train, to choose a layer and to measure took, on one core, for each run: {seconds}.\n"
+        f"To train, to choose a layer and to measure took, on {device}, for each run: {seconds}.\n"
     )
 
 
@@ -112,12 +114,12 @@ def page(paths: list[Path]) -> str:
 
 
 def readme_with_table(text: str, paths: list[Path]) -> str:
-    """The README with the effect of five methods at the prompts' cost, a column for each file."""
+    """The README with the effect of five methods at the prompts' cost: a column for each file without extra flags."""
     rows: dict[str, dict[str, str]] = {name: {} for name in IN_README}
     for path in paths:
         comparison, more = comparison_in(path)
-        if comparison.own != ADAPTER:
-            continue  # nothing was trained yet
+        if comparison.own != ADAPTER or any(word.startswith("--") for word in more["config"]):
+            continue  # nothing was trained, or not by the package's own configuration
         column = f"{more['model']}: {' / '.join(NAMES.findall(more['behaviour']))}"
         for name in IN_README:
             key = comparison.untrained if name == MEAN_DIFF else name

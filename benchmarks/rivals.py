@@ -11,7 +11,7 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -45,6 +45,7 @@ from repeng.train.arguments import parse_arguments
 from repeng.train.build import resolve_sites
 
 DATA_SEED = 42
+ONE_CORE = "one core"
 SHOTS = 4
 TUNE_TEXTS, TUNE_TOKENS = 64, 24
 VECTORS = {
@@ -81,7 +82,7 @@ class Bench:
         self.tokenizer = load_tokenizer(self.task_args.model_name_or_path, self.task_args.gguf_file)
         own = tiny.task(self.task_args, DATA_SEED)
         pairs = read_pairs(self.task_args, self.tokenizer, seed=DATA_SEED, own=own)
-        self.model = load_base(self.task_args.model_name_or_path, gguf_file=self.task_args.gguf_file)
+        self.model = load_base(self.task_args.model_name_or_path, self.args.device, gguf_file=self.task_args.gguf_file)
         self.task: Task = make_task(self.task_args, self.model, self.tokenizer, pairs, seed=DATA_SEED, own=own)
         self.progress = Progress(1)
         self.meter = Meter(
@@ -174,7 +175,7 @@ UNTRAINED: dict[str, Callable[[Bench], Rival]] = {
 }
 TRAINED: dict[str, Callable[[Bench, int], Rival]] = {
     ADAPTER: Bench.trained,
-    "LoRA, same loss": partial(Bench.trained, flags=("--adapter", "lora")),
+    "SVD, same loss": partial(Bench.trained, flags=("--adapter", "svd")),
     "learned biases, same loss": partial(
         Bench.trained, dial=baselines.dial_of, steer_fn=baselines.dial_of, prepare=baselines.use_biases
     ),
@@ -189,10 +190,15 @@ TRAINED: dict[str, Callable[[Bench, int], Rival]] = {
 }
 SITES: dict[str, Callable[[Bench, int], Rival]] = {
     f"{ADAPTER}, {' and '.join(sites)}": partial(Bench.trained, flags=("--target_modules", *sites))
-    for sites in (("residual",), ("residual-writers",), ("up_proj",), ("k_proj", "v_proj"))
+    for sites in (("residual-writers",), ("up_proj",), ("k_proj", "v_proj"))
 }
 METHODS = (*UNTRAINED, *TRAINED)
 REPEATED = TRAINED | SITES  # over seeds
+
+
+def clock() -> float:
+    """Seconds: of this process on a CPU, where other work must not count, and of the wall beside a GPU."""
+    return time.perf_counter() if torch.cuda.is_available() else time.process_time()
 
 
 def main() -> None:
@@ -207,20 +213,26 @@ def main() -> None:
     config = [*options.config, *flags]
     bench = Bench(config, Path("outputs") / "rivals" / options.out.stem)
     reports, more = load_reports(options.out) if options.out.exists() else ({}, {"probes": {}, "seconds": {}})
-    more = {"seeds": {}, "model": Path(bench.task_args.model_name_or_path).name, **more}
-    if more.get("config", config) != config:
-        parser.error(f"{options.out} holds reports of --config {' '.join(more['config'])}; give another --out")
+    own = {
+        "config": config,
+        "device": torch.cuda.get_device_name() if bench.args.device.type == "cuda" else ONE_CORE,
+        "recipe": {"adapter": bench.args.adapter, **asdict(resolve_sites(bench.args, bench.model))},
+    }
+    other = [f"{key} {more[key]}" for key in own if reports and more[key] != own[key]]
+    if other:
+        parser.error(f"{options.out} holds reports of {'; '.join(other)}; give another --out")
+    more = {"seeds": {}, "model": Path(bench.task_args.model_name_or_path).name, **own, **more}
     if PROMPTS not in reports:
-        start = time.process_time()
+        start = clock()
         known = measure_baselines(bench.model, bench.tokenizer, bench.task, bench.tracer, nullcontext)
         reports |= known.reports
-        more |= {"untrained": known.untrained, "config": config, "behaviour": bench.task.behaviour}
+        more |= {"untrained": known.untrained, "behaviour": bench.task.behaviour}
         more |= {
             "persona_effect": bench.task.persona_effect and bench.task.persona_effect[0],
             "questions": len(bench.meter.targets),
         }
         more["probes"] |= known.probes
-        more["seconds"]["baselines"] = time.process_time() - start
+        more["seconds"]["baselines"] = clock() - start
         save_reports(options.out, reports, **more)
     bench.tracer.set_yardstick(reports[PROMPTS][0])
     for name in options.methods:
@@ -228,16 +240,16 @@ def main() -> None:
         for seed in options.seeds if runs else [0]:
             if seed in more["seeds"].get(name, []):
                 continue  # it was measured before
-            start = time.process_time()
+            start = clock()
             rival = REPEATED[name](bench, seed) if runs else UNTRAINED[name](bench)
             report = bench.measured(rival)
             if name not in reports:  # one seed is looked at beside the behaviour
                 report, more["probes"][name] = bench.tracer.look(rival.dial, report)
             reports.setdefault(name, []).append(report)
             more["seeds"].setdefault(name, []).append(seed)
-            more["seconds"][name] = more["seconds"].get(name, 0.0) + time.process_time() - start
+            more["seconds"][name] = more["seconds"].get(name, 0.0) + clock() - start
             save_reports(options.out, reports, **more)
-            print(f"{name}, seed {seed}: {time.process_time() - start:.0f} s of one core", flush=True)
+            print(f"{name}, seed {seed}: {clock() - start:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from repeng import tiny
-from repeng.control.lora import lora_names
+from repeng.control.lora import lora_names, scale_weights
 from repeng.control.steer import steer
 from repeng.data.arguments import TaskArguments
-from repeng.data.files import cache_folder, check_writable
+from repeng.data.files import cache_folder, check_writable, write_json
 from repeng.data.pairs import ContrastPair
 from repeng.data.task import Task, make_task, read_pairs, split_pairs
 from repeng.eval.calibrate import KLBudget, kl_spender, set_units
@@ -32,6 +32,7 @@ from repeng.model.types import CausalLM
 from repeng.vectors.vector import SteeringVector
 
 OWN = "this dial"
+CALIBRATION = "calibration.json"  # beside a LoRA, whose own files have no place for it
 LARGEST = 4.0  # coefficient of an adapter, which is trained at 1: far beyond, effects fade while costs may not
 TOLERANCE = 0.1
 
@@ -119,8 +120,16 @@ def calibrate(
     calibration = find_calibration(model, base.tokenizer, dial, chosen, budget, largest=largest)
     stored, at = f"stored: {target}", {sign: float(sign) for _, sign in ARMS}
     if vector is None and lora_names(cast(nn.Module, model)):
-        stored = "not stored: a LoRA has one scale for both arms; use these coefficients"
-        at = {sign: sign * getattr(calibration, arm) for arm, sign in ARMS}
+        if max(calibration.spent.values()) < 1 - TOLERANCE:
+            raise ValueError(
+                f"no coefficient up to {LARGEST:g} spends {nats:g} nats: the adapter is left as it is; ask for fewer"
+            )
+        factor = min(calibration.plus, calibration.minus)
+        scale_weights(cast(nn.Module, model), factor)
+        save_adapter(cast(PeftModel, model), target)
+        write_json(target / CALIBRATION, {"weights_times": factor, **calibration.to_dict()})
+        stored += f". A LoRA has one scale: its weights are now {factor:.3g} times what they were, for both arms"
+        at = {sign: sign * getattr(calibration, arm) / factor for arm, sign in ARMS}
     elif vector is None:
         set_units(model, calibration)
         save_adapter(cast(PeftModel, model), target)

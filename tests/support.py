@@ -18,6 +18,8 @@ def arguments(tmp_path, **changes):
     settings = {
         "num_pairs": 8,
         "max_steps": 1,
+        "adapter": "svd",
+        "layers": "0.34-0.8",
         "r": 8,
         "learning_rate": 2e-3,
         "per_device_train_batch_size": 8,
@@ -43,7 +45,7 @@ def randomise(model, size=0.05):
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * size
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * size)
 
 
 def trainer_for(args, change=lambda model: None, given=None, **kwargs):

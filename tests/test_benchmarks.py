@@ -48,7 +48,7 @@ def test_every_form_of_the_loss_pushes_from_the_start(name):
 
 @pytest.fixture
 def prepared(tmp_path):
-    argv = ["--output_dir", str(tmp_path), "--num_pairs", "16", "--r", "4", "--directions", "top", "--use_cpu", "true"]
+    argv = ["--output_dir", str(tmp_path), "--num_pairs", "16", "--r", "4", "--layers", "2", "--use_cpu", "true"]
     task_args, args = parse_arguments([*argv, "--per_device_train_batch_size", "4"], CONFIG)
     return build(task_args, args, tiny.task(task_args, args.seed)), args
 
@@ -57,7 +57,7 @@ def randomise(model):
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
 @pytest.mark.parametrize("kind", ["biases", "two loras", "weights"])

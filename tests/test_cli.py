@@ -10,6 +10,7 @@ from dataclasses import fields
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 
 from repeng import KLBudget, SteeringVector, SvdSteeringConfig, extract, steer, tiny
 from repeng.cli import CalibrateArguments, EvaluateArguments, _path_first, main, make_parser
@@ -102,14 +103,34 @@ def test_an_adapter_is_calibrated_where_it_lies(adapter_folder, base, batch):
             assert torch.allclose(loaded(batch).logits, expected, atol=1e-4)
 
 
-def test_a_lora_is_measured_and_left_as_it_is(base, tmp_path):
+def test_a_lora_is_calibrated_by_its_weights(base, tmp_path, batch):
+    """It has one scale: the stronger arm spends the budget at ±1, and every engine reads the same file."""
     torch.manual_seed(0)
     folder = tmp_path / "lora"
     model = get_peft_model(base, LoraConfig(r=4, target_modules=["up_proj"], init_lora_weights=False))
     model.save_pretrained(folder)
-    before = (folder / "adapter_model.safetensors").read_bytes()
-    main(["calibrate", str(folder), *KEYS, "--nats", "0.05", "--sequences", "24"])
-    assert (folder / "adapter_model.safetensors").read_bytes() == before
+    before = load_file(folder / "adapter_model.safetensors")
+    argv = ["calibrate", str(folder), *KEYS, "--nats", "0.05", "--sequences", "24"]
+    main(argv)
+    after = load_file(folder / "adapter_model.safetensors")
+    factors = {key: (after[key].norm() / tensor.norm()).item() for key, tensor in before.items() if ".lora_B." in key}
+    factor = next(iter(factors.values()))
+    assert json.loads((folder / "calibration.json").read_text())["weights_times"] == pytest.approx(factor, rel=1e-4)
+    assert abs(factor - 1) > 0.1 and all(value == pytest.approx(factor, rel=1e-4) for value in factors.values())
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items() if ".lora_A." in key)
+    with torch.no_grad(), steer(model, factor):
+        expected = model(batch).logits
+    loaded = PeftModel.from_pretrained(tiny.load()[0], folder)
+    with torch.no_grad():
+        assert torch.allclose(loaded(batch).logits, expected, atol=1e-4)
+    main(argv)  # what is calibrated stays so
+    again = load_file(folder / "adapter_model.safetensors")
+    assert all(torch.allclose(again[key], tensor, rtol=0.05) for key, tensor in after.items())
+    with pytest.raises(SystemExit, match="left as it is"):
+        main([*argv, "--nats", "50"])
+    assert all(
+        torch.equal(tensor, again[key]) for key, tensor in load_file(folder / "adapter_model.safetensors").items()
+    )
 
 
 @pytest.mark.parametrize(

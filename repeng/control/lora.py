@@ -53,6 +53,18 @@ def lora_modules(model: nn.Module, adapter_name: str | None = None) -> dict[str,
     return found
 
 
+@torch.no_grad()
+def scale_weights(model: nn.Module, factor: float) -> None:
+    """Make the active LoRA adapters of a model `factor` times as strong, for everything that reads them.
+
+    Raises:
+        ValueError: see `lora_modules`.
+    """
+    for modules in lora_modules(model).values():
+        for parameter in (parameter for module in modules for parameter in module.parameters()):
+            parameter.mul_(factor)
+
+
 def lora_names(model: nn.Module) -> set[str]:
     """The names of all active LoRA adapters."""
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]

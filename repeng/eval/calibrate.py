@@ -141,8 +141,11 @@ def set_units(model: Any, calibration: Calibration, adapter_name: str = "default
         adapter_name: which adapter.
 
     Raises:
-        ValueError: the adapter's coefficient is set at the moment.
+        ValueError: the adapter's coefficient is set at the moment, or it is of another kind.
     """
+    if not hasattr(model.peft_config[adapter_name], "calibration"):
+        kind = type(model.peft_config[adapter_name]).__name__
+        raise ValueError(f"a {kind} holds no units; `repeng calibrate` multiplies the weights of a LoRA instead")
     before = model.peft_config[adapter_name].calibration or {"plus": 1.0, "minus": 1.0}
     units = calibration.to_dict()
     units |= {name: units[name] * before[name] for name in ("plus", "minus")}

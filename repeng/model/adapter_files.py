@@ -66,9 +66,10 @@ def adapter_state(model: PeftModel) -> dict[str, Tensor]:
 
 
 def _adapter_tensors(model: PeftModel) -> dict[str, Any]:
-    """What an adapter's file holds, as the model has it: what is trained, and this package's own bases."""
+    """What an adapter's file holds, as the model has it: what is trained, and every other tensor of the method."""
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return {key: tensor for key, tensor in model.state_dict().items() if key in trained or f".{PREFIX}" in key}
+    own = f".{getattr(model.base_model, 'prefix', PREFIX)}"
+    return {key: tensor for key, tensor in model.state_dict().items() if key in trained or own in key}
 
 
 @torch.no_grad()

@@ -10,7 +10,8 @@ from transformers.training_args import OptimizerNames
 from repeng.data.arguments import TaskArguments
 from repeng.data.configuration import default_of, parse_into
 from repeng.eval.eval_report import ARMS
-from repeng.train.learning_rate import SIGN_LIKE
+from repeng.model.sites import RESIDUAL
+from repeng.train.learning_rate import SIGN_LIKE, peak_learning_rate
 from repeng.train.recipe import Recipe
 
 # Least values of keys, and whether a value must be above the least.
@@ -53,6 +54,8 @@ class SteeringArguments(Recipe, TrainingArguments):  # pyright: ignore[reportInc
             raise ValueError(f"optim={optim} needs a learning_rate: it is found for Adam and its like only")
         if self.adapter == "lora" and self.directions != "pairs":
             raise ValueError(f"directions={self.directions} is for adapter: svd; a lora has none of its own")
+        if not self.learning_rate and self.max_steps > 0:
+            peak_learning_rate(1.0, self, self.max_steps)  # whether the schedule has one
         for name, (least, open_end) in LEAST.items():
             value = getattr(self, name)
             if value < least or (open_end and value == least):
@@ -60,6 +63,11 @@ class SteeringArguments(Recipe, TrainingArguments):  # pyright: ignore[reportInc
         # YAML may give one value without brackets, and numbers.
         if isinstance(self.target_modules, str):
             self.target_modules: list[str] = [self.target_modules]
+        if self.adapter == "lora" and RESIDUAL in self.target_modules:
+            raise ValueError(
+                f"target_modules {self.target_modules} hold {RESIDUAL!r}, which is no linear module: a LoRA cannot "
+                "adapt it. Leave it out, or use adapter: svd"
+            )
         if self.layers is not None:
             given = self.layers if isinstance(self.layers, list) else [self.layers]
             self.layers: list[str] | None = [str(word) for word in given]

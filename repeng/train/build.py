@@ -24,7 +24,7 @@ from repeng.train.reference import pair_differences
 from repeng.train.sharding import check_parallelism
 from repeng.tuner import SvdSteeringConfig, SvdSteeringModel
 from repeng.tuner.config import PREFIX
-from repeng.tuner.targets import RESIDUAL, is_linear, max_rank, resolve, select_layers
+from repeng.tuner.targets import max_rank, resolve, select_layers
 
 MAX_VALIDATION = 32  # pairs and texts: an evaluation takes a small share of the time between two
 DEFAULT_RANK = {"svd": 64, "lora": 8}
@@ -195,17 +195,11 @@ def resolve_sites(args: SteeringArguments, model: PreTrainedModel) -> Sites:
     """What follows the model's depth and width.
 
     Raises:
-        ValueError: for sites and layers that the model lacks, or that a LoRA cannot adapt.
+        ValueError: for sites and layers that the model lacks.
     """
     depth = len(decoder_layers(model))
-    wanted = range(round(depth / 3), 2 * depth // 3 + 1) if args.layers is None else layer_request(args.layers)
-    layers = select_layers(depth, wanted)
+    layers = select_layers(depth, None if args.layers is None else layer_request(args.layers))
     names = resolve(model, _svd_config(args, Sites(layers, 0, r=args.r or 2)))  # any rank that there is
-    if args.adapter == "lora" and not all(is_linear(model.get_submodule(name)) for name in names):
-        raise ValueError(
-            f"target_modules {args.target_modules} hold {RESIDUAL!r}, which is no linear module: a LoRA cannot adapt "
-            "it. Leave it out, or use adapter: svd"
-        )
     r = args.r or min(DEFAULT_RANK[args.adapter], *(max_rank(model, name) for name in names))
     reached = layers_of(model, map(model.get_submodule, names))
     loss_layer = max(reached, default=depth - 1) if args.loss_layer is None else args.loss_layer

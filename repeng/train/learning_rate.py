@@ -6,6 +6,7 @@ way is measured: by how much the entries have to move, along the signs of their 
 its target. The schedule as a whole goes `TRAVEL` times that length.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
@@ -32,7 +33,7 @@ def way_to_target(shift: Callable[[], Iterable[Tensor]], parameters: Sequence[nn
         target: above 0.
 
     Raises:
-        ValueError: no parameter moves the shift.
+        ValueError: no parameter moves the shift, or it is not finite.
     """
     before = [parameter.detach().clone() for parameter in parameters]
     path = []  # of (way gone, growth so far)
@@ -58,6 +59,8 @@ def way_to_target(shift: Callable[[], Iterable[Tensor]], parameters: Sequence[nn
     (*_, (near, low), (far, high)) = [(0.0, 0.0), *path]
     if high >= target:
         return near + (far - near) * (target - low) / (high - low)
+    if not math.isfinite(high):
+        raise ValueError("the separation is not finite near the base model, so that no learning rate can be found")
     if not high > 0:
         raise ValueError(
             "no trained parameter moves the separation at the site of the loss: adapt layers at or before loss_layer, "
@@ -82,6 +85,9 @@ def peak_learning_rate(way: float, args: TrainingArguments, steps: int) -> float
     """The peak with which the schedule of `steps` optimizer steps goes `TRAVEL` times the way.
 
     A schedule that follows what is measured counts as constant.
+
+    Raises:
+        ValueError: the rate is 0 at every step.
     """
     if args.lr_scheduler_type in MEASURED:
         return TRAVEL * way / steps
@@ -95,4 +101,8 @@ def peak_learning_rate(way: float, args: TrainingArguments, steps: int) -> float
         shares += optimizer.param_groups[0]["lr"]
         optimizer.step()
         scheduler.step()
+    if not shares:
+        raise ValueError(
+            f"all {steps} steps are warm-up that starts at a learning rate of 0; set warmup_steps: 0, or more steps"
+        )
     return TRAVEL * way / shares

@@ -27,24 +27,21 @@ class Recipe:
         },
     )
     adapter: Literal["svd", "lora"] = field(
-        default="svd",
-        metadata={
-            "help": "svd: turns singular directions of the weights; lora: PEFT's LoRA, a file that every server loads."
-        },
+        default="lora",
+        metadata={"help": "lora: PEFT's LoRA, in PEFT's own format; svd: turns singular directions of the weights."},
     )
     target_modules: list[str] = field(
         default_factory=lambda: list(TARGETS),
         metadata={
-            "help": "Sites to adapt: linear modules by name, residual, residual-writers, residual-readers, kv, "
-            "all-linear.",
+            "help": "Sites to adapt: linear modules by name, residual-writers, residual-readers, kv, all-linear; "
+            "with adapter: svd also residual.",
             "nargs": "+",
         },
     )
     layers: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Decoder layers to adapt: indices from 0, or a share of the depth such as 0.3-0.7; "
-            "None = 1/3 to 2/3.",
+            "help": "Decoder layers to adapt: indices from 0, or a share of the depth such as 0.3-0.7; None = all.",
             "nargs": "+",
         },
     )
@@ -56,7 +53,7 @@ class Recipe:
         default=None, metadata={"help": "Layer of the loss site, from 0; None = the last adapted one."}
     )
     r: int | None = field(
-        default=None, metadata={"help": "Rank; None = 64 (lora: 8), or the narrowest target if that is less."}
+        default=None, metadata={"help": "Rank; None = 8 (svd: 64), or the narrowest target if that is less."}
     )
     directions: Literal["pairs", "top"] = field(
         default="pairs",

@@ -14,7 +14,7 @@ from repeng.eval.report.tables import print_table
 from repeng.train.arguments import SteeringArguments, parse_arguments
 from repeng.train.build import build
 from repeng.train.callbacks import DivergedError, NonFiniteError
-from repeng.train.checkpoints import CheckpointError, newest
+from repeng.train.checkpoints import CheckpointError, check_same_kind, newest
 from repeng.train.run_folder import finish
 from repeng.train.trainer import StartError, SteeringTrainer
 from repeng.tuner import SvdSteeringModel
@@ -56,10 +56,13 @@ def main(argv: Sequence[str]) -> None:
             eval_dataset=run.validation,
             neutral_texts=run.validation_texts,
         )
+        checkpoint = newest(args.output_dir) if args.resume else args.resume_from_checkpoint
+        if checkpoint:
+            check_same_kind(checkpoint, run.model.peft_config["default"])
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     try:
-        trainer.train(resume_from_checkpoint=newest(args.output_dir) if args.resume else args.resume_from_checkpoint)
+        trainer.train(resume_from_checkpoint=checkpoint)
     except (NonFiniteError, DivergedError, CheckpointError, StartError) as error:
         sys.exit(f"error: {error}")
     if trainer.stop.received:

@@ -175,7 +175,9 @@ class SteeringTrainer(Trainer):
     ) -> torch.optim.lr_scheduler.LRScheduler:
         if self.way is not None:
             self.peak = peak_learning_rate(self.way, self.args, num_training_steps)
-            for group in (optimizer or cast(torch.optim.Optimizer, self.optimizer)).param_groups:
+            optimizer = optimizer or cast(torch.optim.Optimizer, self.optimizer)
+            optimizer.defaults["lr"] = self.peak  # which some schedules read
+            for group in optimizer.param_groups:
                 group["lr"] = self.peak
         return super().create_scheduler(num_training_steps, optimizer)
 

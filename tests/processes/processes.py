@@ -57,6 +57,8 @@ def main(folder: str, *argv: str) -> None:
         "use_cpu": "true",
         "num_pairs": 46,
         "r": 8,
+        "adapter": "svd",
+        "layers": "0.34-0.8",
         "optim": "sgd",
         "learning_rate": 0.05,
         "lr_scheduler_type": "constant",

@@ -69,18 +69,24 @@ def check_report(folder):
     assert (folder / "config.yaml").exists() and (folder / "report.html").exists()
 
 
+@pytest.fixture(scope="module", params=["svd", "lora"])
+def kind(request):
+    return "--adapter", request.param
+
+
 @pytest.fixture(scope="module")
-def one(tmp_path_factory):
+def one(tmp_path_factory, kind):
     """More than an epoch of pairs of unequal lengths, in batches of 8, in one process."""
-    return run(tmp_path_factory.mktemp("one"), "--per_device_train_batch_size", 8, "--max_steps", 8)
+    return run(tmp_path_factory.mktemp("one"), *kind, "--per_device_train_batch_size", 8, "--max_steps", 8)
 
 
-def test_two_processes_make_the_same_adapter_as_one(tmp_path, one):
+def test_two_processes_make_the_same_adapter_as_one(tmp_path, one, kind):
     """With and without accumulation: batches of 8 in all."""
-    two = run(tmp_path / "two", "--per_device_train_batch_size", 4, "--max_steps", 8, *REPORT, world=2)
+    two = run(tmp_path / "two", *kind, "--per_device_train_batch_size", 4, "--max_steps", 8, *REPORT, world=2)
     check_report(tmp_path / "two")
     four = run(
         tmp_path / "four",
+        *kind,
         "--per_device_train_batch_size",
         2,
         "--gradient_accumulation_steps",
@@ -94,9 +100,18 @@ def test_two_processes_make_the_same_adapter_as_one(tmp_path, one):
     assert_same(one, four)
 
 
-def test_a_sharded_run_saves_the_whole_adapter(tmp_path, one):
+def test_a_sharded_run_saves_the_whole_adapter(tmp_path, one, kind):
     """FSDP2: the same adapter as one process makes, which loads there with equal logits."""
-    options = ("--per_device_train_batch_size", 4, "--max_steps", 8, "--gradient_checkpointing", "true", *REPORT)
+    options = (
+        *kind,
+        "--per_device_train_batch_size",
+        4,
+        "--max_steps",
+        8,
+        "--gradient_checkpointing",
+        "true",
+        *REPORT,
+    )
     assert_same(one, run(tmp_path, *options, world=2, environment=launch_environment("fsdp2")))
     check_report(tmp_path)
     seen = json.loads((tmp_path / "seen.json").read_text())
@@ -109,9 +124,10 @@ def test_a_sharded_run_saves_the_whole_adapter(tmp_path, one):
 REAL = ("--optim", "adamw_torch", "--lr_scheduler_type", "cosine", "--learning_rate", "1e-3")
 
 
-def test_a_sharded_run_goes_on_to_the_same_bytes(tmp_path, one):
+def test_a_sharded_run_goes_on_to_the_same_bytes(tmp_path, one, kind):
     """As recipes do it: bf16, with checkpointing, AdamW and cosine; of two checkpoints the better one, the first."""
     options = (
+        *kind,
         *REAL,
         "--per_device_train_batch_size",
         4,
@@ -148,10 +164,10 @@ def test_a_sharded_run_goes_on_to_the_same_bytes(tmp_path, one):
 
 
 @pytest.mark.skipif(not find_spec("deepspeed"), reason="needs deepspeed")
-def test_zero_2_makes_the_same_adapter(tmp_path, one):
+def test_zero_2_makes_the_same_adapter(tmp_path, one, kind):
     environment = launch_environment("zero2")
     assert environment["ACCELERATE_USE_DEEPSPEED"] == "true"
-    options = ("--per_device_train_batch_size", 4, "--max_steps", 8)
+    options = (*kind, "--per_device_train_batch_size", 4, "--max_steps", 8)
     assert_same(one, run(tmp_path, *options, world=2, environment=environment))
 
 
@@ -165,14 +181,15 @@ def wait_for(folder, name, process, seconds=120):
 STEPS = (*REAL, "--max_steps", 30, "--save_strategy", "steps", "--save_steps", 3, "--per_device_train_batch_size", 8)
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path):
-    run(tmp_path / "whole", *STEPS)
-    process = start(tmp_path / "killed", *STEPS)
+def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, kind):
+    steps = (*STEPS, *kind)
+    run(tmp_path / "whole", *steps)
+    process = start(tmp_path / "killed", *steps)
     wait_for(tmp_path / "killed", "checkpoint-6", process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (tmp_path / "killed" / "seen.json").exists()
-    run(tmp_path / "killed", *STEPS, "--resume", "true")
+    run(tmp_path / "killed", *steps, "--resume", "true")
     assert digest(tmp_path / "killed") == digest(tmp_path / "whole")
     kept = sorted(path.name for path in (tmp_path / "killed").glob("*checkpoint*"))
     assert kept == ["checkpoint-27", "checkpoint-30"]

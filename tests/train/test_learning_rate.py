@@ -1,5 +1,7 @@
 """The learning rate that is found: how far the parameters must go, in their own unit, shared out over the schedule."""
 
+import json
+
 import pytest
 import torch
 from support import arguments, prepare, randomise
@@ -38,6 +40,12 @@ def test_what_falls_behind_is_taken_to_go_on():
     assert way_to_target(lambda: [parameter.clamp(max=1.0).sum()], [parameter], 3.0) == pytest.approx(4.5)
 
 
+def test_a_separation_that_is_not_finite_is_said_to_be_so():
+    parameter = nn.Parameter(torch.full((2,), torch.nan))
+    with pytest.raises(ValueError, match="not finite"):
+        way_to_target(lambda: [parameter.sum()], [parameter], 3.0)
+
+
 def test_parameters_that_move_nothing_are_refused():
     parameter = nn.Parameter(torch.zeros(2))
     with pytest.raises(ValueError, match="no trained parameter moves the separation"):
@@ -59,6 +67,27 @@ def test_the_whole_schedule_goes_a_multiple_of_the_way(tmp_path, kind):
     assert sum(rates) == pytest.approx(TRAVEL * 0.7, rel=1e-4)
 
 
+def test_a_schedule_of_warm_up_alone_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="all 1 steps are warm-up"):
+        arguments(tmp_path, learning_rate=0, max_steps=1)
+    assert arguments(tmp_path, learning_rate=0, max_steps=1, warmup_steps=0).max_steps == 1
+
+
+@pytest.mark.parametrize("kind, options", [("polynomial", {}), ("cosine_with_min_lr", {"min_lr": 1e-6})])
+def test_schedules_that_ask_the_optimizer_for_its_rate_get_the_one_that_was_found(tmp_path, kind, options):
+    more = {"lr_scheduler_kwargs": json.dumps(options)} if options else {}
+    args = arguments(tmp_path, learning_rate=0, max_steps=4, num_pairs=16, lr_scheduler_type=kind, **more)
+    run = prepare(args)
+    trainer = SteeringTrainer(run.model, args, run.examples, run.tokenizer)
+    trainer.create_optimizer_and_scheduler(4)
+    rates = []
+    for _ in range(4):
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    assert sum(rates) == pytest.approx(TRAVEL * trainer.way, rel=1e-2)
+
+
 def test_a_run_begins_at_the_base_with_the_rate_that_was_found(tmp_path):
     args = arguments(tmp_path, learning_rate=0, max_steps=2, num_pairs=16, logging_steps=1)
     run = prepare(args)
@@ -75,7 +104,9 @@ def test_rank_and_scale_do_not_matter(tmp_path):
     """Twice as long a unit of the parameters, twice the rate."""
     ways = []
     for factor in (1.0, 0.5):
-        args = arguments(tmp_path / str(factor), learning_rate=0, adapter="lora", target_modules="up_proj")
+        args = arguments(
+            tmp_path / str(factor), learning_rate=0, max_steps=4, adapter="lora", target_modules="up_proj"
+        )
         run = prepare(args)
         for name, parameter in run.model.named_parameters():
             if "lora_A" in name:

@@ -195,7 +195,7 @@ def test_a_model_and_a_pairs_file_are_enough(tmp_path):
     # An adapter that has hardly moved does not steer: the command fails, but everything has been written.
     assert done.returncode != 0 and "does not steer" in done.stderr, done.stderr[-3000:]
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert {name.split(".")[2] for name in report["adapted"]} == {"1", "2"}
+    assert {name.split(".")[2] for name in report["adapted"]} == {"0", "1", "2", "3"}
     PeftModel.from_pretrained(Olmo2ForCausalLM.from_pretrained(tmp_path / "model"), tmp_path / "out")
 
 
@@ -212,7 +212,7 @@ def test_a_model_and_a_pairs_file_are_enough(tmp_path):
 )
 def test_layers_are_indices_or_a_share_of_the_depth(tmp_path, text, argv, layers):
     config = write(tmp_path / "c.yaml", f"positive: a\nnegative: b\ntarget_modules: residual\n{text}")
-    _, args = parse_arguments([*argv, "--directions", "top"], config)
+    _, args = parse_arguments([*argv, "--adapter", "svd", "--directions", "top"], config)
     request = args.layers and layer_request(args.layers)
     assert (request, args.target_modules, args.directions) == (layers, ["residual"], "top")
 
