@@ -19,12 +19,13 @@ from repeng.eval.stored import load_reports
 ROOT = Path(__file__).parent.parent
 FOLDER, PAGE, README = ROOT / "docs" / "results", ROOT / "docs" / "results.md", ROOT / "README.md"
 BEGIN, END = "<!-- results: written by benchmarks/results.py -->", "<!-- end of results on a real model -->"
-IN_README = (ADAPTER, "SVD, same loss", MEAN_DIFF, PROMPTS, RANDOM)
+IN_README = (ADAPTER, MEAN_DIFF, "PCA (vgel/repeng)", PROMPTS, RANDOM)
 SEEDS = re.compile(r" \(\d+ seeds\)$")
 NAMES = re.compile(r"(\S+) \([+−]1\)")
 HEAD = """# Results
 
 Written by `python -m benchmarks.results` from the files in `docs/results`, measured by `python -m benchmarks.rivals`.
+"This adapter" is the package's own configuration; where `--layers` is given, all that is trained is on those layers.
 
 Every method is read at the same cost. **Effect**: how far it moves the log-odds of the answers that the behaviour
 favours, in nats, both arms together. **Cost**: KL divergence from the base model on neutral texts, in nats per token,
@@ -98,8 +99,10 @@ def section(path: Path) -> str:
     effect = more.get("persona_effect")
     moved = "" if effect is None else f" The personas move its questions by {effect:.1f} nats."
     device = more.get("device", ONE_CORE)
+    flags = more["config"]
+    layers = f", layers {flags[flags.index('--layers') + 1]}" if "--layers" in flags else ""
     return (
-        f"## {more['model']}: {more['behaviour']}\n\n`--config {' '.join(more['config'])}`, {more['questions']} "
+        f"## {more['model']}: {more['behaviour']}{layers}\n\n`--config {' '.join(flags)}`, {more['questions']} "
         f"questions without a persona.{moved} Cost of the persona prompts: {plus:.3f} (+), {minus:.3f} (−).\n\n"
         f"{markdown(effect_rows(comparison), 'method')}\n\n![effect and cost](results/{path.stem}.png)\n\n"
         f"What moves beside the behaviour, at the prompts' cost, both arms, in nats:\n\n"

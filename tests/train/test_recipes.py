@@ -149,7 +149,7 @@ def test_one_step_of_the_recipe(name, chat_tokenizer, tmp_path, monkeypatch):
     small = {
         "output_dir": tmp_path,
         "num_pairs": 20,
-        "per_device_train_batch_size": 8,
+        "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 2,
         "max_steps": 1,
         "use_cpu": "true",

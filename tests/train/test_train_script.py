@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from types import SimpleNamespace
 
@@ -28,10 +29,26 @@ QUICK = ("--max_steps", "2", "--save_steps", "1", "--num_pairs", "24", "--r", "4
 
 def launch(*argv, timeout=200):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", str(ROOT / "train.py")]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "160", "OMP_NUM_THREADS": "2"}
-    return subprocess.run(
-        [*command, *map(str, argv)], capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=environment
-    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "160", "OMP_NUM_THREADS": "1"}
+    with one_core_for_a_child():
+        return subprocess.run(
+            [*command, *map(str, argv)], capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=environment
+        )
+
+
+@contextmanager
+def one_core_for_a_child():
+    """Beside another worker of the tests, more threads than cores would slow both many times over."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is None or not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {sorted(cores)[int(worker.removeprefix("gw")) % len(cores)]})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 @pytest.fixture(scope="module")
