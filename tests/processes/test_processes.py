@@ -69,9 +69,12 @@ def check_report(folder):
     assert (folder / "config.yaml").exists() and (folder / "report.html").exists()
 
 
-@pytest.fixture(scope="module", params=["svd", "lora"])
+KINDS = {"svd": ("--adapter", "svd"), "lora": ("--adapter", "lora", "--learning_rate", "0.3")}
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
 def kind(request):
-    return "--adapter", request.param
+    return KINDS[request.param]
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +185,7 @@ STEPS = (*REAL, "--max_steps", 30, "--save_strategy", "steps", "--save_steps", 3
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, kind):
-    steps = (*STEPS, *kind)
+    steps = (*kind, *STEPS)
     run(tmp_path / "whole", *steps)
     process = start(tmp_path / "killed", *steps)
     wait_for(tmp_path / "killed", "checkpoint-6", process)
