@@ -17,11 +17,10 @@ from repeng.model.logprob import kl_divergence
 from repeng.model.packing import batch_rows, model_inputs, packing_for
 from repeng.model.sites import decoder_layers, edit_outputs
 from repeng.train.arguments import SteeringArguments
-from repeng.train.build import Run, Sites, lora_config
+from repeng.train.build import DEFAULT_RANK, Run, Sites, lora_config
 from repeng.train.collator import SIDES
 from repeng.train.trainer import SteeringTrainer
 
-LORA_RANK = 8  # as the adapter's
 TUNE_ROWS, TUNE_STEPS, TUNE_RATE = 12, 60, 5e-4  # of each fine-tune
 
 
@@ -68,7 +67,7 @@ def use_biases(run: Run, args: SteeringArguments) -> None:
 
 def lora_on(model: nn.Module, args: SteeringArguments, layers: list[int], names: tuple[str, ...]) -> PeftModel:
     """LoRA adapters of these names on the sites of the arguments, the first one active."""
-    config = lora_config(args, Sites(layers, 0, LORA_RANK), cast(PreTrainedModel, model))
+    config = lora_config(args, Sites(layers, 0, DEFAULT_RANK["lora"]), cast(PreTrainedModel, model))
     adapted = cast(PeftModel, get_peft_model(cast(PreTrainedModel, model), config, adapter_name=names[0]))
     for name in names[1:]:
         adapted.add_adapter(name, config)

@@ -8,7 +8,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rivals import ONE_CORE
 from repeng.eval.compare import ADAPTER, MEAN_DIFF, PROMPTS, RANDOM
 from repeng.eval.comparison import Comparison
 from repeng.eval.curves import FIXED_COSTS
@@ -98,7 +97,6 @@ def section(path: Path) -> str:
         said.append((" ".join(prompt.split()).replace("|", "/"), cells))
     effect = more.get("persona_effect")
     moved = "" if effect is None else f" The personas move its questions by {effect:.1f} nats."
-    device = more.get("device", ONE_CORE)
     flags = more["config"]
     layers = f", layers {flags[flags.index('--layers') + 1]}" if "--layers" in flags else ""
     return (
@@ -108,7 +106,7 @@ def section(path: Path) -> str:
         f"What moves beside the behaviour, at the prompts' cost, both arms, in nats:\n\n"
         f"{markdown(probe_rows(comparison), 'method')}\n\n"
         f"What {comparison.own} says, at the prompts' cost:\n\n{markdown(dict(said), 'prompt')}\n\n"
-        f"To train, to choose a layer and to measure took, on {device}, for each run: {seconds}.\n"
+        f"To train, to choose a layer and to measure took, on {more['device']}, for each run: {seconds}.\n"
     )
 
 

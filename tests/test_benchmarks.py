@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support import randomise
 
 from benchmarks import baselines, loss_forms
 from benchmarks.training import CONFIG
@@ -53,13 +54,6 @@ def prepared(tmp_path):
     return build(task_args, args, tiny.task(task_args, args.seed)), args
 
 
-def randomise(model):
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-
-
 @pytest.mark.parametrize("kind", ["biases", "two loras", "weights"])
 def test_other_methods_have_a_coefficient_by_row_too(prepared, batch, embedded, kind):
     run, args = prepared
@@ -70,7 +64,7 @@ def test_other_methods_have_a_coefficient_by_row_too(prepared, batch, embedded, 
     dial = {"biases": baselines.dial_of, "two loras": baselines.arms_dial, "weights": baselines.weight_dial}[kind]
     model = run.model.eval()
     assert all(p.requires_grad == ("lora" in name or "biases" in name) for name, p in model.named_parameters())
-    randomise(model)
+    randomise(model, 0.1)
     with torch.no_grad():
         with dial(model, torch.tensor([1.0, -1.0, 0.0, 2.0])):
             rows = model(batch).logits
@@ -88,7 +82,7 @@ def test_distillation_compares_what_is_behind_the_persona(prepared):
     """The loss of one batch against single rows: the base after the persona, the model without it at ±1."""
     run, args = prepared
     baselines.use_two_loras(run, args)
-    randomise(run.model)
+    randomise(run.model, 0.1)
     trainer = baselines.DistillationTrainer(run.model, args, run.examples, run.tokenizer, steer_fn=baselines.arms_dial)
     inputs = trainer.data_collator(trainer.train_dataset[:3])
     model = run.model.eval()

@@ -44,6 +44,9 @@ def main(argv: Sequence[str]) -> None:
         check_writable(args.output_dir)
         use_all_cores(args)
         run = build(task_args, args, tiny.task(task_args, args.seed))
+        checkpoint = newest(args.output_dir) if args.resume else args.resume_from_checkpoint
+        if checkpoint:
+            check_same_kind(checkpoint, run.model.peft_config["default"])
         if args.process_index == 0:
             print(_describe(run.model))
             if run.doubt:
@@ -56,9 +59,6 @@ def main(argv: Sequence[str]) -> None:
             eval_dataset=run.validation,
             neutral_texts=run.validation_texts,
         )
-        checkpoint = newest(args.output_dir) if args.resume else args.resume_from_checkpoint
-        if checkpoint:
-            check_same_kind(checkpoint, run.model.peft_config["default"])
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     try:
