@@ -4,6 +4,7 @@ import math
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -134,6 +135,23 @@ def test_a_dial_that_rewrites_at_zero_is_measured_against_that(embedded):
 
     report = evaluate(*embedded, tiny.questions("mood", "held_out")[:3], dial, [1], neutral_texts=TEXTS)
     assert report.kl.tolist() == [0.0, 0.0] and torch.equal(report.log_odds[0], report.log_odds[1])
+
+
+def test_the_best_layer_is_looked_for_beside_the_best_of_every_second_one(embedded, task, monkeypatch):
+    merit, seen = {0: 0.0, 1: 1.0, 2: 2.0, 3: 5.0, 4: 3.0, 5: 1.0}, []
+
+    def trace(meter, dial, targets, step):
+        seen.append(dial.keywords["vector"])  # here a layer
+        return seen[-1]
+
+    def methods_of(reports, resamples):
+        return {"": SimpleNamespace(both_at=lambda cost: [torch.tensor(merit[reports[""][0]])])}
+
+    monkeypatch.setattr(module, "Meter", lambda *_, **__: SimpleNamespace(report=lambda points: points))
+    monkeypatch.setattr(module, "trace", trace)
+    monkeypatch.setattr(module, "methods_of", methods_of)
+    assert best_layer(*embedded, task, {layer: layer for layer in merit}) == 3
+    assert sorted(seen) == [0, 2, 3, 4, 5]
 
 
 def test_the_layer_is_chosen_on_training_pairs(embedded, task):
