@@ -1,4 +1,4 @@
-"""What a user could train instead of this adapter: learned biases, prompt distillation, two fine-tunes."""
+"""What a user could train instead of this adapter: prompt distillation, two fine-tunes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,54 +15,12 @@ from repeng import steer
 from repeng.data.tokens import Encoded, pad_rows, shared_suffix_length
 from repeng.model.logprob import kl_divergence
 from repeng.model.packing import batch_rows, model_inputs, packing_for
-from repeng.model.sites import decoder_layers, edit_outputs
 from repeng.train.arguments import SteeringArguments
 from repeng.train.build import DEFAULT_RANK, Run, Sites, lora_config
 from repeng.train.collator import SIDES
 from repeng.train.trainer import SteeringTrainer
 
 TUNE_ROWS, TUNE_STEPS, TUNE_RATE = 12, 60, 5e-4  # of each fine-tune
-
-
-class Biased(nn.Module):
-    """A model with one learned vector on the residual stream of each layer, added c times."""
-
-    def __init__(self, model: nn.Module, layers: list[int]) -> None:
-        super().__init__()
-        self.model, self.layers = model.requires_grad_(False), layers
-        self.biases = nn.ParameterList(nn.Parameter(torch.zeros(model.config.hidden_size)) for _ in layers)
-
-    def forward(self, *args, **kwargs):
-        return self.model(*args, **kwargs)
-
-    def __getattr__(self, name: str):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("model"), name)
-
-    @contextmanager
-    def dial(self, coefficient: float | Tensor) -> Iterator[None]:
-        c = torch.as_tensor(coefficient, dtype=torch.float32)
-        c = c if c.ndim == 0 else c[:, None, None]
-        modules = [decoder_layers(self.model)[layer] for layer in self.layers]
-        edits = [
-            (module, lambda hs, b=bias: hs + c.to(hs.device) * b)
-            for module, bias in zip(modules, self.biases, strict=True)
-        ]
-        with edit_outputs(edits):
-            yield
-
-
-def dial_of(model: nn.Module, coefficient: float | Tensor):
-    """`Biased.dial` as the trainer calls a dial."""
-    return model.dial(coefficient)
-
-
-def use_biases(run: Run, args: SteeringArguments) -> None:
-    """Replace the adapter by learned biases on the same layers, with the loss at the same layer."""
-    run.model = Biased(run.model.unload(), run.sites.layers)
-    args.loss_layer = run.sites.loss_layer
 
 
 def lora_on(model: nn.Module, args: SteeringArguments, layers: list[int], names: tuple[str, ...]) -> PeftModel:

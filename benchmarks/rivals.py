@@ -176,9 +176,7 @@ UNTRAINED: dict[str, Callable[[Bench], Rival]] = {
 TRAINED: dict[str, Callable[[Bench, int], Rival]] = {
     ADAPTER: Bench.trained,
     "SVD, same loss": partial(Bench.trained, flags=("--adapter", "svd")),
-    "learned biases, same loss": partial(
-        Bench.trained, dial=baselines.dial_of, steer_fn=baselines.dial_of, prepare=baselines.use_biases
-    ),
+    "learned biases, same loss": partial(Bench.trained, flags=("--adapter", "bias")),
     "LoRA, prompt distillation": partial(
         Bench.trained,
         dial=baselines.arms_dial,

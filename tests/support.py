@@ -29,7 +29,7 @@ def arguments(tmp_path, **changes):
         "use_cpu": "true",
         **changes,
     }
-    argv = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    argv = [word for key, value in settings.items() if value is not None for word in (f"--{key}", str(value))]
     task_args, args = parse_arguments(["--config", "tiny", *argv])
     args.task_args = task_args
     return args

@@ -54,16 +54,12 @@ def prepared(tmp_path):
     return build(task_args, args, tiny.task(task_args, args.seed)), args
 
 
-@pytest.mark.parametrize("kind", ["biases", "two loras", "weights"])
-def test_other_methods_have_a_coefficient_by_row_too(prepared, batch, embedded, kind):
+@pytest.mark.parametrize("dial", [baselines.arms_dial, baselines.weight_dial])
+def test_other_methods_have_a_coefficient_by_row_too(prepared, batch, embedded, dial):
     run, args = prepared
-    if kind == "biases":
-        baselines.use_biases(run, args)
-    else:
-        baselines.use_two_loras(run, args)
-    dial = {"biases": baselines.dial_of, "two loras": baselines.arms_dial, "weights": baselines.weight_dial}[kind]
+    baselines.use_two_loras(run, args)
     model = run.model.eval()
-    assert all(p.requires_grad == ("lora" in name or "biases" in name) for name, p in model.named_parameters())
+    assert all(p.requires_grad == ("lora" in name) for name, p in model.named_parameters())
     randomise(model, 0.1)
     with torch.no_grad():
         with dial(model, torch.tensor([1.0, -1.0, 0.0, 2.0])):

@@ -227,6 +227,7 @@ class Tracer:
         }
         self.probes = {name: sides for name, sides in self.probes.items() if all(sides)}
         self._unsteered: list[dict[str, Answers]] | None = None
+        self._unsteered_samples: list[Sample] = []
 
     def set_yardstick(self, prompts: EvalReport) -> None:
         """Take what prompts cost for the cost at which methods are compared."""
@@ -259,8 +260,9 @@ class Tracer:
         """The report with samples where it costs as much as the yardstick, and what the probes say there."""
         if self._unsteered is None:
             self._unsteered = [self._probed(self.meter.base_context, side) for side in range(len(ARMS))]
+            self._unsteered_samples = self._samples(lambda _: self.meter.base_context(), 0.0)
         effects: dict[str, list[float]] = {name: [] for name in self.probes}
-        samples = self._samples(lambda _: self.meter.base_context(), 0.0)
+        samples = [*self._unsteered_samples]
         for side, (_, sign) in enumerate(ARMS):
             c = report.endpoint(sign)
             before = self._unsteered[side]

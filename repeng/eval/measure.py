@@ -118,6 +118,7 @@ class Meter:
         spans = [span for _, span in self._neutral_rows(None)]
         self.neutral_tokens = torch.tensor([stop - start for start, stop in spans], dtype=torch.long)
         self._known: list[Tensor] | None = None
+        self._tried: tuple[Dial, bool] | None = None  # a dial and the sign of its coefficient
         with eval_mode(model), base() as rewrite:
             self._probe = encode(tokenizer, asked[0].prompt, asked[0].suffix).ids
             self.plain = has_plain_head(model, self._probe)
@@ -129,15 +130,21 @@ class Meter:
         if coefficient == 0:
             return self.base
         with eval_mode(self.model):
-            with dial(coefficient):
-                plain = self.plain and has_plain_head(self.model, self._probe)
-                self.share = can_share(self.model, self._probe)
-            if plain != self.plain:  # the dial acts behind the head: logits are read as the model gives them
-                self.plain, self._known = plain, None
-                with self.base_context() as rewrite:
-                    self.base = self._measure(rewrite)
+            if self._tried != (dial, coefficient > 0):
+                self._try(dial, coefficient)
             with dial(coefficient) as rewrite:
                 return self._measure(rewrite)
+
+    def _try(self, dial: Dial, coefficient: float) -> None:
+        """See what a dial allows: it is the same at all coefficients of a sign."""
+        with dial(coefficient):
+            plain = self.plain and has_plain_head(self.model, self._probe)
+            self.share = can_share(self.model, self._probe)
+        if plain != self.plain:  # the dial acts behind the head: logits are read as the model gives them
+            self.plain, self._known = plain, None
+            with self.base_context() as rewrite:
+                self.base = self._measure(rewrite)
+        self._tried = dial, coefficient > 0
 
     def ask(self, questions: Sequence[Question], rewrite: Rewrite | None = None) -> Answers:
         """What the model as it stands gives to the choices of questions."""

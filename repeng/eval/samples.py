@@ -13,7 +13,7 @@ from repeng.data.tokens import encode
 from repeng.eval.eval_report import Sample
 from repeng.eval.measure import Dial, Rewrite
 from repeng.model.generate import continuations
-from repeng.model.logprob import head_logp
+from repeng.model.logprob import has_plain_head, head_logp
 from repeng.model.rows import read_rows
 from repeng.model.sites import eval_mode
 from repeng.model.types import CausalLM
@@ -93,7 +93,8 @@ def _nll(
         own = torch.tensor([token for i in members for token in written[i]], dtype=torch.long)
         return head_logp(states, head, own.to(states.device))
 
-    parts = read_rows(model, tokenizer, whole, spans, read, plain=False, share=False, batch_size=batch_size)
+    plain = has_plain_head(model, whole[0])
+    parts = read_rows(model, tokenizer, whole, spans, read, plain=plain, share=False, batch_size=batch_size)
     return [-part.mean().item() for part in parts]
 
 

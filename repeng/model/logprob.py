@@ -32,6 +32,14 @@ def head_logp(hs: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, chu
     return torch.cat(parts)
 
 
+def head_logp_at(
+    hs: Tensor, head: Callable[[Tensor], Tensor], where: Tensor, targets: Tensor, chunk: int | None = None
+) -> Tensor:
+    """`head_logp` of the states `where (n)` of `hs (m d)`: a state and a target that come several times count once."""
+    once, back = torch.unique(torch.stack([where, targets]), dim=1, return_inverse=True)
+    return head_logp(hs[once[0]], head, once[1], chunk)[back]
+
+
 def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
     """`KL(p ‖ q)` in nats, `(…)`, of the distributions with logits `p` and `q`, `(… v)`; exactly 0 of equal ones."""
     logp, logq = p.log_softmax(dim=-1), q.log_softmax(dim=-1)

@@ -52,8 +52,8 @@ class SteeringArguments(Recipe, TrainingArguments):  # pyright: ignore[reportInc
         optim = OptimizerNames(self.optim).value
         if not self.learning_rate and not any(name in optim for name in SIGN_LIKE):
             raise ValueError(f"optim={optim} needs a learning_rate: it is found for Adam and its like only")
-        if self.adapter == "lora" and self.directions != "pairs":
-            raise ValueError(f"directions={self.directions} is for adapter: svd; a lora has none of its own")
+        if self.adapter != "svd" and self.directions != "pairs":
+            raise ValueError(f"directions={self.directions} is for adapter: svd; a {self.adapter} has none of its own")
         if not self.learning_rate and self.max_steps > 0:
             peak_learning_rate(1.0, self, self.max_steps)  # whether the schedule has one
         for name, (least, open_end) in LEAST.items():
@@ -68,6 +68,15 @@ class SteeringArguments(Recipe, TrainingArguments):  # pyright: ignore[reportInc
                 f"target_modules {self.target_modules} hold {RESIDUAL!r}, which is no linear module: a LoRA cannot "
                 "adapt it. Leave it out, or use adapter: svd"
             )
+        if self.adapter == "bias":
+            if self.r is not None:
+                raise ValueError(f"r={self.r} is for adapter: lora and svd; a bias has no rank")
+            if "target_modules" in self.changed and self.target_modules != [RESIDUAL]:
+                raise ValueError(
+                    f"target_modules {self.target_modules} are for adapter: lora and svd; a bias acts on the residual "
+                    "stream. Leave them out, or give layers"
+                )
+            self.target_modules: list[str] = [RESIDUAL]
         if self.layers is not None:
             given = self.layers if isinstance(self.layers, list) else [self.layers]
             self.layers: list[str] | None = [str(word) for word in given]

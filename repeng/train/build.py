@@ -27,7 +27,7 @@ from repeng.tuner.config import PREFIX
 from repeng.tuner.targets import max_rank, resolve, select_layers
 
 MAX_VALIDATION = 32  # pairs and texts: an evaluation takes a small share of the time between two
-DEFAULT_RANK = {"svd": 64, "lora": 8}
+DEFAULT_RANK = {"svd": 64, "lora": 8, "bias": 2}  # of a bias nothing turns
 MOVES = 1.0  # nats between the two sides from which on personas are taken to do something
 
 
@@ -214,9 +214,12 @@ def lora_config(args: SteeringArguments, sites: Sites, model: PreTrainedModel) -
 
 
 def _svd_config(args: SteeringArguments, sites: Sites) -> SvdSteeringConfig:
-    """The configuration of an adapter of this package."""
+    """The configuration of an adapter of this package: a bias is the shift of its residual sites alone."""
+    turns = args.adapter != "bias"
     return SvdSteeringConfig(
         r=sites.r,
+        rotate_input=turns,
+        scale=turns,
         target_modules=args.target_modules,
         layers_to_transform=sites.layers,
         task_type=TaskType.CAUSAL_LM,

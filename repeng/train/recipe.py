@@ -26,15 +26,18 @@ class Recipe:
             "and 95 percent of the items move along."
         },
     )
-    adapter: Literal["svd", "lora"] = field(
+    adapter: Literal["lora", "svd", "bias"] = field(
         default="lora",
-        metadata={"help": "lora: PEFT's LoRA, in PEFT's own format; svd: turns singular directions of the weights."},
+        metadata={
+            "help": "lora: PEFT's LoRA, in PEFT's own format; svd: turns singular directions of the weights; "
+            "bias: adds one vector to the residual stream after each layer."
+        },
     )
     target_modules: list[str] = field(
         default_factory=lambda: list(TARGETS),
         metadata={
             "help": "Sites to adapt: linear modules by name, residual-writers, residual-readers, kv, all-linear; "
-            "with adapter: svd also residual.",
+            "with adapter: svd also residual, where a bias always acts.",
             "nargs": "+",
         },
     )

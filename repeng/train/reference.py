@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from repeng.control.steer import steer
 from repeng.data.tokens import label_mask, last_tokens, special_id
 from repeng.model.activations import Tap, collect
-from repeng.model.logprob import has_plain_head, head_logp, read_vocabulary
+from repeng.model.logprob import has_plain_head, head_logp_at, read_vocabulary
 from repeng.model.packing import model_inputs
 from repeng.model.sites import capture, decoder_layers, eval_mode, layers_of, site_module
 from repeng.model.types import CausalLM
@@ -45,14 +45,16 @@ def add_reference(
     """
     module, bos = site_module(model, layer, site), special_id(collate.tokenizer, "bos")
     plain = has_plain_head(model, examples[0]["chosen_ids"])
-    done = []
+    order = sorted(range(len(examples)), key=lambda i: examples[i]["neutral_ids"])  # equal texts are computed once
+    done: dict[int, ReferencedExample] = {}
     with eval_mode(model), steer_fn(model, 0.0):
         for start in tqdm(range(0, len(examples), batch_size), desc="reference", leave=False):
-            part = examples[start : start + batch_size]
+            members = order[start : start + batch_size]
+            part = [examples[i] for i in members]
             batch = {name: tensor.to(model.device) for name, tensor in collate(part).items()}
             references = _batch_reference(model, module, batch, last_n=last_n, plain=plain, bos=bos)
-            done += [{**example, **of_it} for example, of_it in zip(part, references, strict=True)]
-    return done
+            done |= {i: {**examples[i], **of_it} for i, of_it in zip(members, references, strict=True)}
+    return [done[i] for i in range(len(examples))]
 
 
 def _batch_reference(
@@ -72,7 +74,7 @@ def _batch_reference(
         states = states.flatten(0, 1)
         last = head(states[where[: prompts * n].gather(1, ends)]).float()
         said.update(_next_token_disagreement(rearrange(last, "(p b) 1 v -> p b v", p=prompts)))
-        return [head_logp(states[where[:, :-1][labels]], head, batch["input_ids"][:, 1:][labels])]
+        return [head_logp_at(states, head, where[:, :-1][labels], batch["input_ids"][:, 1:][labels])]
 
     with capture([module]) as outputs:
         (logp,) = read_vocabulary(model, model_inputs(batch, model.dtype), read, plain=plain)

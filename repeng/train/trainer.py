@@ -26,7 +26,7 @@ from repeng.data.tokens import label_mask, last_tokens
 from repeng.eval.eval_report import ARMS
 from repeng.eval.evaluate import ADAPTER_COEFFICIENTS, evaluate
 from repeng.model.adapter_files import adapter_state, check_saved, load_adapter_state
-from repeng.model.logprob import has_plain_head, head_logp, kl_divergence, read_vocabulary, tokens_at_once
+from repeng.model.logprob import has_plain_head, head_logp_at, kl_divergence, read_vocabulary, tokens_at_once
 from repeng.model.packing import Packing, model_inputs, packing_for, rows_read
 from repeng.model.sites import capture, decoder_layers, eval_mode, layers_of, site_module
 from repeng.train.arguments import SteeringArguments
@@ -320,10 +320,10 @@ class SteeringTrainer(Trainer):
 
         def read(states: Tensor, head: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
             states = rearrange(states, "(c n) t d -> c (n t) d", c=2)
-            counted_logp = torch.cat([states[c, where[p, :, :-1][mask[p]]] for c, p in rows])
+            at = torch.cat([c * states.shape[1] + where[p, :, :-1][mask[p]] for c, p in rows])
             ends = head(states[:, last[..., -1]]).float()  # (c p b v)
             gaps = gap(rearrange(ends, "c p b v -> b c p v"), inputs["next_ids"], inputs["next_weight"])
-            return head_logp(counted_logp, head, ids[[0, 1, -1, -1], :, 1:][counted]), gaps
+            return head_logp_at(states.flatten(0, 1), head, at, ids[[0, 1, -1, -1], :, 1:][counted]), gaps
 
         with capture([site_module(base, self.loss_layer, args.loss_site)]) as outputs:
             counted_logp, gap_pi = read_vocabulary(base, doubled, read, plain=self.plain_head, forward=model)
