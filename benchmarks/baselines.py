@@ -12,9 +12,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from repeng import steer
-from repeng.data.tokens import Encoded, pad_rows, shared_suffix_length
 from repeng.model.logprob import kl_divergence
 from repeng.model.packing import batch_rows, model_inputs, packing_for
+from repeng.model.tokens import Encoded, pad_rows, shared_suffix_length
 from repeng.train.arguments import SteeringArguments
 from repeng.train.build import DEFAULT_RANK, Run, Sites, lora_config
 from repeng.train.collator import SIDES

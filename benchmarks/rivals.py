@@ -24,7 +24,6 @@ from benchmarks.training import train
 from repeng import EvalReport, SteeringVector, extract, fit_gate, steer, tiny
 from repeng.data.pairs import PLACEHOLDER, ContrastPair
 from repeng.data.task import Task, make_task, read_pairs
-from repeng.data.tokens import encode, encode_text
 from repeng.data.word_questions import without_persona
 from repeng.eval.compare import (
     ADAPTER,
@@ -40,6 +39,7 @@ from repeng.eval.stored import load_reports, save_reports
 from repeng.model.generate import continuations
 from repeng.model.loading import load_base, load_tokenizer
 from repeng.model.sites import decoder_layers
+from repeng.model.tokens import encode, encode_text
 from repeng.model.types import CausalLM
 from repeng.train.arguments import parse_arguments
 from repeng.train.build import resolve_sites

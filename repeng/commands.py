@@ -26,9 +26,9 @@ from repeng.eval.eval_report import ARMS
 from repeng.eval.measure import Dial
 from repeng.eval.report.folder import write_report
 from repeng.eval.report.tables import print_doses, print_table
-from repeng.model.adapter_files import save_adapter
 from repeng.model.loading import load_base, load_tokenizer
 from repeng.model.types import CausalLM
+from repeng.train.adapter_files import save_adapter
 from repeng.vectors.vector import SteeringVector
 
 OWN = "this dial"

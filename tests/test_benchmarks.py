@@ -7,7 +7,7 @@ from support import randomise
 from benchmarks import baselines, loss_forms
 from benchmarks.training import CONFIG
 from repeng import tiny
-from repeng.data.tokens import encode, pad_rows
+from repeng.model.tokens import encode, pad_rows
 from repeng.train.arguments import parse_arguments
 from repeng.train.build import build
 

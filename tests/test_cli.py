@@ -110,7 +110,7 @@ def test_a_lora_is_calibrated_by_its_weights(base, tmp_path, batch):
     model = get_peft_model(base, LoraConfig(r=4, target_modules=["up_proj"], init_lora_weights=False))
     model.save_pretrained(folder)
     before = load_file(folder / "adapter_model.safetensors")
-    argv = ["calibrate", str(folder), *KEYS, "--nats", "0.05", "--sequences", "6"]
+    argv = ["calibrate", str(folder), *KEYS, "--num_pairs", "12", "--nats", "0.05", "--sequences", "6"]
     main(argv)
     after = load_file(folder / "adapter_model.safetensors")
     factors = {key: (after[key].norm() / tensor.norm()).item() for key, tensor in before.items() if ".lora_B." in key}

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from repeng import SteeringVector, extract, tiny
-from repeng.data.tokens import encode
 from repeng.model.sites import capture
+from repeng.model.tokens import encode
 from repeng.vectors.directions import METHODS
 
 pytestmark = pytest.mark.index

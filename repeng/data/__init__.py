@@ -1,4 +1,4 @@
-"""Pairs, texts and questions: what they are, how they are read, and how they become tokens."""
+"""Pairs, texts and questions: what they are, how they are read, and how a model makes them."""
 
 from typing import TYPE_CHECKING
 

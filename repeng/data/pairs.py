@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from repeng.data.files import nearest, read_jsonl
-from repeng.data.tokens import encode, shared_suffix_length
+from repeng.model.tokens import encode, shared_suffix_length
 
 PLACEHOLDER = "{persona}"
 

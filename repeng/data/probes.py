@@ -13,8 +13,8 @@ from repeng.data.configuration import CONFIGS, data_file
 from repeng.data.files import load_texts
 from repeng.data.pairs import PLACEHOLDER, ContrastPair
 from repeng.data.questions import Question
-from repeng.data.tokens import plain_ids
-from repeng.data.word_questions import word_questions
+from repeng.data.word_questions import WordQuestions, next_logp, questions_of
+from repeng.model.tokens import plain_ids
 
 TRAIT_SUFFIXES, TRAIT_TEMPLATES = 6, 2
 MOST = 24  # questions of a probe
@@ -59,24 +59,30 @@ def some_suffixes(tokenizer: PreTrainedTokenizerBase, n: int = TRAIT_SUFFIXES) -
 
 def other_traits(args: TaskArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Probe]:
     """Questions on the package's traits, but the one that is steered; none for a model of another language."""
-    suffixes = some_suffixes(tokenizer)
-    probes = {}
-    for name, (positive, negative, _) in trait_arguments().items() if suffixes else ():
-        if {positive, negative} != {args.positive, args.negative}:
-            questions = word_questions(model, tokenizer, trait_pairs(name, suffixes)).questions
-            if questions:
-                probes[name] = Probe(questions, questions)
-    return probes
+    own = {args.positive, args.negative}
+    names = [name for name, (positive, negative, _) in trait_arguments().items() if {positive, negative} != own]
+    found = _trait_questions(names, model, tokenizer)
+    return {name: Probe(of_it.questions, of_it.questions) for name, of_it in found.items() if of_it.questions}
 
 
 def traits_that_move(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, least: float) -> dict[str, float]:
     """The package's traits whose personas move this model by at least `least` nats, and by how much, most first."""
-    suffixes = some_suffixes(tokenizer)
-    effects = {
-        name: word_questions(model, tokenizer, trait_pairs(name, suffixes)).effect
-        for name in (trait_arguments() if suffixes else ())
-    }
+    found = _trait_questions([*trait_arguments()], model, tokenizer)
+    effects = {name: of_it.effect for name, of_it in found.items()}
     return {name: effect for name, effect in sorted(effects.items(), key=lambda item: -item[1]) if effect >= least}
+
+
+def _trait_questions(
+    names: Sequence[str], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, WordQuestions]:
+    """Questions on some of the package's traits, by name; none for a model of another language."""
+    suffixes = some_suffixes(tokenizer)
+    if not suffixes:
+        return {}
+    pairs = {name: trait_pairs(name, suffixes) for name in names}
+    logp = next_logp(model, tokenizer, [pair for some in pairs.values() for pair in some])
+    parts = logp.split([len(some) for some in pairs.values()])
+    return {name: questions_of(tokenizer, pairs[name], part) for name, part in zip(names, parts, strict=True)}
 
 
 def _some_units(questions: Sequence[Question]) -> list[Question]:

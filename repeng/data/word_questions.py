@@ -9,12 +9,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from repeng.data.pairs import ContrastPair
 from repeng.data.questions import Question, choice_id
-from repeng.data.tokens import encode, pad_rows
+from repeng.model.logprob import has_plain_head
+from repeng.model.rows import can_share, read_rows
+from repeng.model.tokens import encode
 
 TOP = 5
 TELLING = 1e-4  # change of a word's probability from which on it tells the sides apart
@@ -42,7 +43,7 @@ def word_questions(
     pairs: Sequence[ContrastPair],
     *,
     most: int | None = None,
-    batch_size: int = 32,
+    batch_size: int = 128,
 ) -> WordQuestions:
     """Questions for data without any: the next words that the base's own personas favour.
 
@@ -57,7 +58,13 @@ def word_questions(
         most: keep so many questions, those on which the personas disagree most.
         batch_size: prompts per forward.
     """
-    logp = _next_logp(model, tokenizer, pairs, batch_size)
+    return questions_of(tokenizer, pairs, next_logp(model, tokenizer, pairs, batch_size), most)
+
+
+def questions_of(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[ContrastPair], logp: Tensor, most: int | None = None
+) -> WordQuestions:
+    """`word_questions` from the next-token log-probabilities `(n 2 v)` that `next_logp` gives."""
     shift = logp[:, 0].exp() - logp[:, 1].exp()
     members: dict[tuple[str, str], list[int]] = {}
     for index, pair in enumerate(pairs):
@@ -135,16 +142,21 @@ def _odds(
 
 
 @torch.no_grad()
-def _next_logp(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[ContrastPair], batch_size: int
+def next_logp(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[ContrastPair], batch_size: int = 128
 ) -> Tensor:
     """Next-token log-probabilities `(n 2 v)` behind both prompts of each pair, float32, on the CPU."""
     rows = [encode(tokenizer, side, pair.suffix).ids for pair in pairs for side in (pair.chosen, pair.rejected)]
-    parts = []
-    for start in tqdm(range(0, len(rows), batch_size), desc="questions", leave=False):
-        batch = pad_rows(rows[start : start + batch_size], tokenizer, model.device, side="left")
-        logits = model(**batch, use_cache=False, logits_to_keep=1).logits[:, -1]
-        parts.append(logits.float().log_softmax(dim=-1).cpu())
+    parts = read_rows(
+        model,
+        tokenizer,
+        rows,
+        [(len(row) - 1, len(row)) for row in rows],
+        lambda states, head, _: head(states).float().log_softmax(dim=-1),
+        plain=has_plain_head(model, rows[0]),
+        share=can_share(model, rows[0]),
+        batch_size=batch_size,
+    )
     return torch.cat(parts).unflatten(0, (len(pairs), 2))
 
 

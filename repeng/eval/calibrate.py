@@ -12,13 +12,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from repeng.data.questions import Question
-from repeng.data.tokens import encode, pad_rows
 from repeng.eval.eval_report import ARMS, Budget, EvalReport
 from repeng.eval.evaluate import evaluate
 from repeng.eval.measure import Dial, Rewrite
 from repeng.model.generate import continuations
 from repeng.model.logprob import kl_divergence
 from repeng.model.sites import eval_mode
+from repeng.model.tokens import encode, pad_rows
 from repeng.model.types import CausalLM
 
 SMALLEST = 1 / 64  # coefficient at which the search begins

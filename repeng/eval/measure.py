@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from repeng.data.questions import Question, choice_ids
-from repeng.data.tokens import encode, encode_text, plain_ids
 from repeng.data.word_questions import NEUTRAL_REQUEST
 from repeng.eval.eval_report import Budget, EvalReport, Sample
 from repeng.model.generate import THINK_CLOSE, think
@@ -18,6 +17,7 @@ from repeng.model.logprob import CHUNK, has_plain_head, tokens_at_once
 from repeng.model.rows import Span, can_share, read_rows
 from repeng.model.sharded import is_sharded
 from repeng.model.sites import eval_mode
+from repeng.model.tokens import encode, encode_text, plain_ids
 from repeng.model.types import CausalLM
 
 KEPT = 1 << 27  # log-probabilities of the base that are remembered, at most

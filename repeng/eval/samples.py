@@ -9,13 +9,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from repeng.data.questions import Question
-from repeng.data.tokens import encode
 from repeng.eval.eval_report import Sample
 from repeng.eval.measure import Dial, Rewrite
 from repeng.model.generate import continuations
 from repeng.model.logprob import has_plain_head, head_logp
 from repeng.model.rows import read_rows
 from repeng.model.sites import eval_mode
+from repeng.model.tokens import encode
 from repeng.model.types import CausalLM
 
 NGRAM = 3

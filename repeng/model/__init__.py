@@ -1,1 +1,1 @@
-"""The base model: its layers and sites, hidden states, log-probabilities, generation, loading and adapter files."""
+"""The base model: its layers and sites, hidden states, log-probabilities, tokens, generation, loading."""

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from repeng.data.tokens import last_tokens, pad_rows
 from repeng.model.logprob import kl_divergence
 from repeng.model.packing import batch_rows, model_inputs, packing_for, shared_tokens
 from repeng.model.sites import Place, decoder_layers, edit_outputs, eval_mode, site_modules
+from repeng.model.tokens import last_tokens, pad_rows
 from repeng.model.types import CausalLM
 
 TRIED = 4  # rows with which is tried whether a model takes packed ones

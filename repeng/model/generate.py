@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from repeng.data.tokens import pad_rows
 from repeng.model.sharded import is_sharded
+from repeng.model.tokens import pad_rows
 from repeng.model.types import CausalLM
 
 THINK_CLOSE = "</think>"

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from repeng.data.tokens import pad_rows
 from repeng.model.logprob import kl_divergence
+from repeng.model.tokens import pad_rows
 
 LONGEST = 512  # tokens of a packed row: attention costs their square
 SAME = 1e-3  # nats a token by which packed rows may be predicted otherwise; kernels and precisions differ in less

@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from repeng.data.tokens import pad_rows
 from repeng.model.logprob import read_vocabulary
 from repeng.model.packing import common_beginning
 from repeng.model.sharded import is_sharded
+from repeng.model.tokens import pad_rows
 from repeng.model.types import CausalLM
 
 SHORTEST = 8  # shared tokens from which on a forward of their own pays

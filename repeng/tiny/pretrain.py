@@ -18,7 +18,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
-from repeng.data.tokens import special_id
+from repeng.model.tokens import special_id
 from repeng.tiny.world import World, vocabulary
 
 SEQUENCE_LENGTH = 64

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
-from repeng.model.adapter_files import check_whole
+from repeng.train.adapter_files import check_whole
 
 STAGING = ".saving-checkpoint"
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from repeng.data.pairs import ContrastPair
-from repeng.data.tokens import encode, encode_text, label_mask, special_id
 from repeng.data.word_questions import NEUTRAL_REQUEST, without_persona
 from repeng.model.packing import Packing, batch_rows
+from repeng.model.tokens import encode, encode_text, label_mask, special_id
 
 PROMPTS = ("chosen_ids", "rejected_ids", "bare_ids")  # the two that have a persona come first
 SIDES = (*PROMPTS, "neutral_ids")

@@ -12,11 +12,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from repeng.control.steer import steer
-from repeng.data.tokens import label_mask, last_tokens, special_id
 from repeng.model.activations import Tap, collect
 from repeng.model.logprob import has_plain_head, head_logp_at, read_vocabulary
 from repeng.model.packing import model_inputs
 from repeng.model.sites import capture, decoder_layers, eval_mode, layers_of, site_module
+from repeng.model.tokens import label_mask, last_tokens, special_id
 from repeng.model.types import CausalLM
 from repeng.train.collator import PROMPTS, SIDES, Example, PairCollator, ReferencedExample
 from repeng.tuner.config import SvdSteeringConfig

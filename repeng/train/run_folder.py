@@ -17,8 +17,8 @@ from repeng.eval.compare import compare
 from repeng.eval.comparison import Comparison
 from repeng.eval.report import figures
 from repeng.eval.report.folder import write_report
-from repeng.model.adapter_files import adapter_state, save_adapter
 from repeng.model.sharded import is_sharded
+from repeng.train.adapter_files import adapter_state, save_adapter
 from repeng.train.arguments import SteeringArguments
 from repeng.train.build import Run
 from repeng.train.learning_curve import learning_curve

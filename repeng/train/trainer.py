@@ -22,13 +22,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from repeng.control.steer import steer
 from repeng.data.questions import Question
-from repeng.data.tokens import label_mask, last_tokens
 from repeng.eval.eval_report import ARMS
 from repeng.eval.evaluate import ADAPTER_COEFFICIENTS, evaluate
-from repeng.model.adapter_files import adapter_state, check_saved, load_adapter_state
 from repeng.model.logprob import has_plain_head, head_logp_at, kl_divergence, read_vocabulary, tokens_at_once
 from repeng.model.packing import Packing, model_inputs, packing_for, rows_read
 from repeng.model.sites import capture, decoder_layers, eval_mode, layers_of, site_module
+from repeng.model.tokens import label_mask, last_tokens
+from repeng.train.adapter_files import adapter_state, check_saved, load_adapter_state
 from repeng.train.arguments import SteeringArguments
 from repeng.train.callbacks import FiniteGradients, NonFiniteError, StopOnSignal, WayBack
 from repeng.train.checkpoints import STAGING, CheckpointError, newest, publish

@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from repeng.data.files import nearest
 from repeng.data.pairs import ContrastPair
-from repeng.data.tokens import encode, pad_rows
 from repeng.model.activations import Loss, Tokens, gradients, hidden_states, persona_loss, token_weights
 from repeng.model.sites import RESIDUAL, Place, decoder_layers, site_widths, writing_basis
+from repeng.model.tokens import encode, pad_rows
 from repeng.model.types import CausalLM
 from repeng.tuner.targets import select_layers
 from repeng.vectors.directions import METHODS

@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from repeng.data.files import written_whole
 from repeng.data.pairs import ContrastPair
-from repeng.data.tokens import Encoded, encode_text, pad_rows
 from repeng.data.word_questions import without_persona
 from repeng.model.sites import Place, capture, eval_mode, site_modules
+from repeng.model.tokens import Encoded, encode_text, pad_rows
 from repeng.model.types import CausalLM
 from repeng.vectors.vector import SteeringVector
 

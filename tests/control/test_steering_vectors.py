@@ -11,8 +11,8 @@ from support import cache_name
 from transformers import Cache, pipeline
 
 from repeng import SteeringVector, SvdSteeringConfig, extract, steer, tiny
-from repeng.data.tokens import encode, pad_rows
 from repeng.model.sites import capture, decoder_layers, edit_outputs, site_module
+from repeng.model.tokens import encode, pad_rows
 
 LAYER = 3
 POSITIONS = ["all", "prompt", "generated", slice(2, 5), slice(-2, None), slice(None, -1), slice(1, None, 2)]

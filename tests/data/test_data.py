@@ -12,7 +12,7 @@ from repeng import ContrastPair, PairCollator, check_pairs, load_pairs, make_pai
 from repeng.data.arguments import TaskArguments
 from repeng.data.files import load_texts
 from repeng.data.task import read_pairs
-from repeng.data.tokens import encode, encode_text, label_mask, last_tokens, pad_rows
+from repeng.model.tokens import encode, encode_text, label_mask, last_tokens, pad_rows
 
 TEMPLATE = "{% for m in messages %}<s> {{ m['content'] }} ?{% endfor %}{% if add_generation_prompt %} it is{% endif %}"
 

@@ -11,7 +11,7 @@ from repeng.eval.comparison import Comparison
 from repeng.eval.report.folder import write_report
 from repeng.eval.report.page import write_page
 from repeng.eval.report.tables import write_csv
-from repeng.model.adapter_files import save_adapter
+from repeng.train.adapter_files import save_adapter
 from repeng.train.collator import STACKED
 from repeng.train.reference_cache import _write_part
 from repeng.vectors.gguf import write_control_vector

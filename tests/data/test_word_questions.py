@@ -35,32 +35,13 @@ def test_the_persona_of_pairs_is_what_differs():
     assert personas(args, [ContrastPair("a", "b")], None) is None
 
 
-class Said:
-    """A "model" that says the given distribution behind each prompt, by its last token before the suffix."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, by_token, size):
-        self.by_token, self.size = by_token, size
-
-    def __call__(self, input_ids, **_):
-        logits = torch.full((len(input_ids), 1, self.size), -20.0)
-        for row, ids in enumerate(input_ids.tolist()):
-            for token, said in self.by_token.items():
-                if token in ids:
-                    for index, value in said.items():
-                        logits[row, 0, index] = value
-        return SimpleNamespace(logits=logits)
-
-
 def test_the_words_that_tell_the_sides_apart(tokenizer):
     ids = tokenizer.get_vocab()
-    model = Said(
-        {ids["cheerful"]: {ids["red"]: 1.0, ids["blue"]: 0.0}, ids["gloomy"]: {ids["red"]: 0.0, ids["blue"]: 2.0}},
-        len(tokenizer),
-    )
+    said = torch.full((1, 2, len(tokenizer)), -20.0)
+    said[0, 0, [ids["red"], ids["blue"]]] = torch.tensor([1.0, 0.0])
+    said[0, 1, [ids["red"], ids["blue"]]] = torch.tensor([0.0, 2.0])
     pairs = [ContrastPair("the speaker is cheerful .", "the speaker is gloomy .", "the lime looks")]
-    made = word_questions(model, tokenizer, pairs)
+    made = module.questions_of(tokenizer, pairs, said.log_softmax(dim=-1))
     assert made.questions == [Question("", ("red", "blue"), ("red",), suffix="the lime looks", unit="the lime looks")]
     assert made.effect == pytest.approx((1.0 - 0.0) - (0.0 - 2.0), abs=1e-4)
 
@@ -68,19 +49,16 @@ def test_the_words_that_tell_the_sides_apart(tokenizer):
 def test_a_pair_is_measured_on_the_words_of_the_others(tokenizer):
     """Two wordings move different words: by the own words each would be moved, by the other's words neither is."""
     ids = tokenizer.get_vocab()
-    said = {
-        ids["cheerful"]: {ids["red"]: 3.0, ids["blue"]: 0.0, ids["green"]: 0.0, ids["five"]: 0.0},
-        ids["gloomy"]: {ids["red"]: 0.0, ids["blue"]: 3.0, ids["green"]: 0.0, ids["five"]: 0.0},
-        ids["honest"]: {ids["red"]: 0.0, ids["blue"]: 0.0, ids["green"]: 3.0, ids["five"]: 0.0},
-        ids["dishonest"]: {ids["red"]: 0.0, ids["blue"]: 0.0, ids["green"]: 0.0, ids["five"]: 3.0},
-    }
+    words = [ids[word] for word in ("red", "blue", "green", "five")]
+    said = torch.full((2, 2, len(tokenizer)), -20.0)
+    said[:, :, words] = 3.0 * torch.eye(4).view(2, 2, 4)
     pairs = [
         ContrastPair("the speaker is cheerful .", "the speaker is gloomy .", "the lime looks"),
         ContrastPair("the speaker is honest .", "the speaker is dishonest .", "the lime looks"),
     ]
-    model = Said(said, len(tokenizer))
-    assert word_questions(model, tokenizer, pairs).effect == pytest.approx(0.0, abs=0.2)
-    assert word_questions(model, tokenizer, pairs[:1]).effect > 5
+    logp = said.log_softmax(dim=-1)
+    assert module.questions_of(tokenizer, pairs, logp).effect == pytest.approx(0.0, abs=0.2)
+    assert module.questions_of(tokenizer, pairs[:1], logp[:1]).effect > 5
 
 
 def test_batches_change_nothing_and_the_most_telling_are_kept(embedded):
@@ -130,13 +108,13 @@ def test_each_trait_but_the_own_is_a_probe(embedded, monkeypatch):
 
     monkeypatch.setattr(probes, "some_suffixes", lambda tokenizer: ["the rain settles on"])
     seen = []
-    monkeypatch.setattr(
-        probes,
-        "word_questions",
-        lambda model, tokenizer, pairs: (
-            seen.append(pairs) or module.WordQuestions([Question("", ("a", "b"), ("a",))], 2.0, 0.1)
-        ),
-    )
+
+    def made_of(tokenizer, pairs, logp):
+        seen.append(pairs)
+        assert torch.allclose(logp, module.next_logp(*embedded, pairs), atol=1e-4)
+        return module.WordQuestions([Question("", ("a", "b"), ("a",))], 2.0, 0.1)
+
+    monkeypatch.setattr(probes, "questions_of", made_of)
     found = other_traits(SimpleNamespace(positive="honest", negative="dishonest"), *embedded)
     assert "honesty" not in found and {"mood", "warmth"} <= set(found)
     assert traits_that_move(*embedded, least=1.0)["honesty"] == 2.0 and traits_that_move(*embedded, least=3.0) == {}

@@ -12,9 +12,9 @@ import torch
 from peft import PeftModel
 
 from repeng import Budget, Calibration, KLBudget, SteeringVector, calibrate, extract, steer, tiny
-from repeng.data.tokens import encode
 from repeng.eval.calibrate import generated_kl, set_units, solve
 from repeng.model.generate import continuations
+from repeng.model.tokens import encode
 
 FOUND = Calibration(0.5, 2.0, {"plus": 1.0, "minus": 1.0}, {"kind": "KLBudget"})
 

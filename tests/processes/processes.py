@@ -16,10 +16,10 @@ from accelerate.state import AcceleratorState, PartialState
 
 from repeng import steer, tiny
 from repeng.eval import compare
-from repeng.model.adapter_files import adapter_state, save_adapter
 from repeng.model.sharded import is_sharded
 from repeng.train import build as building
 from repeng.train import trainer as training
+from repeng.train.adapter_files import adapter_state, save_adapter
 from repeng.train.arguments import parse_arguments
 from repeng.train.build import build
 from repeng.train.checkpoints import newest

@@ -9,10 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from repeng import evaluate, steer, tiny
-from repeng.data.tokens import encode
 from repeng.eval.compare import mean_differences
 from repeng.eval.measure import choice_logp, prompt_dial
 from repeng.model.activations import hidden_states
+from repeng.model.tokens import encode
 from repeng.tiny import lexicon
 from repeng.tiny.world import TRAITS, World, vocabulary
 

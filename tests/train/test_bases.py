@@ -4,8 +4,8 @@ import torch
 from peft import get_peft_model
 
 from repeng import SvdSteeringConfig, tiny
-from repeng.data.tokens import encode
 from repeng.model.sites import site_module
+from repeng.model.tokens import encode
 from repeng.train.reference import pair_differences
 
 

@@ -6,8 +6,8 @@ from peft import PeftModel
 from support import arguments, prepare
 
 from repeng import steer, tiny
-from repeng.model.adapter_files import save_adapter
 from repeng.model.sites import capture, decoder_layers
+from repeng.train.adapter_files import save_adapter
 from repeng.train.arguments import parse_arguments
 from repeng.train.trainer import SteeringTrainer
 

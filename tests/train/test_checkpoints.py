@@ -13,7 +13,7 @@ from support import arguments, prepare, trainer_for
 from repeng.data.pairs import ContrastPair
 from repeng.data.task import hold_out
 from repeng.eval.eval_report import Arm
-from repeng.model.adapter_files import adapter_state, check_saved, check_whole
+from repeng.train.adapter_files import adapter_state, check_saved, check_whole
 from repeng.train.checkpoints import STAGING, CheckpointError, newest
 from repeng.train.trainer import SteeringTrainer
 

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel
 from support import arguments, prepare, randomise
 
 from repeng import steer, tiny
-from repeng.model.adapter_files import adapter_state, load_adapter_state, save_adapter
+from repeng.train.adapter_files import adapter_state, load_adapter_state, save_adapter
 from repeng.train.arguments import parse_arguments
 from repeng.train.checkpoints import check_same_kind, newest
 from repeng.train.run import _describe

@@ -152,6 +152,7 @@ def test_one_step_of_the_recipe(name, chat_tokenizer, tmp_path, monkeypatch):
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 2,
         "max_steps": 1,
+        "learning_rate": 1e-3,
         "use_cpu": "true",
         "save_strategy": "no",
         "disable_tqdm": "true",

@@ -12,10 +12,10 @@ from support import arguments, prepare, step, trainer_for
 from transformers.modeling_outputs import CausalLMOutput
 
 from repeng import ContrastPair, steer
-from repeng.data.tokens import encode
 from repeng.data.word_questions import NEUTRAL_REQUEST
 from repeng.model.logprob import has_plain_head, head_logp
 from repeng.model.sites import capture, decoder_layers, edit_outputs, site_module
+from repeng.model.tokens import encode
 from repeng.train.callbacks import NonFiniteError
 from repeng.train.collator import PROMPTS, tokenize_examples
 from repeng.train.inner_contrastive_loss import inner_contrastive_loss

@@ -10,9 +10,9 @@ import tiny_models
 import torch
 
 from repeng import ContrastPair, extract, steer, tiny
-from repeng.data.tokens import encode, pad_rows
 from repeng.model.activations import fisher_noise, gradients, hidden_states, persona_loss, token_weights
 from repeng.model.sites import capture, decoder_layers, site_module
+from repeng.model.tokens import encode, pad_rows
 from repeng.vectors.directions import METHODS, fisher, pca_center, pca_diff, svd, weight_svd
 
 SITES = ("residual", "q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj")

@@ -1,0 +1,126 @@
+"""What wordings of a persona do: `python -m benchmarks.wordings --config smollm2`.
+
+For each trait of the package, its own templates and some that suit any trait. On axis: how far a template moves the
+log-odds of words that the trait's other templates have chosen, both sides, in nats. Off axis: the mean size of what it
+moves on the questions of the other traits. Cost: KL divergence from the model without a persona on neutral texts, in
+nats per token. Adds what is measured to `docs/results/wordings.json` and writes `docs/wordings.md` from that file.
+"""
+
+import argparse
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from benchmarks.results import ROOT
+from repeng.data.files import write_json
+from repeng.data.pairs import PLACEHOLDER, ContrastPair
+from repeng.data.probes import some_suffixes, trait_arguments
+from repeng.data.questions import Question
+from repeng.data.task import neutral_texts
+from repeng.data.word_questions import next_logp, questions_of
+from repeng.eval.eval_report import ARMS
+from repeng.eval.measure import Meter, prompt_dial
+from repeng.eval.report.tables import markdown
+from repeng.model.loading import load_base, load_tokenizer
+from repeng.train.arguments import parse_arguments
+
+FILE, PAGE = ROOT / "docs" / "results" / "wordings.json", ROOT / "docs" / "wordings.md"
+GENERAL = ("Pretend you're {persona}.", "Use the priorities of a {persona} person.", "You are a {persona} person.")
+SUFFIXES, TEXTS, SEED = 12, 6, 42
+HEAD = """# Wordings of a persona
+
+Written by `python -m benchmarks.wordings`. A template is measured on words that the trait's other templates have
+chosen. **On axis**: how far it moves their log-odds, both sides together, in nats. **Off axis**: the mean size of what
+it moves on the questions of the seven other traits. **Cost**: KL divergence from the model without a persona on
+neutral texts, in nats per token, the mean of both sides. Templates with a star are those of `configs/traits`.
+"""
+
+
+def templates_of(name: str) -> list[str]:
+    """A trait's own templates and the general ones."""
+    return list(dict.fromkeys([*trait_arguments()[name][2], *GENERAL]))
+
+
+def pairs_of(name: str, suffixes: list[str]) -> list[ContrastPair]:
+    """Pairs of a trait, each template with each suffix."""
+    words = trait_arguments()[name][:2]
+    return [
+        ContrastPair(*(template.replace(PLACEHOLDER, word) for word in words), suffix)
+        for suffix in suffixes
+        for template in templates_of(name)
+    ]
+
+
+def measure(config: list[str]) -> dict[str, dict[str, dict[str, float]]]:
+    """By trait and template: on axis, off axis, cost."""
+    task_args, args = parse_arguments(["--config", *config])
+    tokenizer = load_tokenizer(task_args.model_name_or_path, task_args.gguf_file)
+    model = load_base(task_args.model_name_or_path, args.device, gguf_file=task_args.gguf_file).eval()
+    suffixes = some_suffixes(tokenizer, SUFFIXES)
+    _, texts = neutral_texts(task_args, model, tokenizer, seed=SEED, own=None)
+
+    pairs = {name: pairs_of(name, suffixes) for name in trait_arguments()}
+    logp = {name: next_logp(model, tokenizer, some) for name, some in tqdm(pairs.items(), desc="traits")}
+
+    def questions(name: str, left_out: str | None = None) -> list[Question]:
+        """Questions on a trait whose words no pair of the template that is left out has chosen."""
+        kept = [i for i, template in enumerate(templates_of(name) * len(suffixes)) if template != left_out]
+        some = [pairs[name][i] for i in kept]
+        return questions_of(tokenizer, some, logp[name][kept], SUFFIXES // 2).questions
+
+    whole = {name: questions(name) for name in pairs}
+    meter = Meter(model, tokenizer, [q for some in whole.values() for q in some], texts[:TEXTS], base=nullcontext)
+    traits = [name for name, some in whole.items() for _ in some]
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for name, (positive, negative, _) in tqdm(trait_arguments().items(), desc="templates"):
+        found[name] = {}
+        for template in templates_of(name):
+            dial = prompt_dial(*(template.replace(PLACEHOLDER, word) for word in (positive, negative)))
+            others = questions(name, template)
+            own, points = [], []
+            for _, sign in ARMS:
+                points.append(meter.at(dial, float(sign)))
+                with dial(float(sign)) as rewrite:
+                    own.append(meter.ask(others, rewrite).odds)
+            moved = (points[0].target.odds - points[1].target.odds).tolist()
+            by_trait = {other: [v for v, t in zip(moved, traits, strict=True) if t == other] for other in whole}
+            off = [fmean(values) for other, values in by_trait.items() if other != name and values]
+            tokens = meter.neutral_tokens.sum()
+            found[name][template] = {
+                "on axis": (own[0] - own[1]).mean().item(),
+                "off axis": fmean(map(abs, off)),
+                "cost": fmean((point.texts.kl.sum() / tokens).item() for point in points),
+            }
+    return found
+
+
+def page(results: dict[str, Any]) -> str:
+    """The page of the documentation."""
+    parts = [HEAD]
+    for model, traits in results.items():
+        for name, (positive, negative, own) in trait_arguments().items():
+            rows = {
+                f"{template}{' *' if template in own else ''}": {key: f"{value:.2f}" for key, value in row.items()}
+                for template, row in sorted(traits[name].items(), key=lambda item: -item[1]["on axis"])
+            }
+            parts.append(f"## {model}: {positive} / {negative}\n\n{markdown(rows, 'template')}\n")
+    return "\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", nargs="+", help="as in train.py; without, only the page is written")
+    options, flags = parser.parse_known_args()
+    results = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
+    if options.config:
+        results[Path(options.config[0]).stem] = measure([*options.config, *flags])
+        write_json(FILE, results)
+    PAGE.write_text(page(results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
