@@ -12,7 +12,8 @@ from torch import nn
 
 from repeng import Question, evaluate, steer, tiny
 from repeng.data.questions import load_questions
-from repeng.eval.measure import prompt_dial
+from repeng.eval import measure
+from repeng.eval.measure import Meter, prompt_dial
 from repeng.model.logprob import head_logp
 
 
@@ -97,6 +98,18 @@ def test_a_dial_that_acts_behind_the_head_is_seen(embedded, tokenizer):
     report = evaluate(model, tokenizer, QUESTIONS[:1], dial, [2], neutral_texts=tiny.neutral_texts(2, seed=0))
     assert report.mean_log_odds(2.0) - report.mean_log_odds(0.0) == pytest.approx(2.0, abs=1e-4)
     assert report.kl[report.at(2.0)] > 0 and report.kl[report.at(0.0)] == 0
+
+
+def test_a_dial_is_tried_once_for_each_sign(embedded, monkeypatch):
+    tried = []
+    monkeypatch.setattr(measure, "can_share", lambda model, ids: tried.append(1) or False)
+    meter = Meter(*embedded, QUESTIONS[:1], base=nullcontext)
+    one, other = (lambda c: nullcontext()), (lambda c: nullcontext())
+    counts = []
+    for dial, c in ((one, 1.0), (one, 0.5), (one, -1.0), (one, -2.0), (other, -2.0), (one, 0.0)):
+        meter.at(dial, c)
+        counts.append(len(tried))
+    assert counts == [2, 2, 3, 3, 4, 4]  # the base was tried before
 
 
 def test_choices_order_batch_size_and_padding_side_do_not_matter(embedded, tokenizer):

@@ -97,6 +97,19 @@ def test_files_of_other_keys_are_dropped(run, tmp_path):
     assert new != old
 
 
+def test_the_order_is_kept_whatever_goes_through_the_model_together(run):
+    """Examples with the same neutral text are computed together."""
+    texts = [example["neutral_ids"] for example in run.examples[:3]]
+    examples = [{**example, "neutral_ids": texts[-i % 3]} for i, example in enumerate(run.examples)]
+    together = fresh(run, examples)
+    for example, found in zip(examples, together, strict=True):
+        (alone,) = fresh(run, [example])
+        assert found["chosen_ids"] == example["chosen_ids"]
+        for name in ("ref_hs", "ref_gap"):
+            assert torch.allclose(found[name], alone[name], atol=1e-4)
+        assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(found["ref_logp"], alone["ref_logp"], strict=True))
+
+
 def test_training_reads_the_file(tmp_path, monkeypatch):
     args = arguments(tmp_path, num_pairs=8)
     prepared = prepare(args)
