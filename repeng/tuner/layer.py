@@ -222,6 +222,10 @@ class Linear(nn.Module, SvdSteeringLayer):
             if not self.single_core(name).isfinite().all():
                 raise ValueError(f"adapter {name!r} gives NaN or infinite weights; it seems to be broken")
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """For PEFT's `convert_to_lora`, which asks for the change of the weight at the coefficient that is set."""
+        return adapter_name in self.r
+
     @torch.no_grad()
     def single_core(self, adapter_name: str) -> Tensor:
         """K(c), `(r r)` in float32, at a coefficient that is one number; exactly zero at 0."""

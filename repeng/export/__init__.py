@@ -1,0 +1,22 @@
+"""Adapters in forms that other software reads: plain LoRA files, whole models, steering vectors."""
+
+from typing import TYPE_CHECKING
+
+from repeng._imports import lazily
+
+if TYPE_CHECKING:
+    from repeng.export.lora import export_dial, export_lora
+    from repeng.export.merged import export_merged
+    from repeng.export.vectors import vector_of
+else:
+    __getattr__, __dir__ = lazily(
+        __name__,
+        {
+            "export_dial": "repeng.export.lora",
+            "export_lora": "repeng.export.lora",
+            "export_merged": "repeng.export.merged",
+            "vector_of": "repeng.export.vectors",
+        },
+    )
+
+__all__ = ["export_dial", "export_lora", "export_merged", "vector_of"]

@@ -1,0 +1,143 @@
+"""Adapters as plain LoRA files, which PEFT, vLLM and others read without this package."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from repeng.data.files import staged, write_json
+from repeng.export.factors import Factors, adapter_to_export, factors_at
+from repeng.tuner.base import base_of
+
+WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what its max_lora_rank may be (vLLM 0.32)
+
+
+def export_lora(
+    model: nn.Module, path: str | Path, coefficient: float | Sequence[float] = 1.0, adapter_name: str | None = None
+) -> list[Path]:
+    """Write what an adapter does at a coefficient as a plain LoRA: exact, and fixed there.
+
+    Args:
+        model: a model with a steering or LoRA adapter.
+        path: folder of the LoRA; of several coefficients, the folder in which each gets its own.
+        coefficient: one, or several.
+        adapter_name: which adapter; by default the only active one.
+
+    Returns:
+        The folders that were written.
+
+    Raises:
+        ValueError: the adapter acts on the residual stream, or there is no such adapter.
+        OSError: the folder cannot be written.
+    """
+    name, single = adapter_to_export(model, adapter_name), not isinstance(coefficient, Sequence)
+    wanted = [float(coefficient)] if single else [float(c) for c in coefficient]
+    if not wanted or len(set(wanted)) != len(wanted):
+        raise ValueError(f"coefficients must be at least one, each once; got {wanted}")
+    written = []
+    for c in wanted:
+        folder = Path(path) if single else Path(path) / f"c{c:+g}"
+        card = f"What `repeng`'s steering adapter does at coefficient {c:g}, exactly, as a plain LoRA."
+        _write(model, folder, factors_at(model, c, name), name, card)
+        written.append(folder)
+    return written
+
+
+def export_dial(model: nn.Module, path: str | Path, adapter_name: str | None = None) -> list[Path]:
+    """Write an adapter as LoRAs whose scales are functions of one coefficient, for engines that take scales.
+
+    `odd`, the half difference of what it does at +1 and at −1, is scaled by c; `even`, the half sum, by c². Together
+    they are exact at −1, 0 and 1, and near to it in between. Of an adapter that is a LoRA itself there is no even
+    part, and the odd one is exact at every c.
+
+    Args:
+        model: a model with a steering or LoRA adapter.
+        path: the folder in which each LoRA gets its own, beside `dial.json`.
+        adapter_name: which adapter; by default the only active one.
+
+    Returns:
+        The folders that were written.
+
+    Raises:
+        ValueError, OSError: as `export_lora`.
+    """
+    name = adapter_to_export(model, adapter_name)
+    plus, minus = (factors_at(model, c, name) for c in (1.0, -1.0))
+    parts = {
+        part: {key: Factors(one.a, (one.b + sign * minus[key].b) / 2) for key, one in plus.items()}
+        for part, sign in (("odd", -1.0), ("even", 1.0))
+    }
+    scales = {"odd": "c", "even": "c * c"}
+    if not any(factors.b.any() for factors in parts["even"].values()):
+        del parts["even"], scales["even"]
+    for part, factors in parts.items():
+        card = f"The {part} part of `repeng`'s steering adapter. At coefficient c its scale is {scales[part]}."
+        _write(model, Path(path) / part, factors, name, card)
+    write_json(Path(path) / "dial.json", scales)
+    return [Path(path) / part for part in parts]
+
+
+def _write(model: nn.Module, folder: Path, factors: Mapping[str, Factors], adapter_name: str, sentence: str) -> None:
+    """A LoRA of one rank on the modules of `factors`, whole or not at all."""
+    r = max(one.a.shape[0] for one in factors.values())
+    tensors: dict[str, Tensor] = {}
+    for module, one in factors.items():
+        missing = r - one.a.shape[0]
+        prefix = f"base_model.model.{module}"
+        tensors[f"{prefix}.lora_A.weight"] = torch.nn.functional.pad(one.a, (0, 0, 0, missing)).contiguous()
+        tensors[f"{prefix}.lora_B.weight"] = torch.nn.functional.pad(one.b, (0, missing)).contiguous()
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise ValueError(f"adapter {adapter_name!r} gives NaN or infinite weights; it seems to be broken")
+    config = _config(model, adapter_name, sorted(factors), r)
+    with staged(folder, (WEIGHTS, CONFIG, CARD)) as place:
+        save_file(tensors, place / WEIGHTS, metadata={"format": "pt"})
+        config.save_pretrained(str(place))
+        (place / CARD).write_text(_card(config, folder, sentence), encoding="utf-8")
+
+
+def _config(model: nn.Module, adapter_name: str, modules: list[str], r: int) -> LoraConfig:
+    own: Any = getattr(model, "peft_config", {}).get(adapter_name)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return LoraConfig(
+        r=r,
+        lora_alpha=r,
+        target_modules=modules,
+        task_type=getattr(own, "task_type", None),
+        base_model_name_or_path=getattr(own, "base_model_name_or_path", None),
+        fan_in_fan_out=any(isinstance(base_of(base.get_submodule(name)), Conv1D) for name in modules),
+        inference_mode=True,
+    )
+
+
+def _card(config: LoraConfig, folder: Path, sentence: str) -> str:
+    """The README of an exported LoRA: how to load and how to serve it."""
+    base = config.base_model_name_or_path or "BASE"
+    rank = next((rank for rank in VLLM_RANKS if rank >= config.r), None)
+    served = (
+        f"vLLM has no rank above {VLLM_RANKS[-1]}, and this LoRA has rank {config.r}: merge it to serve it there."
+        if rank is None
+        else f"```bash\nvllm serve {base} --enable-lora --max-lora-rank {rank} "
+        f"--lora-modules {folder.name.replace('+', 'plus')}={folder}\n```"
+    )
+    return f"""---
+library_name: peft
+base_model: {base}
+tags: [steering, repeng, lora]
+---
+{sentence}
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{folder}")
+```
+
+{served}
+"""
