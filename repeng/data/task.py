@@ -19,7 +19,13 @@ from repeng.data.files import cache_folder, load_texts, write_json
 from repeng.data.pairs import PLACEHOLDER, ContrastPair, load_pairs, make_pairs, require_sound
 from repeng.data.probes import Probe, other_traits, robustness
 from repeng.data.questions import Question, choice_ids, load_questions
-from repeng.data.word_questions import NEUTRAL_REQUEST, persona_sentences, word_questions
+from repeng.data.word_questions import (
+    NEUTRAL_REQUEST,
+    persona_sentences,
+    shared_sentences,
+    without_persona,
+    word_questions,
+)
 from repeng.model.identity import model_key
 from repeng.model.tokens import encode, special_id
 
@@ -170,27 +176,28 @@ def split_pairs(
 def hold_out(pairs: list[ContrastPair], most: int = MAX_PAIRS) -> tuple[list[ContrastPair], list[ContrastPair]]:
     """The pairs without a share of them, and that share, at least one pair and at most `most`.
 
-    No suffix is on both sides, unless all pairs have the same.
+    No suffix is on both sides, or, of pairs without one, no text behind the persona; unless all pairs have the same.
     """
     n = min(most, max(1, round(HELD_OUT_SHARE * len(pairs))))
-    counts = Counter(pair.suffix for pair in pairs)
+    ends = [pair.suffix or without_persona(pair, has_template=False) for pair in pairs]
+    counts = Counter(ends)
     if len(counts) == 1:
         return pairs[n:], pairs[:n]
     held_back: set[str] = set()
     total = 0
-    for suffix, count in counts.items():
+    for end, count in counts.items():
         if total >= n:
             break
-        held_back.add(suffix)
+        held_back.add(end)
         total += count
-    held = [pair for pair in pairs if pair.suffix in held_back]
-    return [pair for pair in pairs if pair.suffix not in held_back], held[:n]
+    held = [pair for pair, end in zip(pairs, ends, strict=True) if end in held_back]
+    return [pair for pair, end in zip(pairs, ends, strict=True) if end not in held_back], held[:n]
 
 
 def personas(args: TaskArguments, pairs: Sequence[ContrastPair], own: Task | None) -> tuple[str, str] | None:
     """Openings for the prompt baseline; None where only whole texts say what the behaviour is."""
     if args.positive is None or args.negative is None:
-        if not all(pair.suffix for pair in pairs):
+        if not all(pair.suffix or shared_sentences(pair) for pair in pairs):
             return None
         ((opening, count), *_) = Counter(map(persona_sentences, pairs)).most_common(1)
         return opening if count >= SAME_OPENING * len(pairs) else None

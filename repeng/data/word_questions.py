@@ -92,16 +92,20 @@ def questions_of(
 
 
 def without_persona(pair: ContrastPair, *, has_template: bool) -> str:
-    """What is asked of the model where a pair has a persona.
+    """What is asked of the model where a pair has a persona: the prompt without the sentences in which sides differ.
 
-    Without a chat template, the suffix alone. With one, the prompt without the sentences in which the sides differ, or
-    a neutral request if nothing is left.
+    If nothing is left, with a chat template, a neutral request; without one, the words that both sides end with.
+    Without a chat template, nothing stands before a suffix.
     """
-    if not has_template:
-        return "" if pair.suffix else _shared_end(pair.chosen, pair.rejected)
+    if pair.suffix and not has_template:
+        return ""
+    return shared_sentences(pair) or (NEUTRAL_REQUEST if has_template else _shared_end(pair.chosen, pair.rejected))
+
+
+def shared_sentences(pair: ContrastPair) -> str:
+    """The sentences that the prompts of a pair have in common."""
     rejected = SENTENCE.split(pair.rejected)
-    kept = " ".join(sentence for sentence in SENTENCE.split(pair.chosen) if sentence in rejected).strip()
-    return kept or NEUTRAL_REQUEST
+    return " ".join(sentence for sentence in SENTENCE.split(pair.chosen) if sentence in rejected).strip()
 
 
 def persona_sentences(pair: ContrastPair) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from repeng.data import word_questions as module
 from repeng.data.pairs import ContrastPair
 from repeng.data.probes import ROBUSTNESS, other_traits, robustness, some_suffixes, traits_that_move
 from repeng.data.questions import Question
-from repeng.data.task import personas
+from repeng.data.task import hold_out, personas
 from repeng.data.word_questions import NEUTRAL_REQUEST, persona_sentences, without_persona, word_questions
 
 PAIR = ContrastPair("You are cheerful. Tell me of the sea.", "You are gloomy. Tell me of the sea.", "It is")
@@ -23,6 +23,8 @@ def test_the_persona_is_taken_out():
     assert without_persona(alone, has_template=True) == NEUTRAL_REQUEST
     text = ContrastPair("cheerful people say that rain", "gloomy people say that rain")
     assert without_persona(text, has_template=False) == "people say that rain"
+    whole = ContrastPair("Hear a cheerful voice. The rain is", "Hear a gloomy voice. The rain is")
+    assert without_persona(whole, has_template=False) == "The rain is"
 
 
 def test_the_persona_of_pairs_is_what_differs():
@@ -32,7 +34,17 @@ def test_the_persona_of_pairs_is_what_differs():
     assert personas(args, same, None) == ("You are cheerful.", "You are gloomy.")
     apart = [ContrastPair(f"I like {a}.", f"I hate {a}.", "It is") for a in "abcdef"]
     assert personas(args, apart, None) is None
+    whole = [ContrastPair(f"Be {a}. I see {x}", f"Be {b}. I see {x}") for a, b in ("up", "no") for x in "xyz"]
+    assert personas(args, whole, None) == ("Be u.", "Be p.")
+    assert personas(args, [ContrastPair("I like rain", "I hate rain")] * 9, None) is None
     assert personas(args, [ContrastPair("a", "b")], None) is None
+
+
+def test_texts_that_are_held_out_are_not_learned_behind_another_persona():
+    whole = [ContrastPair(f"Be {a}. I see {x}", f"Be {b}. I see {x}") for a, b in ("up", "no", "hi") for x in "vwxyz"]
+    learned, held = hold_out(whole)
+    ends = [{pair.chosen.split(". ")[1] for pair in some} for some in (learned, held)]
+    assert held and len(learned) == 12 and not ends[0] & ends[1]
 
 
 def test_the_words_that_tell_the_sides_apart(tokenizer):
