@@ -1,4 +1,4 @@
-"""The command line: `repeng train`, `repeng evaluate PATH` and `repeng calibrate PATH`.
+"""The command line: `repeng train`, `repeng evaluate PATH`, `repeng calibrate PATH` and `repeng export PATH`.
 
 It is parsed, and the names in it are checked, before anything slow is imported.
 """
@@ -62,6 +62,7 @@ MEASURES: dict[str, type[MeasureArguments]] = {
     "evaluate": EvaluateArguments,
     "calibrate": CalibrateArguments,
 }
+EXPORTS = ("lora", "dial", "merged", "gguf")
 TRAIN_USAGE = "repeng train [--config NAME_OR_FILE ...] [--KEY VALUE ...] [FLAGS OF accelerate launch]"
 
 
@@ -71,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if argv[:1] == ["train"]:
             train(argv[1:])
+        elif argv[:1] == ["export"]:
+            export(argv)
         else:
             _measure(argv)
     except (ValueError, OSError, ImportError) as error:
@@ -97,6 +100,23 @@ def make_parser() -> argparse.ArgumentParser:
         )
         add_keys(command, [kind], "keys of this command")
         add_keys(command, [TaskArguments], "keys of the task: which model, behaviour and data")
+    exporting = commands.add_parser(
+        "export",
+        help="write an adapter or a vector in a form that other software reads",
+        description="lora: a plain PEFT LoRA for each coefficient. dial: LoRAs whose scales follow one coefficient. "
+        "merged: a whole model at one coefficient. gguf: a control vector for llama.cpp, of a vector or of biases.",
+        allow_abbrev=False,
+    )
+    exporting.add_argument("path", type=Path, metavar="PATH", help="folder of an adapter, or file of a vector")
+    exporting.add_argument("--to", choices=EXPORTS, required=True)
+    exporting.add_argument(
+        "--coefficients", nargs="+", type=float, default=[1.0], metavar="C", help="of lora and merged. Default: 1."
+    )
+    exporting.add_argument("--output", type=Path, help="where to; by default beside PATH, named after --to")
+    exporting.add_argument(
+        "--model_name_or_path", help="the base; by default as PATH/config.yaml or adapter_config.json says"
+    )
+    exporting.add_argument("--gguf_file", help="name of a GGUF file in that folder or on the hub")
     training = commands.add_parser(
         "train",
         help="train an adapter",
@@ -125,6 +145,26 @@ def train(argv: list[str]) -> None:
     from repeng.train.launch import launch
 
     launch(argv)
+
+
+def export(argv: list[str]) -> None:
+    """Check what was asked for, then write."""
+    options = make_parser().parse_args(_path_first(argv))
+    if not options.path.exists():
+        raise ValueError(f"there is no adapter and no vector at {str(options.path)!r}")
+    is_vector = options.path.is_file()
+    if is_vector and options.to != "gguf":
+        raise ValueError(f"{options.path} is a vector, which adds to activations and not to weights: use --to gguf")
+    if options.to not in ("lora", "merged") and options.coefficients != [1.0]:
+        raise ValueError(f"--coefficients are for lora and merged; a {options.to} serves all of them")
+    if options.to == "merged" and len(options.coefficients) != 1:
+        raise ValueError(f"a merged model stands at one coefficient; got {options.coefficients}")
+    output = options.output or options.path.with_name(f"{options.path.stem}-{options.to}")
+    if options.to == "gguf" and output.suffix != ".gguf":
+        output = output.with_suffix(".gguf")
+    from repeng.commands import export as write
+
+    write(options.path, options.to, options.coefficients, output, options.model_name_or_path, options.gguf_file)
 
 
 def _path_first(argv: list[str]) -> list[str]:

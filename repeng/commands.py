@@ -1,14 +1,15 @@
-"""What `repeng evaluate` and `repeng calibrate` do with the folder of an adapter, or the file of a vector."""
+"""What the commands do with the folder of an adapter, or the file of a vector."""
 
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
+import yaml
 from accelerate import PartialState
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,6 +27,7 @@ from repeng.eval.eval_report import ARMS
 from repeng.eval.measure import Dial
 from repeng.eval.report.folder import write_report
 from repeng.eval.report.tables import print_doses, print_table
+from repeng.export import export_dial, export_lora, export_merged, vector_of
 from repeng.model.loading import load_base, load_tokenizer
 from repeng.model.types import CausalLM
 from repeng.train.adapter_files import save_adapter
@@ -151,6 +153,45 @@ def calibrate(
                 f"{calibration.spent[arm]:.0%}"
             )
     print(stored)
+
+
+def export(
+    path: Path, to: str, coefficients: list[float], output: Path, model_name_or_path: str | None, gguf_file: str | None
+) -> None:
+    """Write an adapter or a vector in a form that other software reads, and say where.
+
+    Raises:
+        ValueError: the base is not said anywhere, or the adapter has no such form.
+    """
+    check_writable(output.parent)
+    if path.is_file():
+        SteeringVector.load(path).save_gguf(output)
+        print(f"written: {output}")
+        return
+    name, gguf_file = (model_name_or_path, gguf_file) if model_name_or_path else _base_of(path)
+    model = PeftModel.from_pretrained(load_base(name, gguf_file=gguf_file), path)
+    if to == "gguf":
+        vector_of(model).save_gguf(output)
+        written = [output]
+    elif to == "merged":
+        written = export_merged(model, output, coefficients[0], load_tokenizer(name, gguf_file))
+    elif to == "dial":
+        written = export_dial(model, output)
+    else:
+        written = export_lora(model, output, coefficients if len(coefficients) > 1 else coefficients[0])
+    for place in written:
+        print(f"written: {place}")
+
+
+def _base_of(folder: Path) -> tuple[str, str | None]:
+    """Name and GGUF file of the base, from the configuration of the run or that of the adapter."""
+    keys: dict[str, Any] = {}
+    if (folder / "config.yaml").is_file():
+        keys = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
+    name = keys.get("model_name_or_path") or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    if not name:
+        raise ValueError(f"{folder} does not say of which base it is; give --model_name_or_path")
+    return name, keys.get("gguf_file")
 
 
 def _load_task_model(task_args: TaskArguments, seed: int, use_cpu: bool, bf16: bool) -> Base:

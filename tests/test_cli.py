@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from repeng import KLBudget, SteeringVector, SvdSteeringConfig, extract, steer, tiny
 from repeng.cli import CalibrateArguments, EvaluateArguments, _path_first, main, make_parser
@@ -127,6 +128,51 @@ def test_a_lora_is_calibrated_by_its_weights(base, tmp_path, batch):
         main([*argv, "--nats", "50"])
     again = load_file(folder / "adapter_model.safetensors")
     assert all(torch.equal(again[key], tensor) for key, tensor in after.items())
+
+
+@pytest.mark.parametrize("to", ["lora", "dial", "merged"])
+def test_an_adapter_is_exported(adapter_folder, batch, to, capsys):
+    own = PeftModel.from_pretrained(tiny.load()[0], adapter_folder)
+    coefficients = {"lora": ["-1", "0.5"], "merged": ["-1"]}.get(to, [])
+    main(["export", str(adapter_folder), "--to", to, *(["--coefficients", *coefficients] if coefficients else [])])
+    folder = adapter_folder.with_name(f"adapter-{to}")
+    places = {"lora": ["c-1", "c+0.5"], "dial": ["odd", "even"], "merged": [""]}[to]
+    assert [line.removeprefix("written: ") for line in capsys.readouterr().out.splitlines()] == [
+        str(folder / place) for place in places
+    ]
+    with torch.no_grad(), steer(own, -1.0):
+        expected = own(batch).logits
+    if to == "merged":
+        plain = AutoModelForCausalLM.from_pretrained(folder)
+        assert (folder / "tokenizer.json").is_file()
+    else:
+        plain = PeftModel.from_pretrained(tiny.load()[0], folder / places[0])
+    if to != "dial":
+        with torch.no_grad():
+            assert torch.allclose(plain(batch).logits, expected, atol=1e-4)
+
+
+def test_a_vector_is_exported(vector_file):
+    main(["export", str(vector_file), "--to", "gguf"])
+    again = SteeringVector.load_gguf(vector_file.with_name("mood-gguf.gguf"))
+    assert [*again.directions] == [("residual", 2)]
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["export", "nowhere", "--to", "lora"], "nowhere"),
+        (["export", "{vector}", "--to", "lora"], "use --to gguf"),
+        (["export", "{folder}", "--to", "dial", "--coefficients", "2"], "serves all of them"),
+        (["export", "{folder}", "--to", "merged", "--coefficients", "1", "2"], "at one coefficient"),
+        (["export", "{folder}", "--to", "gguf"], "it is no steering vector"),
+        (["export", "{folder}", "--to", "lora", "--output", "{vector}/out"], "mood.safetensors"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused(vector_file, adapter_folder, argv, message):
+    with pytest.raises(SystemExit) as stop:
+        main([word.replace("{vector}", str(vector_file)).replace("{folder}", str(adapter_folder)) for word in argv])
+    assert message in str(stop.value)
 
 
 @pytest.mark.parametrize(
