@@ -165,7 +165,7 @@ def test_a_vector_is_exported(vector_file):
         (["export", "{vector}", "--to", "lora"], "use --to gguf"),
         (["export", "{folder}", "--to", "dial", "--coefficients", "2"], "serves all of them"),
         (["export", "{folder}", "--to", "merged", "--coefficients", "1", "2"], "at one coefficient"),
-        (["export", "{folder}", "--to", "gguf"], "it is no steering vector"),
+        (["export", "{folder}", "--to", "gguf"], "Export it as a LoRA"),
         (["export", "{folder}", "--to", "lora", "--output", "{vector}/out"], "mood.safetensors"),
     ],
 )

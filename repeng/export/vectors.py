@@ -19,8 +19,11 @@ def vector_of(model: nn.Module, adapter_name: str = "default") -> SteeringVector
     layers = [one for one in model.modules() if isinstance(one, SvdSteeringLayer) and adapter_name in one.r]
     sites = [one for one in layers if isinstance(one, Residual) and adapter_name not in one.svd_steering_in]
     if not layers or len(sites) < len(layers):
-        what = "does more than shift the residual stream" if layers else "is not there"
-        raise ValueError(f"adapter {adapter_name!r} {what}, so that it is no steering vector")
+        what = "does more than that" if layers else "is none of this package"
+        raise ValueError(
+            f"only an adapter that shifts the residual stream (adapter: bias) is a steering vector; {adapter_name!r} "
+            f"{what}. Export it as a LoRA"
+        )
     directions = {}
     for site in sites:
         (layer,) = layers_of(model, [site.get_base_layer()])
