@@ -17,7 +17,7 @@ from repeng.data.word_questions import WordQuestions, next_logp, questions_of
 from repeng.model.tokens import plain_ids
 
 TRAIT_SUFFIXES, TRAIT_TEMPLATES = 6, 2
-MOST = 24  # questions of a probe
+MOST = 16  # questions of a probe
 ROBUSTNESS = ("argued against", "reworded", "another language", "several turns")
 REWORDED = "I have something for you. {prompt} Thank you in advance."
 FOREIGN = "Hola, tengo una petición. {prompt} Muchas gracias por tu ayuda."

@@ -37,12 +37,12 @@ MAX_SCREENED = 12  # layers; about half of them are measured
 SCREEN_PAIRS, SCREEN_TEXTS = 12, 4
 SCREENED_DEPTH = (0.2, 0.95)
 SCREENED = 6  # coefficients of a layer, about
-SAMPLES, SAMPLE_TOKENS = 8, 24
+SAMPLES, SAMPLE_TOKENS = 6, 24
 RANDOM_DIRECTIONS = 3
 TRACED = 12  # coefficients of a dial, about
 LARGEST = 64.0  # no larger coefficient is tried
 SAME = 2e-3  # nats by which two measurements of the same base may differ
-CACHED = 2  # counts up when what is measured of a baseline changes
+CACHED = 3  # counts up when what is measured of a baseline changes
 ADAPTER, PROMPTS, MEAN_DIFF, RANDOM = "this adapter", "persona prompts", "mean difference", "random direction"
 
 
@@ -277,8 +277,11 @@ class Tracer:
         return self.meter.at(dial, c)
 
     def _probed(self, context: Callable[[], AbstractContextManager[Any]], side: int) -> dict[str, Answers]:
+        asked = {name: sides[side] for name, sides in self.probes.items()}
         with eval_mode(self.meter.model), context() as rewrite:
-            return {name: self.meter.ask(sides[side], rewrite) for name, sides in self.probes.items()}
+            answers = self.meter.ask([question for some in asked.values() for question in some], rewrite)
+        parts = zip(*(part.split([*map(len, asked.values())]) for part in answers), strict=True)
+        return {name: Answers(*part) for name, part in zip(asked, parts, strict=True)}
 
     def _samples(self, dial: Dial, c: float) -> list[Sample]:
         """What the dial writes on some of the target questions, evenly spaced."""
