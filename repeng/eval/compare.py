@@ -160,8 +160,11 @@ def measure_baselines(
     untrained, vector = f"{MEAN_DIFF} (layer {best})", vector_dial(model, vectors[best], off)
     report, probes[untrained] = tracer.look(vector, tracer.trace(vector))
     found[untrained] = [report]
-    noise = [vectors[best].random_like(seed=seed) for seed in range(RANDOM_DIRECTIONS)]
-    drawn = [tracer.trace(vector_dial(model, one, off), few=True) for one in noise]
+    drawn: list[EvalReport] = []
+    for seed in range(RANDOM_DIRECTIONS):
+        noise = vector_dial(model, vectors[best].random_like(seed=seed), off)
+        start = drawn[-1].endpoint(+1) if drawn else 0.0  # they are alike
+        drawn.append(tracer.trace(noise, few=True, start=start or 1.0))
     # Which end of a random direction is + is arbitrary as well.
     found[RANDOM] = [report for one in drawn for report in (one, one.mirrored())]
     return Baselines(found, untrained, probes)
@@ -194,9 +197,12 @@ class Progress:
 
 
 def trace(
-    meter: Meter, dial: Dial, targets: Mapping[int, Sequence[float]], step: Callable[[], object]
+    meter: Meter, dial: Dial, targets: Mapping[int, Sequence[float]], step: Callable[[], object], start: float = 1.0
 ) -> dict[float, Point]:
-    """A dial at coefficients whose costs are near `targets`, by arm; calls `step` for each."""
+    """A dial at coefficients whose costs are near `targets`, by arm; calls `step` for each.
+
+    The search begins at `start`, and that of the second arm where the first one found its least cost.
+    """
     points: dict[float, Point] = {}
     tokens = meter.neutral_tokens.sum().item()
 
@@ -206,7 +212,10 @@ def trace(
         return points[c].texts.kl.sum().item() / tokens
 
     for sign, costs in targets.items():
-        find_costs(lambda c, s=sign: cost(s * c), sorted(set(costs)), start=1.0, largest=LARGEST)
+        wanted = sorted(set(costs))
+        known = find_costs(lambda c, s=sign: cost(s * c), wanted, start=start, largest=LARGEST)
+        usable = [c for c, value in known.items() if 0 < value < math.inf]
+        start = min(usable, key=lambda c: abs(math.log(known[c] / wanted[0])), default=start)
     return points
 
 
@@ -240,11 +249,11 @@ class Tracer:
         points = {float(sign): self._point(dial, float(sign)) for _, sign in ARMS}
         return replace(self.meter.report(points), discrete=True, operating=(-1.0, 1.0))
 
-    def trace(self, dial: Dial, few: bool = False) -> EvalReport:
-        """A dial near every cost, and near the edge of the budget; near two costs if `few`."""
+    def trace(self, dial: Dial, few: bool = False, start: float = 1.0) -> EvalReport:
+        """A dial near every cost and the edge of the budget, or near two costs if `few`; for `start` see `trace`."""
         fixed = (PLAIN_COST,) if few else FIXED_COSTS
         points = trace(
-            self.meter, dial, {sign: [cost, *fixed] for sign, cost in self.costs.items()}, self.progress.step
+            self.meter, dial, {sign: [cost, *fixed] for sign, cost in self.costs.items()}, self.progress.step, start
         )
 
         def measure(c: float) -> None:

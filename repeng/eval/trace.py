@@ -52,6 +52,9 @@ def _guess(known: dict[float, float], target: float, largest: float) -> float | 
     low, high = max(below, default=None), min(above, default=None)
     if low == largest:
         return None
+    if low is not None and high is not None and known[low] > 0 and known[high] < math.inf:
+        share = math.log(target / known[low]) / math.log(known[high] / known[low])
+        return low * (high / low) ** min(max(share, 0.1), 0.9)
     usable = sorted(
         (c for c, value in known.items() if 0 < value < math.inf), key=lambda c: abs(math.log(known[c] / target))
     )

@@ -122,10 +122,9 @@ def build(
         if args.eval_strategy != "no":
             task, validation, validation_texts = _hold_back(args, task, model, tokenizer)
     _check_batch(args, len(task.pairs))
-    task = replace(task, pairs=_seen(args, task.pairs))
     config = lora_config(args, sites, model) if args.adapter == "lora" else _svd_config(args, sites)
     adapted = cast(PeftModel, get_peft_model(model, config))
-    examples = tokenize_examples(tokenizer, task.pairs, task.neutral_texts, args.seed)
+    examples = tokenize_examples(tokenizer, _seen(args, task.pairs), task.neutral_texts, args.seed)
     if args.adapter == "svd" and args.directions == "pairs":
         differences = pair_differences(adapted, tokenizer, examples, args.last_n_tokens)
         cast(SvdSteeringModel, adapted.base_model).select_directions(differences)
@@ -172,7 +171,7 @@ def _check_batch(args: SteeringArguments, n_pairs: int) -> None:
 
 
 def _seen(args: SteeringArguments, pairs: list[ContrastPair]) -> list[ContrastPair]:
-    """The pairs that training gets to see: what the base gives on others need not be known, nor what a vector does."""
+    """The pairs that training gets to see: what the base gives on others need not be known."""
     n = args.max_steps * args.pairs_per_step
     return pairs[:n] if 0 < n < len(pairs) else pairs
 
