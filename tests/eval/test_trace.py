@@ -27,7 +27,7 @@ def test_a_square_is_found_in_one_step_for_each_target(scale):
     "cost",
     [
         lambda c: 0.001 * c**6,
-        lambda c: 0.041 * c**12,
+        lambda c: 0.041 * c**11,
         lambda c: 0.2 * c,
         lambda c: 0.01 * c**2 + math.exp(4 * (c - 3)),
         lambda c: math.nan if c > 8 else 0.01 * c**2,
