@@ -61,6 +61,8 @@ def measure(config: list[str]) -> dict[str, dict[str, dict[str, float]]]:
     tokenizer = load_tokenizer(task_args.model_name_or_path, task_args.gguf_file)
     model = load_base(task_args.model_name_or_path, args.device, gguf_file=task_args.gguf_file).eval()
     suffixes = some_suffixes(tokenizer, SUFFIXES)
+    if not suffixes:
+        raise ValueError("this model has no words for the package's beginnings of answers")
     _, texts = neutral_texts(task_args, model, tokenizer, seed=SEED, own=None)
 
     pairs = {name: pairs_of(name, suffixes) for name in trait_arguments()}
@@ -81,6 +83,8 @@ def measure(config: list[str]) -> dict[str, dict[str, dict[str, float]]]:
         for template in templates_of(name):
             dial = prompt_dial(*(template.replace(PLACEHOLDER, word) for word in (positive, negative)))
             others = questions(name, template)
+            if not others:
+                continue  # no word tells the sides apart
             own, points = [], []
             for _, sign in ARMS:
                 points.append(meter.at(dial, float(sign)))
@@ -117,7 +121,7 @@ def main() -> None:
     options, flags = parser.parse_known_args()
     results = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
     if options.config:
-        results[Path(options.config[0]).stem] = measure([*options.config, *flags])
+        results[Path(options.config[0]).name.removesuffix(".yaml")] = measure([*options.config, *flags])
         write_json(FILE, results)
     PAGE.write_text(page(results), encoding="utf-8")
 

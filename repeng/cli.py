@@ -104,7 +104,8 @@ def make_parser() -> argparse.ArgumentParser:
         "export",
         help="write an adapter or a vector in a form that other software reads",
         description="lora: a plain PEFT LoRA for each coefficient. dial: LoRAs whose scales follow one coefficient. "
-        "merged: a whole model at one coefficient. gguf: a control vector for llama.cpp, of a vector or of biases.",
+        "merged: a whole model at one coefficient. gguf: a control vector for llama.cpp, of a vector or of biases, "
+        "which must leave out layer 0.",
         allow_abbrev=False,
     )
     exporting.add_argument("path", type=Path, metavar="PATH", help="folder of an adapter, or file of a vector")
@@ -154,14 +155,20 @@ def export(argv: list[str]) -> None:
         raise ValueError(f"there is no adapter and no vector at {str(options.path)!r}")
     is_vector = options.path.is_file()
     if is_vector and options.to != "gguf":
-        raise ValueError(f"{options.path} is a vector, which adds to activations and not to weights: use --to gguf")
+        raise ValueError(
+            f"{options.path} is a file, so a vector, which adds to activations and not to weights: use --to gguf. "
+            "An adapter is a folder"
+        )
     if options.to not in ("lora", "merged") and options.coefficients != [1.0]:
         raise ValueError(f"--coefficients are for lora and merged; a {options.to} serves all of them")
     if options.to == "merged" and len(options.coefficients) != 1:
         raise ValueError(f"a merged model stands at one coefficient; got {options.coefficients}")
-    output = options.output or options.path.with_name(f"{options.path.stem}-{options.to}")
+    if options.gguf_file and not options.model_name_or_path:
+        raise ValueError(f"--gguf_file {options.gguf_file} needs --model_name_or_path: the folder or hub id it is in")
+    place = options.path.resolve()
+    output = options.output or place.with_name(f"{place.stem if is_vector else place.name}-{options.to}")
     if options.to == "gguf" and output.suffix != ".gguf":
-        output = output.with_suffix(".gguf")
+        output = output.with_name(f"{output.name}.gguf")
     from repeng.commands import export as write
 
     write(options.path, options.to, options.coefficients, output, options.model_name_or_path, options.gguf_file)

@@ -165,15 +165,14 @@ def export(
     """
     check_writable(output.parent)
     if path.is_file():
-        SteeringVector.load(path).save_gguf(output)
-        print(f"written: {output}")
+        _export_vector(SteeringVector.load(path), output)
         return
     name, gguf_file = (model_name_or_path, gguf_file) if model_name_or_path else _base_of(path)
     model = PeftModel.from_pretrained(load_base(name, gguf_file=gguf_file), path)
     if to == "gguf":
-        vector_of(model).save_gguf(output)
-        written = [output]
-    elif to == "merged":
+        _export_vector(vector_of(model), output)
+        return
+    if to == "merged":
         written = export_merged(model, output, coefficients[0], load_tokenizer(name, gguf_file))
     elif to == "dial":
         written = export_dial(model, output)
@@ -183,11 +182,23 @@ def export(
         print(f"written: {place}")
 
 
+def _export_vector(vector: SteeringVector, output: Path) -> None:
+    """Write a control vector; a calibration, which it cannot hold, is said."""
+    vector.save_gguf(output)
+    print(f"written: {output}")
+    units = vector.metadata.get("calibration")
+    if units:
+        print(f"c = 1 is a scale of {units['plus']:.4g} there, c = -1 one of {-units['minus']:.4g}")
+
+
 def _base_of(folder: Path) -> tuple[str, str | None]:
     """Name and GGUF file of the base, from the configuration of the run or that of the adapter."""
     keys: dict[str, Any] = {}
     if (folder / "config.yaml").is_file():
-        keys = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
+        try:
+            keys = dict(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {})
+        except (yaml.YAMLError, TypeError, ValueError) as error:
+            raise ValueError(f"{folder / 'config.yaml'} holds no keys and values ({error})") from error
     name = keys.get("model_name_or_path") or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     if not name:
         raise ValueError(f"{folder} does not say of which base it is; give --model_name_or_path")

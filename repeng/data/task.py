@@ -36,6 +36,7 @@ NEUTRAL_TRAIN, NEUTRAL_TEST = 256, 64
 SAMPLED_TRAIN, SAMPLED_TEST = 128, 16  # of a real model, where each takes time
 HELD_OUT_SHARE = 0.1
 NEUTRAL_LENGTH = 32
+KEPT_TEXTS = 1  # counts up when the model is asked for them in another way
 DEFAULT_TEMPLATES = (
     "Pretend you are a {persona} person making statements about the world.",
     "Answer as a {persona} person would.",
@@ -176,7 +177,8 @@ def split_pairs(
 def hold_out(pairs: list[ContrastPair], most: int = MAX_PAIRS) -> tuple[list[ContrastPair], list[ContrastPair]]:
     """The pairs without a share of them, and that share, at least one pair and at most `most`.
 
-    No suffix is on both sides, or, of pairs without one, no text behind the persona; unless all pairs have the same.
+    No suffix is on both sides, or, of pairs without one, no text behind the persona, the rarest of which are held out;
+    unless all pairs have the same.
     """
     n = min(most, max(1, round(HELD_OUT_SHARE * len(pairs))))
     ends = [pair.suffix or without_persona(pair, has_template=False) for pair in pairs]
@@ -185,7 +187,8 @@ def hold_out(pairs: list[ContrastPair], most: int = MAX_PAIRS) -> tuple[list[Con
         return pairs[n:], pairs[:n]
     held_back: set[str] = set()
     total = 0
-    for end, count in counts.items():
+    order = counts.items() if any(pair.suffix for pair in pairs) else sorted(counts.items(), key=lambda item: item[1])
+    for end, count in order:
         if total >= n:
             break
         held_back.add(end)
@@ -197,7 +200,9 @@ def hold_out(pairs: list[ContrastPair], most: int = MAX_PAIRS) -> tuple[list[Con
 def personas(args: TaskArguments, pairs: Sequence[ContrastPair], own: Task | None) -> tuple[str, str] | None:
     """Openings for the prompt baseline; None where only whole texts say what the behaviour is."""
     if args.positive is None or args.negative is None:
-        if not all(pair.suffix or shared_sentences(pair) for pair in pairs):
+        if not all(
+            pair.suffix or without_persona(pair, has_template=False) == shared_sentences(pair) for pair in pairs
+        ):
             return None
         ((opening, count), *_) = Counter(map(persona_sentences, pairs)).most_common(1)
         return opening if count >= SAME_OPENING * len(pairs) else None
@@ -233,7 +238,9 @@ def _sample_texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n:
         start = special_id(tokenizer, "bos", "eos")
     if not start:
         raise ValueError("this tokenizer has no token to begin a text with (bos, eos); give neutral_file")
-    key = model_key(model, tokenizer, start, n, seed, NEUTRAL_LENGTH, str(model.dtype), model.device.type)
+    settings = model.generation_config.to_dict() if model.generation_config else {}
+    where = str(model.dtype), model.device.type
+    key = model_key(model, tokenizer, KEPT_TEXTS, start, n, seed, NEUTRAL_LENGTH, settings, where)
     path = cache_folder() / f"texts-{key}.json"
     known = _kept_texts(path)
     if len(known) == n:

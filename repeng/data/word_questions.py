@@ -94,12 +94,15 @@ def questions_of(
 def without_persona(pair: ContrastPair, *, has_template: bool) -> str:
     """What is asked of the model where a pair has a persona: the prompt without the sentences in which sides differ.
 
-    If nothing is left, with a chat template, a neutral request; without one, the words that both sides end with.
-    Without a chat template, nothing stands before a suffix.
+    With a chat template, a neutral request if nothing is left. Without one, nothing stands before a suffix, and of
+    pairs whose last sentences differ the words are left that both end with.
     """
-    if pair.suffix and not has_template:
+    if has_template:
+        return shared_sentences(pair) or NEUTRAL_REQUEST
+    if pair.suffix:
         return ""
-    return shared_sentences(pair) or (NEUTRAL_REQUEST if has_template else _shared_end(pair.chosen, pair.rejected))
+    ends = {SENTENCE.split(side)[-1] for side in (pair.chosen, pair.rejected)}
+    return shared_sentences(pair) if len(ends) == 1 else _shared_end(pair.chosen, pair.rejected)
 
 
 def shared_sentences(pair: ContrastPair) -> str:

@@ -41,6 +41,7 @@ SAMPLES, SAMPLE_TOKENS = 6, 24
 RANDOM_DIRECTIONS = 3
 TRACED = 12  # coefficients of a dial, about
 LARGEST = 64.0  # no larger coefficient is tried
+FARTHEST_START = 4.0
 SAME = 2e-3  # nats by which two measurements of the same base may differ
 CACHED = 3  # counts up when what is measured of a baseline changes
 ADAPTER, PROMPTS, MEAN_DIFF, RANDOM = "this adapter", "persona prompts", "mean difference", "random direction"
@@ -215,7 +216,8 @@ def trace(
         wanted = sorted(set(costs))
         known = find_costs(lambda c, s=sign: cost(s * c), wanted, start=start, largest=LARGEST)
         usable = [c for c, value in known.items() if 0 < value < math.inf]
-        start = min(usable, key=lambda c: abs(math.log(known[c] / wanted[0])), default=start)
+        found = min(usable, key=lambda c: abs(math.log(known[c] / wanted[0])), default=start)
+        start = min(found, FARTHEST_START)
     return points
 
 

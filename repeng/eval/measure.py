@@ -20,6 +20,7 @@ from repeng.model.sites import eval_mode
 from repeng.model.tokens import encode, encode_text, plain_ids
 from repeng.model.types import CausalLM
 
+FARTHER = 4.0  # times the coefficient at which a dial was tried, from where on it is tried again
 KEPT = 1 << 27  # log-probabilities of the base that are remembered, at most
 Rewrite = Callable[[str], str]
 Dial = Callable[[float], AbstractContextManager[Rewrite | None]]
@@ -118,7 +119,7 @@ class Meter:
         spans = [span for _, span in self._neutral_rows(None)]
         self.neutral_tokens = torch.tensor([stop - start for start, stop in spans], dtype=torch.long)
         self._known: list[Tensor] | None = None
-        self._tried: tuple[Dial, bool] | None = None  # a dial and the sign of its coefficient
+        self._tried: tuple[Dial, float] | None = None  # a dial and a coefficient
         with eval_mode(model), base() as rewrite:
             self._probe = encode(tokenizer, asked[0].prompt, asked[0].suffix).ids
             self.plain = has_plain_head(model, self._probe)
@@ -130,13 +131,19 @@ class Meter:
         if coefficient == 0:
             return self.base
         with eval_mode(self.model):
-            if self._tried != (dial, coefficient > 0):
+            if not self._knows(dial, coefficient):
                 self._try(dial, coefficient)
             with dial(coefficient) as rewrite:
                 return self._measure(rewrite)
 
+    def _knows(self, dial: Dial, coefficient: float) -> bool:
+        """Whether the dial was tried at a like coefficient: at a far smaller one, what it breaks may not be seen."""
+        if self._tried is None or self._tried[0] is not dial:
+            return False
+        return coefficient / self._tried[1] < FARTHER and coefficient * self._tried[1] > 0
+
     def _try(self, dial: Dial, coefficient: float) -> None:
-        """See what a dial allows: it is the same at all coefficients of a sign."""
+        """See what a dial allows."""
         with dial(coefficient):
             plain = self.plain and has_plain_head(self.model, self._probe)
             self.share = can_share(self.model, self._probe)
@@ -144,7 +151,7 @@ class Meter:
             self.plain, self._known = plain, None
             with self.base_context() as rewrite:
                 self.base = self._measure(rewrite)
-        self._tried = dial, coefficient > 0
+        self._tried = dial, coefficient
 
     def ask(self, questions: Sequence[Question], rewrite: Rewrite | None = None) -> Answers:
         """What the model as it stands gives to the choices of questions."""

@@ -1,10 +1,12 @@
 """The change that an adapter makes to each weight, as two factors: what every export is made of."""
 
+from pathlib import Path
 from typing import NamedTuple, cast
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from repeng.control.lora import lora_modules, lora_names
@@ -21,12 +23,8 @@ class Factors(NamedTuple):
     b: Tensor
 
 
-def adapter_to_export(model: nn.Module, adapter_name: str | None = None) -> str:
-    """The adapter of this name, or the only active one.
-
-    Raises:
-        ValueError: there is none, there are several, or it has a part that is no change of a weight.
-    """
+def active_adapter(model: nn.Module, adapter_name: str | None = None) -> str:
+    """The active adapter of this name, or the only one; raises ValueError if there is none, or several."""
     layers = [layer for layer in model.modules() if isinstance(layer, SvdSteeringLayer)]
     names = {name for layer in layers for name in layer.active_adapters if name in layer.r} | lora_names(model)
     listed = ", ".join(sorted(names)) or "none"
@@ -35,10 +33,32 @@ def adapter_to_export(model: nn.Module, adapter_name: str | None = None) -> str:
     (name,) = names if adapter_name is None else (adapter_name,)
     if name not in names:
         raise ValueError(f"there is no active adapter {name!r}; active are: {listed}")
-    for layer in layers:
+    return name
+
+
+def adapter_to_export(model: nn.Module, adapter_name: str | None = None) -> str:
+    """The adapter of this name, or the only active one.
+
+    Raises:
+        ValueError: there is none, there are several, or it has a part that is no change of a weight by two matrices.
+    """
+    name = active_adapter(model, adapter_name)
+    for layer in model.modules():
         if isinstance(layer, Residual) and name in layer.r:
             _refuse_residual(layer, name)
+    for place, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper) and name in module.active_adapters:
+            raise ValueError(f"adapter {name!r} has a module of its own in place of {place}, which no LoRA holds")
+        if isinstance(module, LoraLayer) and module.lora_bias.get(name):
+            raise ValueError(f"adapter {name!r} has a bias beside its matrices at {place}, which is not exported")
     return name
+
+
+def check_new(folder: str | Path) -> None:
+    """Raise FileExistsError if something lies at the place of an export."""
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} is not empty; an export gets a folder of its own")
 
 
 def _refuse_residual(layer: Residual, name: str) -> None:

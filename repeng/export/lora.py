@@ -1,5 +1,6 @@
 """Adapters as plain LoRA files, which PEFT, vLLM and others read without this package."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from repeng.data.files import staged, write_json
-from repeng.export.factors import Factors, adapter_to_export, factors_at
+from repeng.export.factors import Factors, adapter_to_export, check_new, factors_at
+from repeng.model.sources import name_of_folder
 from repeng.tuner.base import base_of
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
@@ -34,19 +36,19 @@ def export_lora(
 
     Raises:
         ValueError: the adapter acts on the residual stream, or there is no such adapter.
-        OSError: the folder cannot be written.
+        OSError: the folder cannot be written, or something lies there.
     """
     name, single = adapter_to_export(model, adapter_name), not isinstance(coefficient, Sequence)
     wanted = [float(coefficient)] if single else [float(c) for c in coefficient]
-    if not wanted or len(set(wanted)) != len(wanted):
-        raise ValueError(f"coefficients must be at least one, each once; got {wanted}")
-    written = []
-    for c in wanted:
-        folder = Path(path) if single else Path(path) / f"c{c:+g}"
+    folders = [Path(path) if single else Path(path) / f"c{c:+g}" for c in wanted]
+    if not wanted or len(set(folders)) != len(wanted):
+        raise ValueError(f"coefficients must be at least one, each once, in six digits; got {wanted}")
+    for folder in folders:
+        check_new(folder)
+    for c, folder in zip(wanted, folders, strict=True):
         card = f"What `repeng`'s steering adapter does at coefficient {c:g}, exactly, as a plain LoRA."
         _write(model, folder, factors_at(model, c, name), name, card)
-        written.append(folder)
-    return written
+    return folders
 
 
 def export_dial(model: nn.Module, path: str | Path, adapter_name: str | None = None) -> list[Path]:
@@ -54,7 +56,8 @@ def export_dial(model: nn.Module, path: str | Path, adapter_name: str | None = N
 
     `odd`, the half difference of what it does at +1 and at −1, is scaled by c; `even`, the half sum, by c². Together
     they are exact at −1, 0 and 1, and near to it in between. Of an adapter that is a LoRA itself there is no even
-    part, and the odd one is exact at every c.
+    part, and the odd one is exact at every c. A calibrated adapter is written in its own units: `dial.json` says by
+    what c is multiplied first, for either sign.
 
     Args:
         model: a model with a steering or LoRA adapter.
@@ -68,7 +71,10 @@ def export_dial(model: nn.Module, path: str | Path, adapter_name: str | None = N
         ValueError, OSError: as `export_lora`.
     """
     name = adapter_to_export(model, adapter_name)
-    plus, minus = (factors_at(model, c, name) for c in (1.0, -1.0))
+    check_new(path)
+    calibration = getattr(getattr(model, "peft_config", {}).get(name), "calibration", None) or {}
+    units = {arm: float(calibration.get(arm, 1.0)) for arm in ("plus", "minus")}
+    plus, minus = (factors_at(model, c, name) for c in (1 / units["plus"], -1 / units["minus"]))
     parts = {
         part: {key: Factors(one.a, (one.b + sign * minus[key].b) / 2) for key, one in plus.items()}
         for part, sign in (("odd", -1.0), ("even", 1.0))
@@ -79,7 +85,7 @@ def export_dial(model: nn.Module, path: str | Path, adapter_name: str | None = N
     for part, factors in parts.items():
         card = f"The {part} part of `repeng`'s steering adapter. At coefficient c its scale is {scales[part]}."
         _write(model, Path(path) / part, factors, name, card)
-    write_json(Path(path) / "dial.json", scales)
+    write_json(Path(path) / "dial.json", {"scales": scales, "units": units})
     return [Path(path) / part for part in parts]
 
 
@@ -117,13 +123,19 @@ def _config(model: nn.Module, adapter_name: str, modules: list[str], r: int) -> 
 
 def _card(config: LoraConfig, folder: Path, sentence: str) -> str:
     """The README of an exported LoRA: how to load and how to serve it."""
-    base = config.base_model_name_or_path or "BASE"
+    path = config.base_model_name_or_path or "BASE"
+    packaged = name_of_folder(path)
+    base = packaged or path
+    loaded = f'load_model("{base}")[0]' if packaged else f'AutoModelForCausalLM.from_pretrained("{base}")'
+    source = "repeng import load_model" if packaged else "transformers import AutoModelForCausalLM"
     rank = next((rank for rank in VLLM_RANKS if rank >= config.r), None)
     served = (
-        f"vLLM has no rank above {VLLM_RANKS[-1]}, and this LoRA has rank {config.r}: merge it to serve it there."
+        "The base comes with a package; to serve it, write a whole model: `repeng export PATH --to merged`."
+        if packaged
+        else f"vLLM has no rank above {VLLM_RANKS[-1]}, and this LoRA has rank {config.r}: merge it to serve it there."
         if rank is None
         else f"```bash\nvllm serve {base} --enable-lora --max-lora-rank {rank} "
-        f"--lora-modules {folder.name.replace('+', 'plus')}={folder}\n```"
+        f"--lora-modules {folder.name.replace('+', 'plus')}={shlex.quote(str(folder))}\n```"
     )
     return f"""---
 library_name: peft
@@ -134,9 +146,9 @@ tags: [steering, repeng, lora]
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from {source}
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{folder}")
+model = PeftModel.from_pretrained({loaded}, "{folder}")
 ```
 
 {served}

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from repeng.control.lora import lora_names, scale_weights
 from repeng.control.steer import steer
-from repeng.export.factors import adapter_to_export
+from repeng.export.factors import adapter_to_export, check_new
+from repeng.tuner.base import base_of, is_linear, is_quantised
 
 
 def merged(model: PeftModel, coefficient: float) -> PreTrainedModel:
@@ -20,6 +21,8 @@ def merged(model: PeftModel, coefficient: float) -> PreTrainedModel:
         ValueError: the adapter acts on the residual stream, or the base is quantised.
     """
     name = adapter_to_export(model)
+    if any(is_linear(module) and is_quantised(base_of(module)) for module in model.modules()):
+        raise ValueError("a quantised base cannot take up the change exactly; load it without quantisation to merge")
     whole = copy.deepcopy(model)
     if name in lora_names(whole):
         scale_weights(whole, coefficient)
@@ -43,8 +46,7 @@ def export_merged(
         ValueError: as `merged`; FileExistsError: something lies at `path`.
     """
     path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(f"{path} is not empty; a whole model gets a folder of its own")
+    check_new(path)
     plain = merged(model, coefficient)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as temporary:
@@ -52,5 +54,9 @@ def export_merged(
         plain.save_pretrained(place)
         if tokenizer is not None:
             tokenizer.save_pretrained(place)
+        probe = Path(temporary) / ".mode"
+        probe.touch()
+        for file in (file for file in place.rglob("*") if file.is_file()):
+            os.chmod(file, probe.stat().st_mode)  # tensor files would be their owner's alone
         os.replace(place, path)  # an empty folder gives way
     return [path]

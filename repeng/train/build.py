@@ -215,9 +215,11 @@ def lora_config(args: SteeringArguments, sites: Sites, model: PreTrainedModel) -
 
 def _svd_config(args: SteeringArguments, sites: Sites) -> SvdSteeringConfig:
     """The configuration of an adapter of this package: a bias is the shift of its residual sites alone."""
+    turns = args.adapter != "bias"
     return SvdSteeringConfig(
         r=sites.r,
-        rotate_input=args.adapter != "bias",
+        rotate_input=turns,
+        scale=turns,
         target_modules=args.target_modules,
         layers_to_transform=sites.layers,
         task_type=TaskType.CAUSAL_LM,

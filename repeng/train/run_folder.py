@@ -76,7 +76,7 @@ def _training_seconds(history: list[dict[str, Any]]) -> float | None:
 def as_config(task_args: TaskArguments, args: SteeringArguments, run: Run) -> dict[str, Any]:
     """What `--config` takes to repeat the run: this package's keys, and others that were given."""
     names = [*(f.name for f in fields(Recipe)), *args.changed]
-    training = {**args.to_dict(), **asdict(run.sites)}
+    training = {**args.to_dict(), **asdict(run.sites), **({"r": None} if args.adapter == "bias" else {})}
     chosen = {**asdict(task_args), "model_name_or_path": run.base, **{name: training[name] for name in names}}
     return {name: value for name, value in chosen.items() if value is not None and not name.endswith("_token")}
 

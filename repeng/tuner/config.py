@@ -111,6 +111,11 @@ class SvdSteeringConfig(PeftConfig):
                 f"expression ({self.target_modules!r}); give a list of names, or put the layers into the expression"
             )
 
+    @property
+    def turns(self) -> bool:
+        """Whether anything turns, which takes a rank."""
+        return self.rotate_input or self.rotate_output
+
     def to_dict(self) -> dict[str, Any]:
         """As saved: a configuration on disk belongs to a file that holds the bases, and is for the base it names."""
         saved = {**super().to_dict(), "init_bases": False}

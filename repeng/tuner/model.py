@@ -193,7 +193,7 @@ class SvdSteeringModel(BaseTuner):
             site = self._site(name)
             kind = last(name) if isinstance(site, Linear) else RESIDUAL
             kinds.setdefault(kind, []).append((layer, site.svd_error.get(adapter_name)))
-        lines = [f"{len(names)} modules adapted at rank {config.r}"]
+        lines = [f"{len(names)} modules adapted" + (f" at rank {config.r}" if config.turns or config.scale else "")]
         for kind, sites in kinds.items():
             errors = [error for _, error in sites if error is not None]
             outside = f", up to {max(errors):.0%} of a weight outside the bases" if errors else ""

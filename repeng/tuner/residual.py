@@ -38,7 +38,7 @@ class Residual(nn.Module, SvdSteeringLayer):
     def update_layer(self, adapter_name: str, config: SvdSteeringConfig) -> None:
         r, device, width = config.r, self.device(), residual_width(self.get_base_layer())
         self.r[adapter_name] = r
-        if config.rotate_input or config.rotate_output:
+        if config.turns:
             if config.init_bases:
                 weight = torch.cat(writers(self.get_base_layer()), dim=1)
                 basis = top_singular_triples(weight, r, config.svd_niter, config.svd_seed)[0]

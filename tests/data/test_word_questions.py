@@ -25,6 +25,8 @@ def test_the_persona_is_taken_out():
     assert without_persona(text, has_template=False) == "people say that rain"
     whole = ContrastPair("Hear a cheerful voice. The rain is", "Hear a gloomy voice. The rain is")
     assert without_persona(whole, has_template=False) == "The rain is"
+    last = ContrastPair("I saw the sea. A happy man said it was", "I saw the sea. A sad man said it was")
+    assert without_persona(last, has_template=False) == "man said it was"
 
 
 def test_the_persona_of_pairs_is_what_differs():
@@ -45,6 +47,9 @@ def test_texts_that_are_held_out_are_not_learned_behind_another_persona():
     learned, held = hold_out(whole)
     ends = [{pair.chosen.split(". ")[1] for pair in some} for some in (learned, held)]
     assert held and len(learned) == 12 and not ends[0] & ends[1]
+    uneven = [ContrastPair(f"Be {i}. I see x", f"Be not {i}. I see x") for i in range(40)]
+    learned, held = hold_out(uneven + [pair for pair in whole if not pair.chosen.endswith("x")])
+    assert len(held) == 5 and len(learned) == 46  # two groups of three
 
 
 def test_the_words_that_tell_the_sides_apart(tokenizer):

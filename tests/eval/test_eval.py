@@ -106,10 +106,19 @@ def test_a_dial_is_tried_once_for_each_sign(embedded, monkeypatch):
     meter = Meter(*embedded, QUESTIONS[:1], base=nullcontext)
     one, other = (lambda c: nullcontext()), (lambda c: nullcontext())
     counts = []
-    for dial, c in ((one, 1.0), (one, 0.5), (one, -1.0), (one, -2.0), (other, -2.0), (one, 0.0)):
+    for dial, c in (
+        (one, 1.0),
+        (one, 0.5),
+        (one, 2.0),
+        (one, 8.0),
+        (one, -1.0),
+        (one, -2.0),
+        (other, -2.0),
+        (one, 0.0),
+    ):
         meter.at(dial, c)
         counts.append(len(tried))
-    assert counts == [2, 2, 3, 3, 4, 4]  # the base was tried before
+    assert counts == [2, 2, 2, 3, 4, 4, 5, 5]  # the base was tried before
 
 
 def test_choices_order_batch_size_and_padding_side_do_not_matter(embedded, tokenizer):

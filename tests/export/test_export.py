@@ -53,7 +53,7 @@ def test_a_lora_is_exact_at_its_coefficient(kind, tmp_path, batch, recwarn):
         inside = sum(isinstance(module, LoraLayer) for module in plain.modules())
         assert len(read) == 2 * inside  # nothing empty elsewhere
     assert not torch.allclose(logits(model, batch, 1.0), logits(model, batch, 0.0), atol=1e-2)
-    assert f"--max-lora-rank 8 --lora-modules one={tmp_path / 'one'}" in (tmp_path / "one" / "README.md").read_text()
+    assert 'load_model("tiny")' in (tmp_path / "one" / "README.md").read_text()
 
 
 def test_pefts_own_conversion_is_at_the_coefficient_that_is_set(tmp_path, batch):
@@ -68,8 +68,10 @@ def test_transposed_weights(tmp_path):
     base, ids = tiny_models.build("gpt2"), torch.arange(12).view(2, 6)
     model = get_peft_model(base, SvdSteeringConfig(r=4, target_modules="c_attn")).eval()
     randomise(model, 0.2)
-    export_lora(model, tmp_path, 0.7)
-    plain = PeftModel.from_pretrained(tiny_models.build("gpt2"), tmp_path).eval()
+    export_lora(model, tmp_path / "a b", 0.7)
+    served = (tmp_path / "a b" / "README.md").read_text()
+    assert "--max-lora-rank 8 --lora-modules" in served and f"'{tmp_path / 'a b'}'" in served
+    plain = PeftModel.from_pretrained(tiny_models.build("gpt2"), tmp_path / "a b").eval()
     assert torch.allclose(logits(plain, ids), logits(model, ids, 0.7), atol=1e-4)
 
 
@@ -77,7 +79,7 @@ def test_transposed_weights(tmp_path):
 def test_a_dial_is_exact_at_its_ends(kind, parts, tmp_path, batch):
     model = adapted(kind)
     assert [folder.name for folder in export_dial(model, tmp_path)] == parts
-    assert [*json.loads((tmp_path / "dial.json").read_text())] == parts
+    assert [*json.loads((tmp_path / "dial.json").read_text())["scales"]] == parts
     plain = PeftModel.from_pretrained(tiny.load()[0], tmp_path / "odd", adapter_name="odd")
     if "even" in parts:
         plain.load_adapter(tmp_path / "even", adapter_name="even")
@@ -100,8 +102,50 @@ def test_a_merged_model_is_a_plain_one(kind, tmp_path, batch, tokenizer):
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "whole").eval()
     assert torch.allclose(logits(plain, batch), logits(model, batch, -0.7), atol=1e-4)
     assert torch.equal(logits(model, batch, 1.0), before) and (tmp_path / "whole" / "tokenizer.json").is_file()
+    (tmp_path / "usual").touch()
+    modes = {path.stat().st_mode for path in [tmp_path / "usual", *(tmp_path / "whole").iterdir()]}
+    assert len(modes) == 1  # whoever reads other files here reads these
+
+
+def test_a_calibrated_dial_is_in_the_adapters_own_units(tmp_path, batch):
+    model = adapted("svd")
+    model.base_model.set_units({"plus": 0.5, "minus": 2.0}, "default")
+    export_dial(model, tmp_path)
+    assert json.loads((tmp_path / "dial.json").read_text())["units"] == {"plus": 0.5, "minus": 2.0}
+    odd, even = (load_file(tmp_path / part / "adapter_model.safetensors") for part in ("odd", "even"))
+    for folder, c in zip(export_lora(model, tmp_path / "own", [2.0, -0.5]), (1.0, -1.0), strict=True):
+        for key, tensor in load_file(folder / "adapter_model.safetensors").items():
+            expected = c * odd[key] + even[key] if ".lora_B." in key else odd[key]
+            assert torch.allclose(tensor, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SvdSteeringConfig(r=4, target_modules=["up_proj"], modules_to_save=["lm_head"]),
+        LoraConfig(r=4, target_modules=["up_proj"], modules_to_save=["lm_head"]),
+        LoraConfig(r=4, target_modules=["up_proj"], lora_bias=True),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*lora_bias=True")
+def test_a_part_that_no_lora_holds_is_named(config, tmp_path, base):
+    model = get_peft_model(base, config)
+    for export in (export_lora, export_dial, export_merged):
+        with pytest.raises(ValueError, match=r"of its own in place of|a bias beside its matrices"):
+            export(model, tmp_path / "out")
+
+
+def test_nothing_is_written_over(tmp_path):
+    model = adapted("lora")
+    (tmp_path / "README.md").write_text("mine")
+    for export in (export_lora, export_dial, export_merged):
+        with pytest.raises(FileExistsError, match="not empty"):
+            export(model, tmp_path)
+    (tmp_path / "several" / "c+1").mkdir(parents=True)
+    (tmp_path / "several" / "c+1" / "mine").touch()
     with pytest.raises(FileExistsError, match="not empty"):
-        export_merged(model, tmp_path / "whole", 1.0)
+        export_lora(model, tmp_path / "several", [-1.0, 1.0])
+    assert not (tmp_path / "several" / "c-1").exists() and (tmp_path / "README.md").read_text() == "mine"
 
 
 def test_what_is_no_change_of_a_weight_is_named(tmp_path):
@@ -137,6 +181,6 @@ def test_which_adapter_must_be_clear(tmp_path):
         export_lora(model, tmp_path / "out", adapter_name="third")
     export_lora(model, tmp_path / "out", adapter_name="second")
     assert all("up_proj" in name for name in load_file(tmp_path / "out" / "adapter_model.safetensors"))
-    for wrong in ([], [1.0, 1.0]):
+    for wrong in ([], [1.0, 1.0], [0.1234561, 0.1234562]):
         with pytest.raises(ValueError, match="each once"):
             export_lora(model, tmp_path / "none", wrong, adapter_name="second")

@@ -9,6 +9,7 @@ from repeng import steer, tiny
 from repeng.model.sites import capture, decoder_layers
 from repeng.train.adapter_files import save_adapter
 from repeng.train.arguments import parse_arguments
+from repeng.train.run_folder import as_config
 from repeng.train.trainer import SteeringTrainer
 
 
@@ -19,6 +20,8 @@ def test_it_is_trained_saved_and_read_back(tmp_path, batch, embedded):
     assert [*trained.values()] == [embedded[0].config.hidden_size] and run.sites.loss_layer == 1
     SteeringTrainer(run.model, args, run.examples, run.tokenizer).train()
     model = run.model.eval()
+    again = as_config(args.task_args, args, run)
+    assert "r" not in again and again["adapter"] == "bias" and "rank" not in model.base_model.describe()
     (bias,) = [p for p in model.parameters() if p.requires_grad]
     save_adapter(model, tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(tiny.load()[0], tmp_path / "adapter").eval()
