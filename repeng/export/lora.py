@@ -38,9 +38,12 @@ def export_lora(
         ValueError: the adapter acts on the residual stream, or there is no such adapter.
         OSError: the folder cannot be written, or something lies there.
     """
-    name, single = adapter_to_export(model, adapter_name), not isinstance(coefficient, Sequence)
-    wanted = [float(coefficient)] if single else [float(c) for c in coefficient]
-    folders = [Path(path) if single else Path(path) / f"c{c:+g}" for c in wanted]
+    name = adapter_to_export(model, adapter_name)
+    if isinstance(coefficient, Sequence):
+        wanted = [float(c) for c in coefficient]
+        folders = [Path(path) / f"c{c:+g}" for c in wanted]
+    else:
+        wanted, folders = [float(coefficient)], [Path(path)]
     if not wanted or len(set(folders)) != len(wanted):
         raise ValueError(f"coefficients must be at least one, each once, in six digits; got {wanted}")
     for folder in folders:

@@ -53,7 +53,8 @@ def add_reference(
             part = [examples[i] for i in members]
             batch = {name: tensor.to(model.device) for name, tensor in collate(part).items()}
             references = _batch_reference(model, module, batch, last_n=last_n, plain=plain, bos=bos)
-            done |= {i: {**examples[i], **of_it} for i, of_it in zip(members, references, strict=True)}
+            for i, of_it in zip(members, references, strict=True):
+                done[i] = cast(ReferencedExample, {**examples[i], **of_it})
     return [done[i] for i in range(len(examples))]
 
 
