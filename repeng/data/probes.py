@@ -77,7 +77,7 @@ def _trait_questions(
 ) -> dict[str, WordQuestions]:
     """Questions on some of the package's traits, by name; none for a model of another language."""
     suffixes = some_suffixes(tokenizer)
-    if not suffixes:
+    if not suffixes or not names:
         return {}
     pairs = {name: trait_pairs(name, suffixes) for name in names}
     logp = next_logp(model, tokenizer, [pair for some in pairs.values() for pair in some])
