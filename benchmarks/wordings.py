@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 
 from benchmarks.results import ROOT
 from repeng.data.files import write_json
-from repeng.data.pairs import PLACEHOLDER, ContrastPair
-from repeng.data.probes import some_suffixes, trait_arguments
+from repeng.data.pairs import PLACEHOLDER
+from repeng.data.probes import some_suffixes, trait_arguments, trait_pairs
 from repeng.data.questions import Question
 from repeng.data.task import neutral_texts
 from repeng.data.word_questions import next_logp, questions_of
@@ -45,16 +45,6 @@ def templates_of(name: str) -> list[str]:
     return list(dict.fromkeys([*trait_arguments()[name][2], *GENERAL]))
 
 
-def pairs_of(name: str, suffixes: list[str]) -> list[ContrastPair]:
-    """Pairs of a trait, each template with each suffix."""
-    words = trait_arguments()[name][:2]
-    return [
-        ContrastPair(*(template.replace(PLACEHOLDER, word) for word in words), suffix)
-        for suffix in suffixes
-        for template in templates_of(name)
-    ]
-
-
 def measure(config: list[str]) -> dict[str, dict[str, dict[str, float]]]:
     """By trait and template: on axis, off axis, cost."""
     task_args, args = parse_arguments(["--config", *config])
@@ -65,7 +55,7 @@ def measure(config: list[str]) -> dict[str, dict[str, dict[str, float]]]:
         raise ValueError("this model has no words for the package's beginnings of answers")
     _, texts = neutral_texts(task_args, model, tokenizer, seed=SEED, own=None)
 
-    pairs = {name: pairs_of(name, suffixes) for name in trait_arguments()}
+    pairs = {name: trait_pairs(name, suffixes, templates_of(name)) for name in trait_arguments()}
     logp = {name: next_logp(model, tokenizer, some) for name, some in tqdm(pairs.items(), desc="traits")}
 
     def questions(name: str, left_out: str | None = None) -> list[Question]:

@@ -59,6 +59,17 @@ def nearest(given: str, allowed: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+def give_usual_mode(files: Iterable[Path], beside: Path) -> None:
+    """Let files be read by whoever reads a new file in the folder `beside`.
+
+    Some libraries write files that nobody else may read, whatever the user's umask.
+    """
+    probe = beside / ".mode"
+    probe.touch()
+    for file in files:
+        os.chmod(file, probe.stat().st_mode)
+
+
 @contextmanager
 def staged(folder: str | Path, names: Iterable[str]) -> Iterator[Path]:
     """A temporary folder inside `folder`; files of these names move from it to their places if the block ends well.
@@ -69,15 +80,12 @@ def staged(folder: str | Path, names: Iterable[str]) -> Iterator[Path]:
     Raises:
         OSError: the folder cannot be made or written.
     """
-    folder = Path(folder)
+    folder, names = Path(folder), list(names)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
         yield Path(temporary)
-        probe = Path(temporary) / ".mode"
-        probe.touch()
+        give_usual_mode((Path(temporary) / name for name in names), Path(temporary))
         for name in names:
-            # Some libraries write files that nobody else may read, whatever the user's umask.
-            os.chmod(Path(temporary) / name, probe.stat().st_mode)
             os.replace(Path(temporary) / name, folder / name)
 
 

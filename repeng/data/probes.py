@@ -40,13 +40,13 @@ def trait_arguments() -> dict[str, tuple[str, str, list[str]]]:
     return found
 
 
-def trait_pairs(name: str, suffixes: Sequence[str]) -> list[ContrastPair]:
-    """Pairs of one of the package's traits: its first templates with each suffix."""
-    positive, negative, templates = trait_arguments()[name]
+def trait_pairs(name: str, suffixes: Sequence[str], templates: Sequence[str] | None = None) -> list[ContrastPair]:
+    """Pairs of one of the package's traits: templates, by default its first ones, with each suffix."""
+    positive, negative, own = trait_arguments()[name]
     return [
         ContrastPair(template.replace(PLACEHOLDER, positive), template.replace(PLACEHOLDER, negative), suffix)
         for suffix in suffixes
-        for template in templates[:TRAIT_TEMPLATES]
+        for template in templates or own[:TRAIT_TEMPLATES]
     ]
 
 

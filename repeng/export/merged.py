@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from repeng.control.lora import lora_names, scale_weights
 from repeng.control.steer import steer
+from repeng.data.files import give_usual_mode
 from repeng.export.factors import adapter_to_export, check_new
 from repeng.tuner.base import base_of, is_linear, is_quantised
 
@@ -54,9 +55,6 @@ def export_merged(
         plain.save_pretrained(place)
         if tokenizer is not None:
             tokenizer.save_pretrained(place)
-        probe = Path(temporary) / ".mode"
-        probe.touch()
-        for file in (file for file in place.rglob("*") if file.is_file()):
-            os.chmod(file, probe.stat().st_mode)  # tensor files would be their owner's alone
+        give_usual_mode((file for file in place.rglob("*") if file.is_file()), Path(temporary))
         os.replace(place, path)  # an empty folder gives way
     return [path]

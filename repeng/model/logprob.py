@@ -32,12 +32,10 @@ def head_logp(hs: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, chu
     return torch.cat(parts)
 
 
-def head_logp_at(
-    hs: Tensor, head: Callable[[Tensor], Tensor], where: Tensor, targets: Tensor, chunk: int | None = None
-) -> Tensor:
+def head_logp_at(hs: Tensor, head: Callable[[Tensor], Tensor], where: Tensor, targets: Tensor) -> Tensor:
     """`head_logp` of the states `where (n)` of `hs (m d)`: a state and a target that come several times count once."""
     once, back = torch.unique(torch.stack([where, targets]), dim=1, return_inverse=True)
-    return head_logp(hs[once[0]], head, once[1], chunk)[back]
+    return head_logp(hs[once[0]], head, once[1])[back]
 
 
 def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
