@@ -1,12 +1,14 @@
-"""The command line: `repeng train`, `repeng evaluate PATH`, `repeng calibrate PATH` and `repeng export PATH`.
+"""The command line: `repeng train`, `repeng evaluate|calibrate|export PATH` and `repeng serve PATH …`.
 
 It is parsed, and the names in it are checked, before anything slow is imported.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 from repeng.data.arguments import TaskArguments
@@ -62,6 +64,9 @@ MEASURES: dict[str, type[MeasureArguments]] = {
     "evaluate": EvaluateArguments,
     "calibrate": CalibrateArguments,
 }
+KEY_VARIABLE = "REPENG_API_KEY"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LIMITS = ("max_length", "max_concurrent", "max_waiting", "max_coefficient")
 EXPORTS = ("lora", "dial", "merged", "gguf")
 TRAIN_USAGE = "repeng train [--config NAME_OR_FILE ...] [--KEY VALUE ...] [FLAGS OF accelerate launch]"
 
@@ -74,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             train(argv[1:])
         elif argv[:1] == ["export"]:
             export(argv)
+        elif argv[:1] == ["serve"]:
+            serve(argv)
         else:
             _measure(argv)
     except (ValueError, OSError, ImportError) as error:
@@ -118,6 +125,31 @@ def make_parser() -> argparse.ArgumentParser:
         "--model_name_or_path", help="the base; by default as PATH/config.yaml or adapter_config.json says"
     )
     exporting.add_argument("--gguf_file", help="name of a GGUF file in that folder or on the hub")
+    serving = commands.add_parser(
+        "serve",
+        help="an OpenAI-compatible server with a coefficient for each request",
+        description='OpenAI\'s chat completions and completions, with "steer": {"NAME": C} in a request; what it does '
+        "not name stands at 0. Requests at different coefficients share one batch. An API key is read from the "
+        f"environment variable {KEY_VARIABLE}.",
+        allow_abbrev=False,
+    )
+    serving.add_argument(
+        "paths",
+        nargs="+",
+        metavar="[NAME=]PATH",
+        help="folders of adapters and files of vectors; NAME is by default that of the folder or file",
+    )
+    serving.add_argument(
+        "--model_name_or_path", help="the base; by default as PATH/config.yaml or adapter_config.json says"
+    )
+    serving.add_argument("--gguf_file", help="name of a GGUF file in that folder or on the hub")
+    serving.add_argument("--host", default="127.0.0.1", help="any but a loopback address needs an API key")
+    serving.add_argument("--port", type=int, default=8000, help="0 takes a free one. Default: 8000")
+    serving.add_argument("--max_length", type=int, help="tokens of prompt and answer; by default the model's, to 4096")
+    serving.add_argument("--max_concurrent", type=int, default=16, help="requests in one batch. Default: 16")
+    serving.add_argument("--max_waiting", type=int, default=256, help="requests that wait; more get 429. Default: 256")
+    serving.add_argument("--max_coefficient", type=float, default=10.0, help="the largest, either sign. Default: 10")
+    serving.add_argument("--use_cpu", action="store_true", help="leave a GPU alone")
     training = commands.add_parser(
         "train",
         help="train an adapter",
@@ -172,6 +204,45 @@ def export(argv: list[str]) -> None:
     from repeng.commands import export as write
 
     write(options.path, options.to, options.coefficients, output, options.model_name_or_path, options.gguf_file)
+
+
+def serve(argv: list[str]) -> None:
+    """Check what was asked for, then serve."""
+    options = make_parser().parse_args(argv)
+    paths: dict[str, Path] = {}
+    for word in options.paths:
+        name, given, text = word.rpartition("=")
+        path = Path(text)
+        if not given:
+            name = path.resolve().name if path.is_dir() else path.stem
+        if name in paths:
+            raise ValueError(f"two paths have the name {name!r}; give names, as in NAME=PATH")
+        if not path.exists():
+            raise FileNotFoundError(f"there is no adapter and no vector at {text!r}")
+        paths[name] = path
+    if options.gguf_file and not options.model_name_or_path:
+        raise ValueError(f"--gguf_file {options.gguf_file} needs --model_name_or_path: the folder or hub id it is in")
+    api_key = os.environ.get(KEY_VARIABLE) or None
+    if options.host not in LOOPBACK and api_key is None:
+        raise ValueError(
+            f"--host {options.host} lets other machines in: set the environment variable {KEY_VARIABLE}, whose value "
+            "requests must send as API key"
+        )
+    missing = [name for name in ("starlette", "uvicorn", "pydantic", "prometheus_client") if not find_spec(name)]
+    if missing:
+        raise ImportError(f"serving needs {', '.join(missing)}: pip install 'repeng[serve]'")
+    from repeng.commands import serve as start
+
+    start(
+        paths,
+        options.model_name_or_path,
+        options.gguf_file,
+        host=options.host,
+        port=options.port,
+        api_key=api_key,
+        use_cpu=options.use_cpu,
+        limits={name: getattr(options, name) for name in LIMITS},
+    )
 
 
 def _path_first(argv: list[str]) -> list[str]:

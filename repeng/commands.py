@@ -1,7 +1,7 @@
 """What the commands do with the folder of an adapter, or the file of a vector."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -180,6 +180,44 @@ def export(
         written = export_lora(model, output, coefficients if len(coefficients) > 1 else coefficients[0])
     for place in written:
         print(f"written: {place}")
+
+
+def serve(
+    paths: Mapping[str, Path],
+    model_name_or_path: str | None,
+    gguf_file: str | None,
+    *,
+    host: str,
+    port: int,
+    api_key: str | None,
+    use_cpu: bool,
+    limits: Mapping[str, Any],
+) -> None:
+    """Serve until a signal ends it: running requests get 30 seconds.
+
+    Raises:
+        ValueError: the base is not said, or adapters are of different bases, or something does not fit the model.
+    """
+    import uvicorn
+
+    from repeng.serve import Batching, Limits, load_dials, make_app
+
+    if model_name_or_path is None:
+        bases = {name: _base_of(path) for name, path in paths.items() if path.is_dir()}
+        if not bases:
+            raise ValueError("a vector does not say of which base it is; give --model_name_or_path")
+        if len(set(bases.values())) > 1:
+            told = ", ".join(f"{name}: {base}" for name, (base, _) in bases.items())
+            raise ValueError(f"the adapters are of different bases ({told}); give --model_name_or_path")
+        model_name_or_path, gguf_file = next(iter(bases.values()))
+    chosen = Limits(**limits)
+    device = torch.device("cpu") if use_cpu else cast(torch.device, PartialState().device)
+    dials = load_dials(load_base(model_name_or_path, device, gguf_file=gguf_file), paths)
+    tokenizer = load_tokenizer(model_name_or_path, gguf_file)
+    allowed = ("*",) if api_key else ("127.0.0.1", "localhost", "[::1]")
+    app = make_app(Batching(dials, chosen), tokenizer, model_name_or_path, api_key, allowed)
+    print(f"{model_name_or_path}, to steer by: {', '.join(dials.names)}")
+    uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=30)
 
 
 def _export_vector(vector: SteeringVector, output: Path) -> None:

@@ -14,7 +14,18 @@ from repeng.train.arguments import SteeringArguments, parse_arguments
 from repeng.tuner import SvdSteeringConfig
 
 ROOT = Path(__file__).parent.parent
-FLOORS = {"tuner": 0, "model": 1, "data": 2, "tiny": 3, "vectors": 3, "control": 4, "eval": 5, "export": 5, "train": 6}
+FLOORS = {
+    "tuner": 0,
+    "model": 1,
+    "data": 2,
+    "tiny": 3,
+    "vectors": 3,
+    "control": 4,
+    "eval": 5,
+    "export": 5,
+    "serve": 5,
+    "train": 6,
+}
 COMMANDS = {("repeng", "commands.py"), ("repeng", "train", "run.py")}
 SOURCES = {path: path.read_text(encoding="utf-8") for path in [*ROOT.glob("repeng/**/*.py"), ROOT / "train.py"]}
 

@@ -80,7 +80,10 @@ def _refuse(name: str, what: str) -> None:
 
 @contextmanager
 def scaled(modules: list[nn.Module], value: Tensor) -> Iterator[None]:
-    """Inside the context, the outputs of these modules are times `value`, `()` or `(b,)`; an inner context wins."""
+    """Inside the context, the outputs of these modules are times `value`, `()`, `(b,)` or `(b t)`.
+
+    An inner context wins.
+    """
     before = {module: _set.get(module) for module in modules}
     hooks = [module.register_forward_hook(_scale) for module, outer in before.items() if outer is None]
     _set.update(dict.fromkeys(modules, value))
@@ -102,6 +105,6 @@ def _scale(module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
         return output  # of a copy that was made inside a context
     value = value.to(output.device)
     if value.ndim:
-        value = value[repeat_rows(torch.arange(value.numel(), device=output.device), output)]
-        value = value.reshape(-1, *[1] * (output.ndim - 1))
+        value = repeat_rows(value, output)
+        value = value.reshape(*value.shape, *[1] * (output.ndim - value.ndim))
     return (output * value).to(output.dtype)

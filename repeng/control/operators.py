@@ -41,7 +41,9 @@ def edit_with(
     where: TokenFilter,
     gate: Callable[[Tensor], Tensor] | None = None,
 ) -> Callable[[Tensor], Tensor]:
-    """An edit of an output `(b t d)` by `operator`, in float32, row by row where the coefficient is `(b,)`.
+    """An edit of an output `(b t d)` by `operator`, in float32.
+
+    The coefficient is `()`, `(b,)` for each row, or `(b t)` for each token.
 
     With `clamp`, no token's norm grows above `clamp` times what it was. With `gate`, the coefficient of a token is
     multiplied by what the gate makes `(b t 1)` of the output.
@@ -51,8 +53,9 @@ def edit_with(
     def edit(output: Tensor) -> Tensor:
         h = output if output.dtype == torch.float64 else output.float()
         c, v = coefficient.to(h), direction.to(h)
-        if c.ndim == 1:
-            c = c[repeat_rows(torch.arange(c.numel(), device=c.device), output)][:, None, None]
+        if c.ndim:
+            c = repeat_rows(c, output)
+            c = c.reshape(*c.shape, *[1] * (output.ndim - c.ndim))
         if gate is not None:
             c = c * gate(h)
         moved = apply(h, v, c)

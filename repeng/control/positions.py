@@ -47,7 +47,7 @@ class TokenFilter:
             stack.callback(trunk.register_forward_pre_hook(self._before, with_kwargs=True).remove)
             for module in model.modules():
                 if isinstance(module, GenerationMixin):
-                    stack.enter_context(_replaced(module, "generate", self._watched))
+                    stack.enter_context(replaced(module, "generate", self._watched))
                     if module is not trunk:
                         stack.callback(module.register_forward_pre_hook(self._around, with_kwargs=True).remove)
             yield
@@ -72,6 +72,11 @@ class TokenFilter:
     def _before(self, _trunk: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         inputs = args[0] if args else kwargs.get("input_ids")
         inputs = kwargs["inputs_embeds"] if inputs is None else inputs
+        if self.positions != "all" and kwargs.get("cu_seq_lens_q") is not None:
+            raise ValueError(
+                f"positions={self.positions!r} is not known in continuous batching, which packs tokens of several "
+                "texts into one row; steer 'all' positions, or use generate"
+            )
         cache, t = cache_of(kwargs), inputs.shape[1]
         past = 0 if cache is None else int(cache.get_seq_length())
         mask = self._mask(kwargs.get("attention_mask"), inputs.shape[0], past + t)
@@ -139,7 +144,7 @@ class TokenFilter:
 
 
 @contextmanager
-def _replaced(module: nn.Module, name: str, change: Callable[[Any], Any]) -> Iterator[None]:
+def replaced(module: nn.Module, name: str, change: Callable[[Any], Any]) -> Iterator[None]:
     """Inside the context, an instance attribute `name` is what `change` makes of the attribute."""
     before = module.__dict__.get(name)
     module.__dict__[name] = change(getattr(module, name))

@@ -38,8 +38,9 @@ def steer(
     Args:
         model: a model with steering or LoRA adapters (a `PeftModel`, or a module that they were injected into); any
             causal language model if `vector` is given.
-        coefficient: one number, or a `(b,)` tensor with one for each batch row; 0 is the base model exactly, and ±1
-            what a calibration says, if the adapter, or the vector that is added, has one.
+        coefficient: one number, a `(b,)` tensor with one for each batch row, or a `(b t)` tensor with one for each
+            token, for rows that pack several texts; 0 is the base model exactly, and ±1 what a calibration says, if
+            the adapter, or the vector that is added, has one.
         vector: what acts on the outputs of its sites, instead of using adapters.
         adapter_name: the adapter to set; by default, every active steering adapter, and of a model without any, every
             active LoRA adapter: its change times the coefficient.
@@ -124,7 +125,7 @@ def _guard_adapters(model: nn.Module, names: list[str], value: Tensor, reuse_cac
 
 
 def _as_key(value: Tensor) -> float | tuple[float, ...]:
-    return value.item() if value.ndim == 0 else tuple(value.tolist())
+    return value.item() if value.ndim == 0 else (*value.shape, *value.flatten().tolist())
 
 
 def _adapters(

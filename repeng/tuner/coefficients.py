@@ -15,8 +15,9 @@ from repeng.tuner.rotation import Rotations, can_be_batched, rotation
 class Setting:
     """One adapter's coefficient, prepared once a change instead of once a layer.
 
-    `given` as set; `values (n,)` distinct, in the adapter's own units; `index (b,)` of each row into them, or None for
-    one number; `magnitude (a,)` distinct |c| and `which (n,)` the index of each value into them.
+    `given` as set; `values (n,)` distinct, in the adapter's own units; `index (b,)` of each row into them, or `(b t)`
+    of each token, or None for one number; `magnitude (a,)` distinct |c| and `which (n,)` the index of each value into
+    them.
     """
 
     given: Tensor
@@ -92,7 +93,7 @@ class Coefficients:
     # Tensors of inference mode could not take part in a later training step.
     @torch.inference_mode(False)
     def set(self, name: str, value: Tensor | float) -> None:
-        """Set adapter `name` to `value`, a number, a 0-dim tensor or a `(b,)` tensor.
+        """Set adapter `name` to `value`: a number, or a tensor `()`, `(b,)` or `(b t)`.
 
         Raises:
             ValueError: `value` has another shape or is not finite.
@@ -167,14 +168,16 @@ class Coefficients:
 
 
 def as_coefficient(value: Tensor | float) -> Tensor:
-    """The value in float32, `()` or `(b,)`.
+    """The value in float32, `()`, `(b,)` or `(b t)`.
 
     Raises:
         ValueError: it has another shape or is not finite.
     """
     value = torch.as_tensor(value, dtype=torch.float32).detach()
-    if value.ndim > 1 or value.numel() == 0:
-        raise ValueError(f"a coefficient is one number or one for each row; got shape {tuple(value.shape)}")
+    if value.ndim > 2 or value.numel() == 0:
+        raise ValueError(
+            f"a coefficient is one number, one for each row or one for each token; got shape {tuple(value.shape)}"
+        )
     if not torch.isfinite(value).all():
         raise ValueError(f"a coefficient must be finite; got {value.tolist()}")
     return value
@@ -185,13 +188,18 @@ def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def repeat_rows(index: Tensor, x: Tensor) -> Tensor:
-    """The index of each row of `x`: beams and returned sequences repeat a row of the prompt batch side by side."""
-    if x.shape[0] == index.numel():
-        return index
-    if x.ndim < 3 or x.shape[0] % index.numel():
+def repeat_rows(values: Tensor, x: Tensor) -> Tensor:
+    """Values `(b,)` or `(b t)` for the rows of `x (b' t …)`: beams and returned sequences repeat a row side by side.
+
+    Raises:
+        ValueError: `x` has other rows or tokens.
+    """
+    rows = len(values)
+    fits = x.shape[0] == rows or (x.ndim > 2 and x.shape[0] % rows == 0)
+    if not fits or (values.ndim == 2 and values.shape[1:] != x.shape[1:-1]):
+        each = "row" if values.ndim == 1 else "token"
         raise ValueError(
-            f"{index.numel()} per-row coefficients were given, and the layer sees input of shape {tuple(x.shape)}; "
-            "give one coefficient for each row of the batch, or one number"
+            f"{' × '.join(map(str, values.shape))} coefficients were given, one for each {each}, and the layer sees "
+            f"input of shape {tuple(x.shape)}; give one for each {each} of the batch, or one number"
         )
-    return index.repeat_interleave(x.shape[0] // index.numel())
+    return values if x.shape[0] == rows else values.repeat_interleave(x.shape[0] // rows, dim=0)

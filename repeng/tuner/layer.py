@@ -288,10 +288,14 @@ def largest(score: Tensor, r: int) -> Tensor:
 
 
 def rank_change(x: Tensor, v: Tensor, core: Tensor, u: Tensor, index: Tensor | None) -> Tensor:
-    """`[(x V) Kᵀ] Uᵀ`, `(… d_out)`, with K the only entry of `core (n r r)`, or that of `index (b,)` for each row."""
+    """`[(x V) Kᵀ] Uᵀ`, `(… d_out)`, with K the only entry of `core (n r r)`, or the one that `index` names.
+
+    `index` is `(b,)` for rows or `(b t)` for tokens.
+    """
     z = x @ v
     if index is None:
         z = z @ core[0].mT
     else:
-        z = einsum(z, core[repeat_rows(index, x)], "b ... r, b s r -> b ... s")
+        own = core[repeat_rows(index, x)]
+        z = einsum(z, own, "b ... r, b s r -> b ... s" if index.ndim == 1 else "b t r, b t s r -> b t s")
     return z @ u.mT

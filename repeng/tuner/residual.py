@@ -81,8 +81,8 @@ class Residual(nn.Module, SvdSteeringLayer):
                     )
                     result = result + rank_change(h, basis, turn.to(h.dtype), basis, setting.index)
             if name in self.svd_steering_shift:
-                shift = setting.values[:, None, None] * self.svd_steering_shift[name].float()
-                shift = shift[0] if setting.index is None else shift[repeat_rows(setting.index, h)]
+                c = setting.values if setting.index is None else setting.values[repeat_rows(setting.index, h)]
+                shift = c.reshape(*c.shape, *[1] * (h.ndim - c.ndim)) * self.svd_steering_shift[name].float()
                 result = result + shift.to(h.dtype)
         return result
 

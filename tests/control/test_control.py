@@ -28,7 +28,7 @@ def test_contexts_nest_and_restore_also_after_an_exception(steered, batch):
         assert torch.equal(logits(steered, batch), default)
 
 
-@pytest.mark.parametrize("value", [float("nan"), torch.ones(2, 2), torch.empty(0)])
+@pytest.mark.parametrize("value", [float("nan"), torch.ones(2, 2, 2), torch.empty(0)])
 def test_a_bad_coefficient_raises_and_leaves_the_state(steered, batch, value):
     before = logits(steered, batch)
     with pytest.raises(ValueError, match="coefficient"), steer(steered, value):

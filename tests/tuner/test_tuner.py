@@ -73,7 +73,9 @@ def test_repeated_rows_stand_side_by_side():
 
 
 def test_wrong_number_of_row_coefficients_raises(steered, batch):
-    with pytest.raises(ValueError, match="3 per-row coefficients"), steer(steered, torch.ones(3)):
+    with pytest.raises(ValueError, match=r"^4 × 6 coefficients.*token"), steer(steered, torch.ones(4, 6)):
+        steered(batch)
+    with pytest.raises(ValueError, match=r"^3 coefficients.*row"), steer(steered, torch.ones(3)):
         logits(steered, batch)
 
 

@@ -1,0 +1,23 @@
+"""An OpenAI-compatible server with a coefficient for each request; needs the extra `serve`."""
+
+from typing import TYPE_CHECKING
+
+from repeng._imports import lazily
+
+if TYPE_CHECKING:
+    from repeng.serve.app import make_app
+    from repeng.serve.batching import Batching, Limits
+    from repeng.serve.dials import Dials, load_dials
+else:
+    __getattr__, __dir__ = lazily(
+        __name__,
+        {
+            "Batching": "repeng.serve.batching",
+            "Dials": "repeng.serve.dials",
+            "Limits": "repeng.serve.batching",
+            "load_dials": "repeng.serve.dials",
+            "make_app": "repeng.serve.app",
+        },
+    )
+
+__all__ = ["Batching", "Dials", "Limits", "load_dials", "make_app"]

@@ -1,0 +1,373 @@
+"""The web application: OpenAI's routes, /health and /metrics."""
+
+import asyncio
+import hmac
+import json
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
+from inspect import signature
+from typing import Any, NamedTuple, cast
+
+from jinja2 import TemplateError
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from transformers import PreTrainedTokenizerBase
+
+from repeng.model.tokens import encode
+from repeng.serve.batching import Batching, Failed, Sampling, Unavailable
+from repeng.serve.decoding import TextStream
+from repeng.serve.protocol import ChatCompletion, Completion, Generation, Refused, parse
+
+MAX_BODY = 4 * 2**20  # bytes
+CONTEXT = 8  # tokens of a prompt that decide how the first token of a completion is written
+COMPLETION_TOKENS = 16  # of a completion that does not say how many, as at OpenAI
+
+
+class Answer(NamedTuple):
+    """A piece of an answer: new text, how it ended (None: not yet), and how many tokens there are by now."""
+
+    text: str
+    ended: str | None
+    tokens: int
+
+
+class Metrics:
+    """What /metrics shows."""
+
+    def __init__(self, batching: Batching) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter("repeng_requests", "Requests, by HTTP status", ["status"], registry=self.registry)
+        self.cancelled = Counter("repeng_cancelled", "Requests whose client went away", registry=self.registry)
+        self.prompt = Counter("repeng_prompt_tokens", "Tokens of prompts", registry=self.registry)
+        self.generated = Counter("repeng_generated_tokens", "Tokens of answers", registry=self.registry)
+        self.seconds = Histogram("repeng_request_seconds", "Seconds of a whole request", registry=self.registry)
+        self.first = Histogram("repeng_first_token_seconds", "Seconds until the first token", registry=self.registry)
+        running = Gauge("repeng_running", "Requests that run or wait", registry=self.registry)
+        running.set_function(lambda: batching.running)
+
+
+class Server:
+    """The handlers of one model."""
+
+    def __init__(
+        self, batching: Batching, tokenizer: PreTrainedTokenizerBase, name: str, api_key: str | None = None
+    ) -> None:
+        self.batching, self.tokenizer, self.name, self.api_key = batching, tokenizer, name, api_key
+        self.metrics = Metrics(batching)
+        self.created = int(time.time())
+
+    @asynccontextmanager
+    async def lifespan(self, _app: Starlette) -> AsyncIterator[None]:
+        self.batching.start()
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(self.batching.stop)
+
+    async def health(self, _request: Request) -> Response:
+        alive = self.batching.alive
+        return JSONResponse({"status": "ok" if alive else "dead"}, 200 if alive else 503)
+
+    async def show_metrics(self, request: Request) -> Response:
+        self._check_key(request)
+        return Response(generate_latest(self.metrics.registry), headers={"content-type": CONTENT_TYPE_LATEST})
+
+    async def models(self, request: Request) -> Response:
+        self._check_key(request)
+        model = {
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "repeng",
+            "max_model_len": self.batching.max_length,
+            "steer": list(self.batching.dials.names),
+        }
+        return JSONResponse({"object": "list", "data": [model]})
+
+    async def completions(self, request: Request) -> Response:
+        return await self._answer(request, Completion)
+
+    async def chat_completions(self, request: Request) -> Response:
+        return await self._answer(request, ChatCompletion)
+
+    async def _answer(self, request: Request, kind: type[Completion] | type[ChatCompletion]) -> Response:
+        self._check_key(request)
+        body = parse(kind, await _read(request))
+        ids = self._check(body)
+        shape = _Shape(isinstance(body, ChatCompletion), self.name)
+        answers = self._generate(body, ids)
+        if body.stream:
+            with_usage = body.stream_options is not None and body.stream_options.include_usage
+            # The first piece is awaited, so that a request that fails at once has its own status.
+            first = await anext(answers)
+            events = self._events(shape, first, answers, len(ids), with_usage)
+            return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        if body.stream_options is not None:
+            raise Refused("stream_options goes with stream: true", "stream_options")
+        whole = await _unless_gone(request, _joined(answers))
+        if whole is None:
+            self.metrics.cancelled.inc()
+            return Response(status_code=499)
+        self.metrics.requests.labels(200).inc()
+        return JSONResponse(shape.whole(whole, len(ids)))
+
+    async def _events(
+        self, shape: "_Shape", piece: Answer, answers: AsyncGenerator[Answer], prompt_tokens: int, with_usage: bool
+    ) -> AsyncIterator[str]:
+        """Server-sent events of one answer, whose first piece has come."""
+        status = None
+        try:
+            for event in shape.opening():
+                yield event
+            while piece.ended is None:
+                if piece.text:
+                    yield shape.piece(piece)
+                piece = await anext(answers)
+            yield shape.piece(piece)
+            if with_usage:
+                yield shape.usage(prompt_tokens, piece.tokens)
+            yield "data: [DONE]\n\n"
+            status = 200
+        except (Unavailable, Failed) as error:
+            status = _status(error, self.batching.alive)
+            yield _event(_error(str(error), status))
+        finally:
+            if status is None:
+                self.metrics.cancelled.inc()
+            else:
+                self.metrics.requests.labels(status).inc()
+            await answers.aclose()
+
+    def _check(self, body: Completion | ChatCompletion) -> list[int]:
+        """The ids of the prompt.
+
+        Raises:
+            Refused: the request cannot be answered.
+        """
+        if body.model != self.name:
+            raise Refused(f"there is no model {body.model!r}; this server has {self.name!r}", "model", 404)
+        try:
+            self.batching.check(body.steer)
+        except ValueError as error:
+            raise Refused(str(error), "steer") from error
+        ids = self._prompt_ids(body)
+        room = self.batching.max_length - len(ids)
+        if room < 1:
+            raise Refused(
+                f"the prompt has {len(ids)} tokens; prompt and answer together have {self.batching.max_length}"
+            )
+        asked = _asked_tokens(body)
+        if asked is not None and asked > room:
+            raise Refused(
+                f"the prompt leaves room for {room} tokens of {self.batching.max_length}; got {asked}", "max_tokens"
+            )
+        return ids
+
+    def _prompt_ids(self, body: Completion | ChatCompletion) -> list[int]:
+        if isinstance(body, Completion) and isinstance(body.prompt, list):
+            size = self.batching.dials.model.config.get_text_config().vocab_size
+            wrong = next((one for one in body.prompt if not 0 <= one < size), None)
+            if not body.prompt or wrong is not None:
+                raise Refused(f"prompt holds at least one token id, each from 0 to {size - 1}; got {wrong}", "prompt")
+            return body.prompt
+        if isinstance(body, Completion):
+            try:
+                return encode(self.tokenizer, "", str(body.prompt)).ids
+            except ValueError as error:
+                raise Refused("prompt is empty", "prompt") from error
+        if not self.tokenizer.chat_template:
+            raise Refused("this model has no chat template; use /v1/completions", "messages")
+        reserved = set(body.chat_template_kwargs) & {*signature(self.tokenizer.apply_chat_template).parameters}
+        if reserved:
+            raise Refused(f"the server itself sets {', '.join(sorted(reserved))}", "chat_template_kwargs")
+        try:
+            ids = self.tokenizer.apply_chat_template(
+                [message.as_turn() for message in body.messages],
+                add_generation_prompt=True,
+                return_dict=False,
+                **body.chat_template_kwargs,
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise Refused(f"the chat template refuses these messages: {error}", "messages") from error
+        return list(cast(list[int], ids))
+
+    async def _generate(self, body: Completion | ChatCompletion, ids: list[int]) -> AsyncGenerator[Answer]:
+        """Pieces of the answer; closing it cancels the request."""
+        sampling = Sampling(
+            1.0 if body.temperature is None else body.temperature,
+            1.0 if body.top_p is None else body.top_p,
+            body.top_k,
+        )
+        room = self.batching.max_length - len(ids)
+        limit = _asked_tokens(body) or (room if isinstance(body, ChatCompletion) else min(COMPLETION_TOKENS, room))
+        context = ids[-CONTEXT:] if isinstance(body, Completion) else ()
+        stream, count, start = TextStream(self.tokenizer, body.stop_texts(), context), 0, time.perf_counter()
+        self.metrics.prompt.inc(len(ids))
+        async with aclosing(self.batching.generate(ids, body.steer, limit, sampling)) as tokens:
+            async for new in tokens:
+                if not count:
+                    self.metrics.first.observe(time.perf_counter() - start)
+                count += len(new.ids) + (new.ended == "stop")
+                self.metrics.generated.inc(len(new.ids))
+                text = stream.push(new.ids, new.ended is not None)
+                ended = "stop" if stream.stopped else new.ended
+                if ended:
+                    self.metrics.seconds.observe(time.perf_counter() - start)
+                yield Answer(text, ended, count)
+                if ended:
+                    return
+
+    def _check_key(self, request: Request) -> None:
+        if self.api_key is None:
+            return
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if not hmac.compare_digest(given.encode(), self.api_key.encode()):
+            raise Refused("the API key is missing or wrong: send the header 'Authorization: Bearer KEY'", None, 401)
+
+    async def failed(self, _request: Request, error: Exception) -> Response:
+        """Any error as OpenAI's clients expect it."""
+        status = _status(error, self.batching.alive)
+        self.metrics.requests.labels(status).inc()
+        text = error.detail if isinstance(error, HTTPException) else str(error)
+        headers = {"retry-after": "1"} if status == 429 else None
+        return JSONResponse(_error(text, status, getattr(error, "field", None)), status, headers)
+
+
+class _Shape:
+    """How OpenAI writes one answer."""
+
+    def __init__(self, is_chat: bool, model: str) -> None:
+        self.is_chat = is_chat
+        self._id = f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}"
+        self._created, self._model = int(time.time()), model
+
+    def whole(self, answer: Answer, prompt_tokens: int) -> dict[str, Any]:
+        """The answer in one piece."""
+        said = {"message": {"role": "assistant", "content": answer.text}} if self.is_chat else {"text": answer.text}
+        usage = _usage(prompt_tokens, answer.tokens)
+        return {**self._head("chat.completion"), "choices": [self._choice(said, answer.ended)], "usage": usage}
+
+    def opening(self) -> list[str]:
+        """The first events, before any text."""
+        said = {"delta": {"role": "assistant", "content": ""}}
+        return [self._event([self._choice(said, None)])] if self.is_chat else []
+
+    def piece(self, answer: Answer) -> str:
+        """The event of a piece."""
+        said = {"delta": {"content": answer.text}} if self.is_chat else {"text": answer.text}
+        return self._event([self._choice(said, answer.ended)])
+
+    def usage(self, prompt_tokens: int, tokens: int) -> str:
+        """The event that ends a stream whose request asked for it."""
+        return self._event([], usage=_usage(prompt_tokens, tokens))
+
+    def _event(self, choices: list[dict[str, Any]], **more: Any) -> str:
+        return _event({**self._head("chat.completion.chunk"), "choices": choices, **more})
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        kind = kind if self.is_chat else "text_completion"
+        return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
+
+    def _choice(self, said: Mapping[str, Any], ended: str | None) -> dict[str, Any]:
+        return {"index": 0, **said, "logprobs": None, "finish_reason": ended}
+
+
+def make_app(
+    batching: Batching,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    api_key: str | None = None,
+    allowed_hosts: Sequence[str] = ("*",),
+) -> Starlette:
+    """The web application, for any ASGI server.
+
+    Args:
+        batching: generates; started and stopped with the application.
+        tokenizer: of its model.
+        name: of the model, as requests say it.
+        api_key: what requests must send; None lets everybody in.
+        allowed_hosts: `Host` headers that are answered. On a loopback address, a page of the web that resolves its own
+            name to this machine is kept out by it.
+    """
+    server = Server(batching, tokenizer, name, api_key)
+    errors: Any = dict.fromkeys((Refused, Unavailable, Failed, HTTPException, Exception), server.failed)
+    return Starlette(
+        routes=[
+            Route("/health", server.health),
+            Route("/metrics", server.show_metrics),
+            Route("/v1/models", server.models),
+            Route("/v1/completions", server.completions, methods=["POST"]),
+            Route("/v1/chat/completions", server.chat_completions, methods=["POST"]),
+        ],
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(allowed_hosts))],
+        exception_handlers=errors,
+        lifespan=server.lifespan,
+    )
+
+
+def _status(error: Exception, alive: bool) -> int:
+    """The HTTP status of an error."""
+    if isinstance(error, Unavailable):
+        return 429 if alive else 503
+    return getattr(error, "status", getattr(error, "status_code", 500))
+
+
+def _event(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data)}\n\n"
+
+
+def _error(message: str, status: int, field: str | None = None) -> dict[str, Any]:
+    kind = "invalid_request_error" if status < 500 and status != 429 else "server_error"
+    return {"error": {"message": message, "type": kind, "param": field, "code": status}}
+
+
+def _usage(prompt: int, answer: int) -> dict[str, int]:
+    return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+
+
+def _asked_tokens(body: Generation) -> int | None:
+    return getattr(body, "max_completion_tokens", None) or body.max_tokens
+
+
+async def _read(request: Request) -> bytes:
+    """The body, of limited length."""
+    parts, length = [], 0
+    async for part in request.stream():
+        length += len(part)
+        if length > MAX_BODY:
+            raise Refused(f"the body is longer than {MAX_BODY} bytes", None, 413)
+        parts.append(part)
+    return b"".join(parts)
+
+
+async def _joined(answers: AsyncIterator[Answer]) -> Answer:
+    """All pieces as one."""
+    texts, last = [], Answer("", "length", 0)
+    async for last in answers:
+        texts.append(last.text)
+    return last._replace(text="".join(texts))
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, Answer]) -> Answer | None:
+    """What comes of the work, which is cancelled when the client goes away: then None."""
+    task, gone = asyncio.create_task(work), asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        for one in (task, gone):
+            one.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,304 @@
+"""Requests at different coefficients in one batch, by the continuous batching of transformers.
+
+transformers packs the tokens of all running requests into one row and decides which ones run. This module tells each
+forward the coefficient of each token.
+"""
+
+import asyncio
+import math
+import threading
+import uuid
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, replace
+from functools import wraps
+from typing import Any, NamedTuple, cast
+
+import torch
+from transformers import ContinuousBatchingConfig, GenerationConfig
+
+from repeng.control.positions import replaced
+from repeng.data.files import nearest
+from repeng.serve.dials import Dials, per_token
+
+PAGE = 256  # tokens of a page of the key-value cache, by the default of transformers
+POLL = 0.2  # seconds
+GREEDY_BELOW = 0.01  # temperatures under it draw the most likely token; dividing by them would overflow
+
+
+class Unavailable(RuntimeError):
+    """The server cannot take a request now."""
+
+
+class Failed(RuntimeError):
+    """A request could not be finished."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one server takes.
+
+    Attributes:
+        max_length: tokens of a prompt and its answer together; None = what the model has positions for, at most 4096.
+        max_concurrent: requests that run in one batch.
+        max_waiting: requests that wait for their turn; more are refused.
+        max_coefficient: the largest coefficient of a request, either sign.
+    """
+
+    max_length: int | None = None
+    max_concurrent: int = 16
+    max_waiting: int = 256
+    max_coefficient: float = 10.0
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{one.name} must be above 0; got {value}")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn; temperature 0 takes the most likely one."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int | None = None
+
+
+class Tokens(NamedTuple):
+    """New tokens of a request, and how it ended: "stop" at a token that ends a text, "length", or not yet (None)."""
+
+    ids: list[int]
+    ended: str | None
+
+
+class _Request(NamedTuple):
+    """A running request: its coefficients in the order of the dials, and where its results go."""
+
+    coefficients: tuple[float, ...]
+    results: asyncio.Queue
+    loop: asyncio.AbstractEventLoop
+
+    def put(self, result: Any) -> None:
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self.results.put_nowait, result)
+
+
+class Batching:
+    """Generates for many requests at once; nobody else may use the model between `start` and `stop`.
+
+    Args:
+        dials: the model and what steers it.
+        limits: see `Limits`.
+
+    Raises:
+        ImportError: this version of transformers is too old.
+        ValueError: the model has fewer positions than `limits.max_length`.
+    """
+
+    def __init__(self, dials: Dials, limits: Limits | None = None) -> None:
+        if "max_requests_per_batch" not in {one.name for one in fields(ContinuousBatchingConfig)}:
+            raise ImportError("serving needs transformers 5.17 or newer: pip install -U 'transformers>=5.17,<5.25'")
+        limits = limits or Limits()
+        positions = getattr(dials.model.config.get_text_config(), "max_position_embeddings", None)
+        if limits.max_length is None:
+            limits = replace(limits, max_length=min(positions or 4096, 4096))
+        elif positions is not None and limits.max_length > positions:
+            raise ValueError(f"max_length is {limits.max_length}, and the model has {positions} positions")
+        self.dials, self.limits = dials, limits
+        self.max_length = limits.max_length or 0
+        settings = dials.model.generation_config or GenerationConfig()
+        ends = settings.eos_token_id
+        self.ends: set[int] = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+        self._requests: dict[str, _Request] = {}
+        self._manager: Any = None
+        self._threads: list[threading.Thread] = []
+        self._replaced = ExitStack()
+        self._steered = ExitStack()  # the open contexts of `steer`
+        self._steered_for: Any = None  # what they were opened for
+
+    def start(self) -> None:
+        """Start the threads that generate and hand out results."""
+        model, on_cpu = self.dials.model, self.dials.model.device.type == "cpu"
+        concurrent = self.limits.max_concurrent
+        # Keys and values of a prompt depend on its coefficients: no request may share those of another.
+        config = ContinuousBatchingConfig(
+            allow_block_sharing=False,
+            use_async_batching=False,
+            use_cuda_graph=False,
+            auto_switch_to_flash=False,
+            per_request_processors=True,
+            num_blocks=concurrent * math.ceil(self.max_length / PAGE),
+            max_batch_tokens=max(concurrent, 256 if on_cpu else 2048),
+            max_requests_per_batch=concurrent,
+        )
+        # Values other than the neutral ones, which each request overrides, make transformers keep the processors.
+        generation = GenerationConfig(
+            do_sample=True,
+            temperature=0.5,
+            top_k=2,
+            top_p=0.5,
+            eos_token_id=sorted(self.ends) or -1,
+            pad_token_id=min(self.ends, default=0),
+        )
+        self._manager = cast(Any, model).init_continuous_batching(generation, config)
+        self._replaced.enter_context(replaced(model, "forward", self._steered_forward))
+        self._manager.start()
+        thread = threading.Thread(target=self._hand_out, name="repeng-results", daemon=True)
+        thread.start()
+        self._threads = [thread]
+
+    def stop(self) -> None:
+        """End all requests, stop the threads, and leave the model as it was."""
+        manager, self._manager = self._manager, None
+        if manager is None:
+            return
+        manager.stop(block=True, timeout=30, hard_stop=True)
+        for thread in self._threads:
+            thread.join(timeout=5)
+        for request in list(self._requests.values()):
+            request.put(Unavailable("the server stops"))
+        self._steered.close()
+        self._steered_for = None
+        self._replaced.close()
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests can be answered."""
+        return self._manager is not None and self._manager.is_running()
+
+    @property
+    def running(self) -> int:
+        """Requests that run or wait."""
+        return len(self._requests)
+
+    def check(self, steering: Mapping[str, float]) -> None:
+        """Raise ValueError unless every name is known and every coefficient is within the limits."""
+        names, largest = self.dials.names, self.limits.max_coefficient
+        for name, c in steering.items():
+            if name not in names:
+                listed = ", ".join(names) or "none"
+                raise ValueError(f"there is no {name!r} to steer by{nearest(name, names)}; there are: {listed}")
+            if not abs(c) <= largest:
+                allowed = f"from {-largest:g} to {largest:g}"
+                raise ValueError(f"the coefficient of {name!r} is {c:g}; {allowed} is allowed")
+
+    async def generate(
+        self, ids: Sequence[int], steering: Mapping[str, float], max_new_tokens: int, sampling: Sampling
+    ) -> AsyncGenerator[Tokens]:
+        """New tokens of one text as they come; closing the iterator cancels the request.
+
+        Args:
+            ids: the prompt.
+            steering: coefficients by name; others are 0.
+            max_new_tokens: the longest answer.
+            sampling: how tokens are drawn.
+
+        Raises:
+            Unavailable: too many requests wait, or the server stops.
+            Failed: the model gave no number that a token could be drawn from, or transformers gave up.
+            ValueError: see `check`.
+        """
+        self.check(steering)
+        manager = self._manager
+        if manager is None or not manager.is_running():
+            raise Unavailable("the server does not generate any more; restart it")
+        if self.running >= self.limits.max_concurrent + self.limits.max_waiting:
+            raise Unavailable(f"{self.running} requests run or wait; try again later")
+        name, sent = uuid.uuid4().hex, 0
+        request = _Request(
+            tuple(float(steering.get(dial, 0.0)) for dial in self.dials.names),
+            asyncio.Queue(),
+            asyncio.get_running_loop(),
+        )
+        self._requests[name] = request
+        greedy = sampling.temperature < GREEDY_BELOW
+        vocabulary = self.dials.model.config.get_text_config().vocab_size
+        ended = None
+        try:
+            manager.add_request(
+                list(ids),
+                request_id=name,
+                max_new_tokens=max_new_tokens,
+                streaming=True,
+                temperature=1.0 if greedy else float(sampling.temperature),
+                top_p=float(sampling.top_p),
+                top_k=1 if greedy else sampling.top_k or vocabulary,
+            )
+            while ended is None:
+                result = await request.results.get()
+                if isinstance(result, Exception):
+                    ended = "error"
+                    raise result
+                if result.error is not None:
+                    ended = "error"
+                    raise Failed(result.error)
+                new = result.generated_tokens[sent:]
+                sent += len(new)
+                if result.is_finished():
+                    at_end = bool(result.generated_tokens) and result.generated_tokens[-1] in self.ends
+                    ended = "stop" if at_end else "length"
+                yield Tokens(new[:-1] if ended == "stop" else new, ended)
+        finally:
+            del self._requests[name]
+            if ended in (None, "error"):
+                manager.cancel_request(name)
+
+    def _hand_out(self) -> None:
+        """Thread: hand each result to the request that it belongs to."""
+        manager = self._manager
+        while manager.is_running():
+            result = manager.get_result(timeout=POLL)
+            request = None if result is None else self._requests.get(result.request_id)
+            if request is not None:
+                request.put(result)
+        for request in list(self._requests.values()):
+            request.put(Unavailable("the server does not generate any more; restart it"))
+
+    def _packed(self) -> list[Any]:
+        """The requests of the running forward, in the order of their tokens."""
+        return self._manager.batch_processor.inputs_and_outputs.requests_in_batch
+
+    def _steered_forward(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """The forward of the model, in which every token is steered as its request asks.
+
+        A text whose next token has no probabilities fails, instead of ending the thread that draws. In the same
+        forward it may take others with it: attention multiplies what it must not see by zero, and 0 × inf is NaN.
+        """
+
+        @wraps(forward)
+        def steered(*args: Any, **kwargs: Any) -> Any:
+            packed = self._packed()
+            self._steer(packed, tokens=kwargs["input_ids"].shape[1])
+            output = forward(*args, **kwargs)
+            broken = ~output.logits.amax(dim=-1, keepdim=True).isfinite()
+            if broken.any():
+                drawn = broken if "logits_to_keep" in kwargs else broken[:, kwargs["logits_indices"]]
+                names = [one.state.request_id for one in packed if one.has_new_token]
+                for name, fails in zip(names, drawn.flatten().tolist(), strict=False):
+                    if fails and name in self._requests:
+                        problem = "the model gives NaN or infinite logits in this batch; ask for smaller coefficients"
+                        self._requests[name].put(Failed(problem))
+                output.logits = torch.where(broken, 0.0, output.logits)
+            return output
+
+        return steered
+
+    def _steer(self, packed: Sequence[Any], tokens: int) -> None:
+        """Open the contexts of `steer` for these requests, unless they are open already."""
+        nothing = (0.0,) * len(self.dials.names)
+        running = [self._requests.get(one.state.request_id) for one in packed]
+        own = [nothing if request is None else request.coefficients for request in running]
+        lengths = [one.query_length for one in packed]
+        if sum(lengths) != tokens:
+            raise RuntimeError(f"{sum(lengths)} tokens of requests are packed into {tokens}: transformers pads them")
+        wanted = tuple(own), (None if len(set(own)) == 1 else tuple(lengths))
+        if wanted == self._steered_for:
+            return
+        self._steered.close()
+        self._steered_for = None
+        columns = zip(*own, strict=True)
+        values = {name: per_token(list(each), lengths) for name, each in zip(self.dials.names, columns, strict=True)}
+        self._steered.enter_context(self.dials.at(values))
+        self._steered_for = wanted

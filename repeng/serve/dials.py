@@ -1,0 +1,112 @@
+"""Adapters and vectors by the names that requests use."""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from repeng.control.steer import steer
+from repeng.vectors.vector import SteeringVector
+
+NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+
+class Dials:
+    """Everything that can steer one model.
+
+    Args:
+        model: the model; adapters are injected into it and active.
+        adapters: what its adapters are called in PEFT, by name.
+        vectors: steering vectors by name.
+
+    Raises:
+        ValueError: something cannot be steered, or fits another model.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        adapters: Mapping[str, str] | None = None,
+        vectors: Mapping[str, SteeringVector] | None = None,
+    ) -> None:
+        self.model = model
+        self._adapters = dict(adapters or {})
+        self._vectors = dict(vectors or {})
+        self.names = (*self._adapters, *self._vectors)
+        for name, tensor in self._numbers():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name!r} holds values that are not finite; it seems to be broken")
+        with self.at(dict.fromkeys(self.names, 1.0)):
+            pass
+
+    def _numbers(self) -> Iterator[tuple[str, Tensor]]:
+        """What steers, by name."""
+        for name, vector in self._vectors.items():
+            yield from ((name, direction) for direction in vector.directions.values())
+        names = {called: name for name, called in self._adapters.items()}
+        for place, parameter in self.model.named_parameters():
+            yield from ((names[part], parameter) for part in place.split(".") if part in names)
+
+    @contextmanager
+    def at(self, coefficients: Mapping[str, float | Tensor]) -> Iterator[None]:
+        """Inside the context, the model is steered; what is not named stands at 0.
+
+        Args:
+            coefficients: by name, as `steer` takes them.
+        """
+        with ExitStack() as stack:
+            for name, called in self._adapters.items():
+                stack.enter_context(steer(self.model, coefficients.get(name, 0.0), adapter_name=called))
+            for name, vector in self._vectors.items():
+                stack.enter_context(steer(self.model, coefficients.get(name, 0.0), vector=vector))
+            yield
+
+
+def load_dials(model: PreTrainedModel, paths: Mapping[str, Path]) -> Dials:
+    """Load adapters (folders) and vectors (files) onto a model, which is changed.
+
+    Raises:
+        ValueError: a name cannot be used, or what lies at a path does not fit the model.
+        FileNotFoundError: nothing lies at a path.
+    """
+    for name, path in paths.items():
+        if not NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is no name for a dial: use letters, digits, - and _, as in NAME=PATH")
+        if not path.exists():
+            raise FileNotFoundError(f"there is no adapter and no vector at {str(path)!r}")
+    folders = {name: path for name, path in paths.items() if path.is_dir()}
+    called = {name: f"dial-{name}" for name in folders}  # PEFT mixes up names that are part of "lora_"
+    by_kind: dict[Any, dict[str, Path]] = {}
+    for name, path in folders.items():
+        kind = PeftConfig.from_pretrained(str(path)).peft_type
+        by_kind.setdefault(kind, {})[name] = path
+    if len(by_kind) > 1:
+        kinds = "; ".join(f"{getattr(kind, 'value', kind)}: {', '.join(names)}" for kind, names in by_kind.items())
+        raise ValueError(f"adapters of several kinds cannot be served together ({kinds}); start one server for each")
+    for of_kind in by_kind.values():
+        (first, path), *others = ((called[name], path) for name, path in of_kind.items())
+        adapted = PeftModel.from_pretrained(model, path, adapter_name=first)
+        for name, other in others:
+            adapted.load_adapter(str(other), adapter_name=name)
+        tuner: Any = adapted.base_model
+        tuner.set_adapter([called[name] for name in of_kind])
+    vectors = {
+        name: SteeringVector.load_gguf(path) if path.suffix == ".gguf" else SteeringVector.load(path)
+        for name, path in paths.items()
+        if path.is_file()
+    }
+    model.requires_grad_(False)
+    return Dials(model.eval(), called, vectors)
+
+
+def per_token(values: list[float], lengths: list[int]) -> float | Tensor:
+    """One number if all texts have the same, else `(1 t)`: the value of each token of a row that packs the texts."""
+    if len(set(values)) == 1:
+        return values[0]
+    return torch.repeat_interleave(torch.tensor(values), torch.tensor(lengths))[None]
