@@ -1,14 +1,13 @@
 """GGUF control vectors, in the layout of llama.cpp; needs the package gguf (`pip install 'repeng[gguf]'`)."""
 
-import json
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from repeng.data.files import written_whole
+from repeng.vectors.easysteer import check_place
 
 ARCHITECTURE = "controlvector"
 MODEL_HINT = f"{ARCHITECTURE}.model_hint"
@@ -43,7 +42,7 @@ def read_control_vector(path: str | Path) -> tuple[dict[int, Tensor], str]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not a control vector, or one for another place than the residual stream.
+        ValueError: it is not a control vector.
     """
     gguf = _gguf_package()
     if not Path(path).is_file():
@@ -54,7 +53,7 @@ def read_control_vector(path: str | Path) -> tuple[dict[int, Tensor], str]:
     hint = reader.get_field(MODEL_HINT)
     if kind != ARCHITECTURE or hint is None:
         raise ValueError(f"{path} is a GGUF file of {kind!r}, not a control vector with a {MODEL_HINT}")
-    _check_place(reader, path)
+    check_place(reader, path)
     read = [gguf.GGMLQuantizationType[name] for name in ("F16", "F32", "F64")]
     directions = {}
     for tensor in reader.tensors:
@@ -70,25 +69,3 @@ def read_control_vector(path: str | Path) -> tuple[dict[int, Tensor], str]:
     if not directions:
         raise ValueError(f"{path} holds no directions")
     return directions, hint.contents()
-
-
-def _check_place(reader: Any, path: str | Path) -> None:
-    """Raise ValueError if EasySteer says that its directions are for something else than the residual stream.
-
-    ZJU-REAL/EasySteer writes the layout of llama.cpp (easysteer/extraction/result.py) and counts decoder layers from
-    0; `direction.N` is added to the output of layer N. Since version 1 of its own key, JSON tells the component; its
-    older files do not, but the method "iti" is for attention heads only.
-    """
-    own, method = (reader.get_field(f"{ARCHITECTURE}.{key}") for key in ("easysteer", "method"))
-    try:
-        told = json.loads(own.contents()) if own else {"version": 1}
-    except json.JSONDecodeError:
-        told = None
-    if not isinstance(told, dict) or told.get("version") != 1:
-        raise ValueError(f"{path} holds metadata of EasySteer in an unknown version; 1 is read: export it with that")
-    component = told.get("component") or ("attention_heads" if method and method.contents() == "iti" else None)
-    if component not in (None, "hidden_states"):
-        raise ValueError(
-            f"{path} is for the component {component!r} of EasySteer, and a control vector acts on the residual "
-            "stream; extract one from 'hidden_states'"
-        )
