@@ -15,7 +15,7 @@ def check_place(reader: Any, path: str | Path) -> None:
     own, method = (reader.get_field(f"controlvector.{key}") for key in ("easysteer", "method"))
     try:
         told = json.loads(own.contents()) if own else {"version": 1}
-    except json.JSONDecodeError:
+    except (TypeError, json.JSONDecodeError):
         told = None
     if not isinstance(told, dict) or told.get("version") != 1:
         raise ValueError(f"{path} holds metadata of EasySteer in an unknown version; 1 is read: export it with that")
