@@ -5,6 +5,7 @@ from typing import cast
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
+from repeng.tuner.antipasto import load_antipasto
 from repeng.tuner.coefficients import Coefficients
 from repeng.tuner.config import PEFT_TYPE, PREFIX, SvdSteeringConfig
 from repeng.tuner.layer import SvdSteeringLayer
@@ -16,4 +17,4 @@ PEFT_TYPE_TO_CONFIG_MAPPING[_KEY] = SvdSteeringConfig
 PEFT_TYPE_TO_TUNER_MAPPING[_KEY] = SvdSteeringModel
 PEFT_TYPE_TO_PREFIX_MAPPING[_KEY] = PREFIX
 
-__all__ = ["Coefficients", "SvdSteeringConfig", "SvdSteeringLayer", "SvdSteeringModel"]
+__all__ = ["Coefficients", "SvdSteeringConfig", "SvdSteeringLayer", "SvdSteeringModel", "load_antipasto"]

@@ -8,7 +8,7 @@ from peft import PeftConfig
 
 PEFT_TYPE = "SVD_STEERING"
 PREFIX = "svd_steering_"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # the newest that is read; a file names the oldest that holds all of it
 
 
 @dataclass
@@ -16,10 +16,10 @@ class SvdSteeringConfig(PeftConfig):
     """Rotate and scale the top singular directions of linear layers, or of the residual stream, by one coefficient c.
 
     Linear layer: `y = base(x) + [(x V) K(c)ᵀ] Uᵀ` with `K(c) = R_out(c) diag(S exp(c λ)) R_in(c)ᵀ − diag(S)`, where
-    `U, S, V` are the top `r` singular triples of the frozen weight and λ is learned. Residual stream:
-    `h + c b + Q (R(c) − I) Qᵀ h` after the decoder layer, Q the top `r` output directions of the weights that write to
-    it. Each R(c) is the Cayley rotation of a learned skew matrix, so R(−c) = R(c)ᵀ and K(0) = 0. A plane turns by
-    2 arctan(cω/2), which is under 180° at every c; no tighter bound is claimed.
+    `U, S, V` are the top `r` singular triples of the frozen weight and λ is learned (`S + c λ` with `additive_scale`).
+    Residual stream: `h + c b + Q (R(c) − I) Qᵀ h` after the decoder layer, Q the top `r` output directions of the
+    weights that write to it. Each R(c) is the Cayley rotation of a learned skew matrix, so R(−c) = R(c)ᵀ and K(0) = 0.
+    A plane turns by 2 arctan(cω/2), which is under 180° at every c; no tighter bound is claimed.
 
     Raises:
         ValueError: a field is out of its range, two fields contradict each other, or the file is of a newer format.
@@ -52,6 +52,9 @@ class SvdSteeringConfig(PeftConfig):
     rotate_output: bool = field(default=False, metadata={"help": "Learn R_out, which turns the output directions U."})
     scale: bool = field(default=True, metadata={"help": "Learn λ, the log-gain of each singular value."})
     shift: bool = field(default=True, metadata={"help": "Learn b, what is added to the residual stream."})
+    additive_scale: bool = field(
+        default=False, metadata={"help": "Singular values become S + cλ, as in AntiPaSTO, instead of S exp(cλ)."}
+    )
     svd_niter: int = field(
         default=2, metadata={"help": "Power iterations of the seeded randomised SVD; 0 = exact SVD."}
     )
@@ -79,7 +82,7 @@ class SvdSteeringConfig(PeftConfig):
     allow_other_base: bool = field(
         default=False, metadata={"help": "Load onto a base model whose weights differ from the fingerprint."}
     )
-    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the adapter's files."})
+    format_version: int = field(default=1, metadata={"help": "Version of the adapter's files; 2 has additive_scale."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,6 +92,8 @@ class SvdSteeringConfig(PeftConfig):
                 f"this adapter has file format {self.format_version!r} and this version of repeng reads formats up to "
                 f"{FORMAT_VERSION}: install a newer repeng to load it"
             )
+        if self.additive_scale:
+            self.format_version = 2  # version 1 would read λ as a log-gain
         if isinstance(self.target_modules, str) and re.fullmatch(r"[\w-]+", self.target_modules):
             self.target_modules = {self.target_modules}  # one name, such as "residual" or "all-linear"
         if isinstance(self.target_modules, list | tuple):
@@ -105,6 +110,8 @@ class SvdSteeringConfig(PeftConfig):
             raise ValueError(f"svd_niter must be 0 (exact) or positive; got {self.svd_niter}")
         if not (self.rotate_input or self.rotate_output or self.scale or self.shift):
             raise ValueError("nothing to learn: set at least one of rotate_input, rotate_output, scale, shift")
+        if self.additive_scale and not self.scale:
+            raise ValueError("additive_scale=True says how to scale, and scale=False not to: set one of them only")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError(
                 f"layers_to_transform={self.layers_to_transform} has no effect when target_modules is a regular "

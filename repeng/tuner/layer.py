@@ -43,12 +43,20 @@ class SvdSteeringLayer(BaseTunerLayer):
         "svd_steering_lambda",
         "svd_steering_shift",
     )
-    other_param_names: tuple[str, ...] = ("svd_steering_u", "svd_steering_s", "svd_steering_v", "r", "svd_error")
+    other_param_names: tuple[str, ...] = (
+        "svd_steering_u",
+        "svd_steering_s",
+        "svd_steering_v",
+        "r",
+        "svd_error",
+        "additive",
+    )
 
     def __init__(self, coefficients: Coefficients) -> None:
         self.coefficients: Coefficients = coefficients
         self.r: dict[str, int] = {}
         self.svd_error: dict[str, float] = {}
+        self.additive: dict[str, bool] = {}  # whether λ is added to the singular values
         self.awaited: set[str] = set()  # adapters whose bases are still to come from a file
         self.svd_steering_in: nn.ParameterDict = nn.ParameterDict()
         self.svd_steering_out: nn.ParameterDict = nn.ParameterDict()
@@ -146,7 +154,7 @@ class Linear(nn.Module, SvdSteeringLayer):
         device = self.device()
         for store, tensor in (("u", u), ("s", s), ("v", v)):
             getattr(self, f"svd_steering_{store}")[adapter_name] = tensor.to(device)
-        self.r[adapter_name] = r
+        self.r[adapter_name], self.additive[adapter_name] = r, config.additive_scale
         if config.rotate_input:
             self.svd_steering_in[adapter_name] = start(config, r * (r - 1) // 2, device)
         if config.rotate_output:
@@ -171,7 +179,7 @@ class Linear(nn.Module, SvdSteeringLayer):
             spread = torch.zeros_like(coefficient)[:, None]
             if adapter_name in self.svd_steering_lambda:
                 spread = coefficient[:, None] * self.svd_steering_lambda[adapter_name].float()
-            core = torch.diag_embed(s * spread.exp())
+            core = torch.diag_embed(s + spread if self.additive[adapter_name] else s * spread.exp())
             if adapter_name in self.svd_steering_out:
                 core = self.coefficients.rotation(self.svd_steering_out, adapter_name, s.numel()) @ core
             if adapter_name in self.svd_steering_in:

@@ -61,7 +61,7 @@ class SvdSteeringModel(BaseTuner):
         if config.init_bases or config.resolved_modules is None:
             config.resolved_modules = resolve(model, config)
         else:
-            _require_modules(model, config.resolved_modules)
+            require_modules(model, config.resolved_modules)
         if config.init_bases:
             config.fingerprint = take_fingerprint(model, config.resolved_modules)
             config.calibration = None
@@ -235,7 +235,7 @@ def _spans(indices: list[int]) -> str:
     return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
-def _require_modules(model: nn.Module, names: list[str]) -> None:
+def require_modules(model: nn.Module, names: list[str]) -> None:
     """Raise ValueError unless all modules of an adapter file are there."""
     available = {name for name, _ in model.named_modules()}
     missing = [name for name in names if name not in available]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from repeng.data.files import written_whole
+from repeng.vectors.easysteer import check_place
 
 ARCHITECTURE = "controlvector"
 MODEL_HINT = f"{ARCHITECTURE}.model_hint"
@@ -52,13 +53,17 @@ def read_control_vector(path: str | Path) -> tuple[dict[int, Tensor], str]:
     hint = reader.get_field(MODEL_HINT)
     if kind != ARCHITECTURE or hint is None:
         raise ValueError(f"{path} is a GGUF file of {kind!r}, not a control vector with a {MODEL_HINT}")
+    check_place(reader, path)
+    read = [gguf.GGMLQuantizationType[name] for name in ("F16", "F32", "F64")]
     directions = {}
     for tensor in reader.tensors:
         name, _, layer = tensor.name.partition(".")
         if name != "direction" or not layer.isdigit():
             raise ValueError(f"{path} holds {tensor.name!r}; a control vector holds direction.LAYER only")
-        if tensor.tensor_type not in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16):
-            raise ValueError(f"{path} holds {tensor.name!r} as {tensor.tensor_type.name}; F32 and F16 are read")
+        if tensor.tensor_type not in read:
+            raise ValueError(f"{path} holds {tensor.name!r} as {tensor.tensor_type.name}; F16, F32 and F64 are read")
+        if tensor.data.ndim != 1:
+            raise ValueError(f"{path} holds {tensor.name!r} with {tensor.data.ndim} dimensions; a direction has one")
         # A copy, since the reader maps the file into memory.
         directions[int(layer)] = torch.tensor(tensor.data.astype("float32"))
     if not directions:

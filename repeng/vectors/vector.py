@@ -18,6 +18,12 @@ from repeng.model.sites import RESIDUAL, Place, site_widths
 
 FORMAT_VERSION = 1
 KEY = "repeng"  # of the JSON text in a file's safetensors metadata
+# moudrkat/hidden-directions (extract/pref.py) and hotwire-vllm (_state.py) keep rows `(layers d)` in such files.
+PICKLED = (
+    "it is a pickle, which can run code when it is read. If it holds one row for the output of each layer, read rows "
+    "yourself by torch.load with weights_only=True and write "
+    "SteeringVector({('residual', i): row.float() for i, row in enumerate(rows)}).save('vector.safetensors')"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,7 +236,10 @@ class SteeringVector:
                 text = (file.metadata() or {}).get(KEY)
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
         except SafetensorError as error:
-            raise ValueError(f"{path} is not a safetensors file ({error}); for GGUF use load_gguf") from error
+            with open(path, "rb") as start:
+                pickled = start.read(4).startswith((b"PK\x03\x04", b"\x80"))
+            hint = PICKLED if pickled else "for GGUF use load_gguf"
+            raise ValueError(f"{path} is not a safetensors file ({error}); {hint}") from error
         if text is None:
             raise ValueError(f"{path} holds no steering vector: its metadata lack the key {KEY!r}")
         written = json.loads(text)
@@ -270,12 +279,12 @@ class SteeringVector:
 
     @classmethod
     def load_gguf(cls, path: str | Path) -> "SteeringVector":
-        """Read a llama.cpp control vector, for example one that vgel/repeng wrote.
+        """Read a llama.cpp control vector, for example one that vgel/repeng or EasySteer wrote.
 
         Raises:
             ImportError: the package gguf is not installed.
             FileNotFoundError: there is no such file.
-            ValueError: it is not a control vector.
+            ValueError: it is not a control vector, or one for another place than the residual stream.
         """
         from repeng.vectors.gguf import read_control_vector
 

@@ -49,7 +49,7 @@ def test_version_1_loads_and_does_what_it_did():
 
 
 @pytest.mark.filterwarnings("ignore:Unexpected keyword arguments.*a_field_of_tomorrow:UserWarning")  # PEFT's own
-@pytest.mark.parametrize("changes", [{"format_version": 2}, {"format_version": 7, "a_field_of_tomorrow": [1]}])
+@pytest.mark.parametrize("changes", [{"format_version": 3}, {"format_version": 7, "a_field_of_tomorrow": [1]}])
 def test_a_newer_file_is_refused(golden, changes):
     rewrite(golden, **changes)
     with pytest.raises(ValueError, match=f"file format {changes['format_version']}.*install a newer repeng"):
