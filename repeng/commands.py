@@ -29,6 +29,7 @@ from repeng.eval.report.folder import write_report
 from repeng.eval.report.tables import print_doses, print_table
 from repeng.export import export_dial, export_lora, export_merged, vector_of
 from repeng.model.loading import load_base, load_tokenizer
+from repeng.model.sources import name_of_folder
 from repeng.model.types import CausalLM
 from repeng.train.adapter_files import save_adapter
 from repeng.vectors.vector import SteeringVector
@@ -215,8 +216,10 @@ def serve(
     dials = load_dials(load_base(model_name_or_path, device, gguf_file=gguf_file), paths)
     tokenizer = load_tokenizer(model_name_or_path, gguf_file)
     allowed = ("*",) if api_key else ("127.0.0.1", "localhost", "[::1]")
-    app = make_app(Batching(dials, chosen), tokenizer, model_name_or_path, api_key, allowed)
-    print(f"{model_name_or_path}, to steer by: {', '.join(dials.names)}")
+    served = Path(model_name_or_path)
+    name = served.name if served.exists() else model_name_or_path
+    app = make_app(Batching(dials, chosen), tokenizer, name, api_key, allowed)
+    print(f"model {name!r}, to steer by: {', '.join(dials.names)}")
     uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=30)
 
 
@@ -240,7 +243,7 @@ def _base_of(folder: Path) -> tuple[str, str | None]:
     name = keys.get("model_name_or_path") or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     if not name:
         raise ValueError(f"{folder} does not say of which base it is; give --model_name_or_path")
-    return name, keys.get("gguf_file")
+    return name_of_folder(name) or name, keys.get("gguf_file")
 
 
 def _load_task_model(task_args: TaskArguments, seed: int, use_cpu: bool, bf16: bool) -> Base:

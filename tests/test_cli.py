@@ -178,6 +178,26 @@ def test_what_cannot_be_exported_is_refused(vector_file, adapter_folder, argv, m
 @pytest.mark.parametrize(
     "argv, message",
     [
+        (["serve", "nowhere"], "nowhere"),
+        (["serve", "{vector}"], "does not say of which base"),
+        (["serve", "{vector}", "mood={vector}"], "two paths have the name 'mood'"),
+        (["serve", "a.b={vector}", "--model_name_or_path", "tiny"], "'a.b' is no name"),
+        (["serve", "{folder}", "--host", "0.0.0.0"], "REPENG_API_KEY"),
+        (["serve", "{folder}", "--gguf_file", "x.gguf"], "needs --model_name_or_path"),
+        (["serve", "{folder}", "--max_concurrent", "0"], "max_concurrent must be above 0"),
+        (["serve", "{folder}", "--max_length", "513", "--use_cpu"], "the model has 512 positions"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(vector_file, adapter_folder, monkeypatch, argv, message):
+    monkeypatch.delenv("REPENG_API_KEY", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        main([word.replace("{vector}", str(vector_file)).replace("{folder}", str(adapter_folder)) for word in argv])
+    assert message in str(stop.value)
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
         (["evaluate", "nowhere"], "nowhere"),
         (["calibrate", "{vector}"], "either pairs_file, or positive and negative"),
         (["evaluate", "{vector}", *KEYS, "--questions_fil", "q"], "did you mean 'questions_file'"),

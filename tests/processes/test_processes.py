@@ -1,20 +1,23 @@
 """Training in processes of its own: two at once, killed, and told to stop."""
 
 import hashlib
+import http.client
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from launches import launch_environment
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from support import ROOT
 
@@ -207,3 +210,27 @@ def test_sigterm_writes_a_checkpoint_and_ends(tmp_path):
     seen = json.loads((tmp_path / "seen.json").read_text())
     assert seen["stopped"] and 3 <= seen["step"] < 30
     assert (tmp_path / f"checkpoint-{seen['step']}" / "trainer_state.json").exists()
+
+
+def test_a_server_ends_a_running_answer_before_it_stops(tmp_path):
+    """SIGTERM comes while an answer is streamed."""
+    model = get_peft_model(tiny.load()[0], LoraConfig(r=4, target_modules=["q_proj"]))
+    model.save_pretrained(str(tmp_path / "honest"))
+    command = [sys.executable, "-m", "repeng", "serve", str(tmp_path / "honest"), "--port", "0", "--use_cpu"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        line = next(line for line in process.stderr if "running on" in line)
+        port = int(re.search(r"127\.0\.0\.1:(\d+)", line)[1])
+        with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
+            body = {"model": "tiny", "prompt": "the lime is", "max_tokens": 100, "stream": True, "temperature": 0}
+            connection.request("POST", "/v1/completions", json.dumps({**body, "steer": {"honest": -1}}))
+            response = connection.getresponse()
+            first = response.read(100)
+            process.send_signal(signal.SIGTERM)
+            text = first + response.read()
+        assert text.endswith(b"data: [DONE]\n\n") and text.count(b"data: {") > 10
+        assert process.wait(timeout=60) in (0, -signal.SIGTERM)
+    finally:
+        process.kill()
+        process.stderr.close()
+        process.wait()
