@@ -49,7 +49,7 @@ def dials_of(kind, **changes):
 
 def alone(dials, ids, steering, n):
     """Greedy tokens of one text, by `generate` and `steer`."""
-    row = torch.tensor([ids])
+    row = torch.tensor([ids], device=dials.model.device)
     with dials.at(steering):
         options = {"max_new_tokens": n, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         return dials.model.generate(row, attention_mask=torch.ones_like(row), **options)[0, len(ids) :].tolist()
@@ -88,6 +88,17 @@ def test_every_request_has_its_own_coefficients(kind):
     found = run(Batching(dials, Limits(max_concurrent=3)), *requests, (long, {"a": -0.7}, 3))
     assert found == [*expected, alone(dials, long, {"a": -0.7}, 3)]
     assert alone(dials, PROMPTS[0], steering[0], 9) == expected[0]  # the model is as it was
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_request_has_its_own_coefficients_on_a_gpu(kind):
+    dials = dials_of(kind)
+    dials.model.to("cuda")
+    steering = [{"a": 1.0}, {}, {"a": -1.0, "v": 0.5}, {"v": -2.0}, {"a": 0.3}]
+    expected = [alone(dials, ids, each, 9) for ids, each in zip(PROMPTS, steering, strict=True)]
+    requests = [(ids, each, 9, GREEDY, 0.02 * n) for n, (ids, each) in enumerate(zip(PROMPTS, steering, strict=True))]
+    assert run(Batching(dials, Limits(max_concurrent=3)), *requests) == expected
 
 
 def test_no_request_reads_keys_and_values_of_another_coefficient():
