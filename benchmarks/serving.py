@@ -64,7 +64,6 @@ def by_transformers(model: PreTrainedModel, prompts: Sequence[list[int]], n: int
         allow_block_sharing=False,
         use_async_batching=False,
         use_cuda_graph=False,
-        auto_switch_to_flash=False,
         num_blocks=2 * concurrent,
         max_batch_tokens=256 if model.device.type == "cpu" else 2048,
         max_requests_per_batch=concurrent,

@@ -13,7 +13,22 @@ from torch import Tensor, nn
 
 from repeng.tuner.coefficients import repeat_rows
 
-_set: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()  # by B of an adapter at a site
+
+class Factor:
+    """What outputs are multiplied by: one number, or a tensor for rows or tokens, copied to a device only once."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.number = None if value.ndim else value.item()
+        self._by_device = {value.device: value}
+
+    def on(self, device: torch.device) -> Tensor:
+        """The tensor on a device."""
+        if device not in self._by_device:
+            self._by_device[device] = next(iter(self._by_device.values())).to(device)
+        return self._by_device[device]
+
+
+_set: WeakKeyDictionary[nn.Module, Factor] = WeakKeyDictionary()  # by B of an adapter at a site
 
 
 def lora_modules(model: nn.Module, adapter_name: str | None = None) -> dict[str, list[nn.Module]]:
@@ -84,9 +99,10 @@ def scaled(modules: list[nn.Module], value: Tensor) -> Iterator[None]:
 
     An inner context wins.
     """
+    factor = Factor(value)
     before = {module: _set.get(module) for module in modules}
     hooks = [module.register_forward_hook(_scale) for module, outer in before.items() if outer is None]
-    _set.update(dict.fromkeys(modules, value))
+    _set.update(dict.fromkeys(modules, factor))
     try:
         yield
     finally:
@@ -100,11 +116,10 @@ def scaled(modules: list[nn.Module], value: Tensor) -> Iterator[None]:
 
 
 def _scale(module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-    value = _set.get(module)
-    if value is None:
-        return output  # of a copy that was made inside a context
-    value = value.to(output.device)
-    if value.ndim:
-        value = repeat_rows(value, output)
-        value = value.reshape(*value.shape, *[1] * (output.ndim - value.ndim))
-    return (output * value).to(output.dtype)
+    factor = _set.get(module)
+    if factor is None or factor.number == 1:
+        return output  # without a factor it is of a copy that was made inside a context
+    if factor.number is not None:
+        return output * factor.number
+    value = repeat_rows(factor.on(output.device), output)
+    return (output * value.reshape(*value.shape, *[1] * (output.ndim - value.ndim))).to(output.dtype)

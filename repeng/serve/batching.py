@@ -21,6 +21,7 @@ from repeng.control.positions import replaced
 from repeng.data.files import nearest
 from repeng.serve.dials import Dials, per_token
 
+FLASH = (torch.bfloat16, torch.float16)  # what flash attention computes in
 PAGE = 256  # tokens of a page of the key-value cache, by the default of transformers
 POLL = 0.2  # seconds
 GREEDY_BELOW = 0.01  # temperatures under it draw the most likely token; dividing by them would overflow
@@ -81,8 +82,18 @@ class _Request(NamedTuple):
     loop: asyncio.AbstractEventLoop
 
     def put(self, result: Any) -> None:
-        if not self.loop.is_closed():
-            self.loop.call_soon_threadsafe(self.results.put_nowait, result)
+        """Hand a result over, from any thread."""
+        _hand_over([(self, result)])
+
+
+def _hand_over(results: Sequence[tuple[_Request, Any]]) -> None:
+    """Results to the event loops of their requests, which are woken once."""
+    for loop in {request.loop for request, _ in results}:
+        mine = [(request, result) for request, result in results if request.loop is loop]
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(
+                lambda mine=mine: [request.results.put_nowait(result) for request, result in mine]
+            )
 
 
 class Batching:
@@ -123,11 +134,13 @@ class Batching:
         model, on_cpu = self.dials.model, self.dials.model.device.type == "cpu"
         concurrent = self.limits.max_concurrent
         # Keys and values of a prompt depend on its coefficients: no request may share those of another.
+        known = {one.name for one in fields(ContinuousBatchingConfig)}
+        flash: Any = {"auto_switch_to_flash": model.dtype in FLASH} if "auto_switch_to_flash" in known else {}
         config = ContinuousBatchingConfig(
+            **flash,
             allow_block_sharing=False,
             use_async_batching=False,
             use_cuda_graph=False,
-            auto_switch_to_flash=False,
             per_request_processors=True,
             num_blocks=concurrent * math.ceil(self.max_length / PAGE),
             max_batch_tokens=max(concurrent, 256 if on_cpu else 2048),
@@ -249,10 +262,13 @@ class Batching:
         """Thread: hand each result to the request that it belongs to."""
         manager = self._manager
         while manager.is_running():
-            result = manager.get_result(timeout=POLL)
-            request = None if result is None else self._requests.get(result.request_id)
-            if request is not None:
-                request.put(result)
+            results, result = [], manager.get_result(timeout=POLL)
+            while result is not None:
+                request = self._requests.get(result.request_id)
+                if request is not None:
+                    results.append((request, result))
+                result = manager.get_result(timeout=0)  # a step has one for each request: they go together
+            _hand_over(results)
         for request in list(self._requests.values()):
             request.put(Unavailable("the server does not generate any more; restart it"))
 
