@@ -123,7 +123,10 @@ def factors_at(model: nn.Module, coefficient: float, adapter_name: str) -> dict[
                 u, v = (store[adapter_name].float() for store in (module.svd_steering_u, module.svd_steering_v))
                 found[name] = Factors(v.mT.cpu().contiguous(), (u @ module.single_core(adapter_name)).cpu())
             elif isinstance(module, LoraLayer) and adapter_name in module.lora_A:
-                a, b = (cast(Tensor, store[adapter_name].weight).float() for store in (module.lora_A, module.lora_B))
+                a, b = (
+                    cast(Tensor, store[adapter_name].weight).detach().float()
+                    for store in (module.lora_A, module.lora_B)
+                )
                 if a.ndim != 2:
                     raise ValueError(f"{name} is a {type(base_of(module)).__name__}; linear layers can be exported")
                 found[name] = Factors(a.cpu(), (b * module.scaling[adapter_name] * coefficient).cpu())
