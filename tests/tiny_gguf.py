@@ -33,7 +33,8 @@ def write_base(model, path):
         writer.add_sliding_window(config.sliding_window)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("no_vocab")
-    writer.add_array("repeng.test.numbers", [3, 1, 2])
+    kinds = gguf.GGUFValueType
+    writer.add_key_value("repeng.test.numbers", [3, 1, 2], kinds.ARRAY, sub_type=kinds.UINT16)
     writer.add_array("repeng.test.words", ["one", "two"])
     table = gguf.get_tensor_name_map(
         next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == names.architecture),

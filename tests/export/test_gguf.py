@@ -129,6 +129,8 @@ def test_a_merged_file_is_the_bases_but_for_the_change(name, tmp_path):
     assert torch.allclose(logits(load_base(str(path)).eval()), logits(model, -0.5), atol=0.01)
     own = {"GGUF.kv_count": len(told(base)) - 1, "repeng.coefficient": "-0.5", "repeng.version": "0.1.0"}
     assert told(path) == {**told(base), **own}
+    kinds = [gguf.GGUFReader(str(file)).fields["repeng.test.numbers"].types for file in (base, path)]
+    assert kinds[0] == kinds[1]
     before, after = tensors(base), tensors(path)
     assert [*before] == [*after]
     for key, tensor in before.items():
