@@ -111,14 +111,20 @@ def make_parser() -> argparse.ArgumentParser:
         "export",
         help="write an adapter or a vector in a form that other software reads",
         description="lora: a plain PEFT LoRA for each coefficient. dial: LoRAs whose scales follow one coefficient. "
-        "merged: a whole model at one coefficient. gguf: a control vector for llama.cpp, of a vector or of biases, "
-        "which must leave out layer 0.",
+        "merged: a whole model at one coefficient; as an --output that ends in .gguf a copy of the base's GGUF file. "
+        "gguf: for llama.cpp; of an adapter the dial, or with --coefficients a LoRA for each; of a vector or of "
+        "biases, which must leave out layer 0, a control vector, by default in a file named "
+        "NAME-MODEL-add-residual-layersFIRST-LAST.gguf. Nothing is written over.",
         allow_abbrev=False,
     )
     exporting.add_argument("path", type=Path, metavar="PATH", help="folder of an adapter, or file of a vector")
     exporting.add_argument("--to", choices=EXPORTS, required=True)
     exporting.add_argument(
-        "--coefficients", nargs="+", type=float, default=[1.0], metavar="C", help="of lora and merged. Default: 1."
+        "--coefficients",
+        nargs="+",
+        type=float,
+        metavar="C",
+        help="of lora and merged, where the default is 1, and of an adapter in gguf, where without them it is a dial",
     )
     exporting.add_argument("--output", type=Path, help="where to; by default beside PATH, named after --to")
     exporting.add_argument(
@@ -191,19 +197,23 @@ def export(argv: list[str]) -> None:
             f"{options.path} is a file, so a vector, which adds to activations and not to weights: use --to gguf. "
             "An adapter is a folder"
         )
-    if options.to not in ("lora", "merged") and options.coefficients != [1.0]:
-        raise ValueError(f"--coefficients are for lora and merged; a {options.to} serves all of them")
-    if options.to == "merged" and len(options.coefficients) != 1:
+    if options.coefficients and (is_vector or options.to == "dial"):
+        served = "control vector" if is_vector else "dial"
+        raise ValueError(f"--coefficients are for lora, merged and gguf of an adapter; a {served} serves all of them")
+    if options.to == "merged" and options.coefficients and len(options.coefficients) != 1:
         raise ValueError(f"a merged model stands at one coefficient; got {options.coefficients}")
     if options.gguf_file and not options.model_name_or_path:
         raise ValueError(f"--gguf_file {options.gguf_file} needs --model_name_or_path: the folder or hub id it is in")
-    place = options.path.resolve()
-    output = options.output or place.with_name(f"{place.stem if is_vector else place.name}-{options.to}")
-    if options.to == "gguf" and output.suffix != ".gguf":
-        output = output.with_name(f"{output.name}.gguf")
     from repeng.commands import export as write
 
-    write(options.path, options.to, options.coefficients, output, options.model_name_or_path, options.gguf_file)
+    write(
+        options.path,
+        options.to,
+        options.coefficients,
+        options.output,
+        options.model_name_or_path,
+        options.gguf_file,
+    )
 
 
 def serve(argv: list[str]) -> None:

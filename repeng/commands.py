@@ -27,9 +27,11 @@ from repeng.eval.eval_report import ARMS
 from repeng.eval.measure import Dial
 from repeng.eval.report.folder import write_report
 from repeng.eval.report.tables import print_doses, print_table
-from repeng.export import export_dial, export_lora, export_merged, vector_of
+from repeng.export import export_dial, export_gguf, export_gguf_dial, export_lora, export_merged, vector_of
+from repeng.export.factors import check_new
+from repeng.export.vectors import control_vector_name, is_vector
 from repeng.model.loading import load_base, load_tokenizer
-from repeng.model.sources import name_of_folder
+from repeng.model.sources import find_source, gguf_path, name_of_folder
 from repeng.model.types import CausalLM
 from repeng.train.adapter_files import save_adapter
 from repeng.vectors.vector import SteeringVector
@@ -108,7 +110,9 @@ def calibrate(
     """
     target = path if path.suffix != ".gguf" else path.with_suffix(".safetensors")
     if target != path and target.exists():
-        raise ValueError(f"a GGUF file holds no calibration, and {target} exists: move it, or calibrate that file")
+        raise ValueError(
+            f"what is calibrated of a GGUF file is stored as {target}, which exists: move it, or calibrate that file"
+        )
     budget = KLBudget(nats, percentile, sequences=sequences)
     base = _load_task_model(task_args, seed, use_cpu, bf16)
     pairs, _ = split_pairs(task_args, base.pairs, base.own)
@@ -157,30 +161,51 @@ def calibrate(
 
 
 def export(
-    path: Path, to: str, coefficients: list[float], output: Path, model_name_or_path: str | None, gguf_file: str | None
+    path: Path,
+    to: str,
+    coefficients: list[float] | None,
+    output: Path | None,
+    model_name_or_path: str | None,
+    gguf_file: str | None,
 ) -> None:
     """Write an adapter or a vector in a form that other software reads, and say where.
 
     Raises:
         ValueError: the base is not said anywhere, or the adapter has no such form.
+        FileExistsError: something lies there already.
     """
-    check_writable(output.parent)
+    beside = path.resolve()
+    check_writable(output.parent if output else beside.parent)
     if path.is_file():
-        _export_vector(SteeringVector.load(path), output)
+        _export_vector(SteeringVector.load(path), output, beside)
         return
     name, gguf_file = (model_name_or_path, gguf_file) if model_name_or_path else _base_of(path)
     model = PeftModel.from_pretrained(load_base(name, gguf_file=gguf_file), path)
-    if to == "gguf":
-        _export_vector(vector_of(model), output)
+    # A single coefficient is a place of its own, several are places in a folder.
+    wanted = [1.0] if coefficients is None else coefficients
+    one_or_all = wanted if len(wanted) > 1 else wanted[0]
+    if to == "gguf" and is_vector(model):
+        if coefficients is not None:
+            raise ValueError("--coefficients are for weights; a control vector serves all of them")
+        _export_vector(vector_of(model), output, beside)
         return
-    if to == "merged":
-        written = export_merged(model, output, coefficients[0], load_tokenizer(name, gguf_file))
+    place = output or beside.with_name(f"{beside.name}-{to}")
+    if to == "gguf" and coefficients is None:
+        written = export_gguf_dial(model, place)
+        print(f"how to serve it: {place / 'README.md'}")
+    elif to == "gguf":
+        if len(wanted) == 1:
+            place = _with_ending(output or beside.with_name(f"{beside.name}-c{wanted[0]:+g}.gguf"))
+        written = export_gguf(model, place, one_or_all)
+    elif to == "merged":
+        tokenizer = None if place.suffix == ".gguf" else load_tokenizer(name, gguf_file)
+        written = export_merged(model, place, wanted[0], tokenizer, gguf_path(find_source(name, gguf_file)))
     elif to == "dial":
-        written = export_dial(model, output)
+        written = export_dial(model, place)
     else:
-        written = export_lora(model, output, coefficients if len(coefficients) > 1 else coefficients[0])
-    for place in written:
-        print(f"written: {place}")
+        written = export_lora(model, place, one_or_all)
+    for file in written:
+        print(f"written: {file}")
 
 
 def serve(
@@ -223,13 +248,19 @@ def serve(
     uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=30)
 
 
-def _export_vector(vector: SteeringVector, output: Path) -> None:
-    """Write a control vector; a calibration, which it cannot hold, is said."""
-    vector.save_gguf(output)
-    print(f"written: {output}")
+def _export_vector(vector: SteeringVector, output: Path | None, beside: Path) -> None:
+    """Write a control vector; a calibration, which llama.cpp does not read, is said."""
+    place = _with_ending(output) if output else beside.with_name(control_vector_name(beside.stem, vector))
+    check_new(place)
+    vector.save_gguf(place)
+    print(f"written: {place}")
     units = vector.metadata.get("calibration")
     if units:
         print(f"c = 1 is a scale of {units['plus']:.4g} there, c = -1 one of {-units['minus']:.4g}")
+
+
+def _with_ending(path: Path) -> Path:
+    return path if path.suffix == ".gguf" else path.with_name(f"{path.name}.gguf")
 
 
 def _base_of(folder: Path) -> tuple[str, str | None]:

@@ -8,9 +8,11 @@ import sys
 from dataclasses import fields
 
 import pytest
+import tiny_models
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from support import randomise
 from transformers import AutoModelForCausalLM
 
 from repeng import KLBudget, SteeringVector, SvdSteeringConfig, extract, steer, tiny
@@ -19,6 +21,9 @@ from repeng.data.arguments import TaskArguments
 from repeng.data.configuration import names_of
 from repeng.data.questions import Question
 from repeng.eval import compare
+from repeng.export.vectors import control_vector_name
+from repeng.model.loading import load_base
+from repeng.model.sources import find_source, gguf_path
 from repeng.train.inner_contrastive_loss import inner_contrastive_loss
 from repeng.train.recipe import Recipe
 
@@ -152,10 +157,70 @@ def test_an_adapter_is_exported(adapter_folder, batch, to, capsys):
             assert torch.allclose(plain(batch).logits, expected, atol=1e-4)
 
 
-def test_a_vector_is_exported(vector_file):
+def test_a_vector_is_exported(vector_file, capsys):
     main(["export", str(vector_file), "--to", "gguf"])
-    again = SteeringVector.load_gguf(vector_file.with_name("mood-gguf.gguf"))
-    assert [*again.directions] == [("residual", 2)]
+    path = vector_file.with_name("mood-tiny-add-residual-layers2.gguf")
+    assert capsys.readouterr().out == f"written: {path}\n"
+    again = SteeringVector.load_gguf(path)
+    assert [*again.directions] == [("residual", 2)] and again.metadata["model"] == "tiny"
+    with pytest.raises(SystemExit, match="an export writes over nothing"):
+        main(["export", str(vector_file), "--to", "gguf"])
+    main(["export", str(vector_file), "--to", "gguf", "--output", str(vector_file.with_name("mine"))])
+    assert SteeringVector.load_gguf(vector_file.with_name("mine.gguf")) == again
+
+
+def test_layers_in_the_name_of_a_control_vector():
+    vector = SteeringVector({("residual", i): torch.ones(2) for i in (3, 4, 5, 7, 9, 10)}, {"model": "Qwen/Qwen3 1"})
+    assert control_vector_name("mood", vector) == "mood-Qwen3_1-add-residual-layers3-5+7+9-10.gguf"
+    assert control_vector_name("a", SteeringVector({("residual", 1): torch.ones(2)}, {"model_type": "llama"})) == (
+        "a-llama-add-residual-layers1.gguf"
+    )
+
+
+def test_an_adapter_is_exported_for_llama_cpp(adapter_folder, capsys):
+    argv = ["export", str(adapter_folder), "--to", "gguf"]
+    main(argv)
+    dial = adapter_folder.with_name("adapter-gguf")
+    assert {path.name for path in dial.iterdir()} == {"odd.gguf", "even.gguf", "dial.json", "README.md"}
+    out = capsys.readouterr().out
+    assert f"how to serve it: {dial / 'README.md'}" in out and f"written: {dial / 'odd.gguf'}" in out
+    main([*argv, "--coefficients", "1"])
+    main([*argv, "--coefficients", "1", "--output", str(adapter_folder.with_name("own"))])
+    main([*argv, "--coefficients", "1", "-1", "--output", str(adapter_folder.with_name("both"))])
+    for name in ("adapter-c+1.gguf", "own.gguf", "both/c+1.gguf", "both/c-1.gguf"):
+        assert adapter_folder.with_name(name.split("/")[0]).joinpath(*name.split("/")[1:]).is_file()
+    with pytest.raises(SystemExit, match=r"convert_hf_to_gguf\.py"):
+        main(["export", str(adapter_folder), "--to", "merged", "--output", str(adapter_folder.with_name("m.gguf"))])
+
+
+def test_an_adapter_of_biases_is_exported_as_a_vector(base, tmp_path):
+    model = get_peft_model(
+        base, SvdSteeringConfig(target_modules="residual", rotate_input=False, layers_to_transform=[1, 2])
+    )
+    model.save_pretrained(tmp_path / "bias")
+    argv = ["export", str(tmp_path / "bias"), "--to", "gguf", "--model_name_or_path", "tiny"]
+    main(argv)
+    again = SteeringVector.load_gguf(tmp_path / "bias-tiny-add-residual-layers1-2.gguf")
+    assert again.layers == [1, 2] and again.metadata["model_type"] == "mistral"
+    with pytest.raises(SystemExit, match="a control vector serves all of them"):
+        main([*argv, "--coefficients", "1"])
+
+
+def test_an_adapter_is_merged_into_the_gguf_file_of_its_base(tmp_path):
+    pytest.importorskip("gguf")
+    from tiny_gguf import write_base
+
+    write_base(tiny_models.build("llama"), tmp_path / "base.gguf")
+    model = get_peft_model(tiny_models.build("llama"), SvdSteeringConfig(r=4, target_modules=["q_proj"]))
+    randomise(model)
+    model.save_pretrained(tmp_path / "adapter")
+    argv = ["export", str(tmp_path / "adapter"), "--to", "merged", "--coefficients", "-1"]
+    argv += ["--model_name_or_path", str(tmp_path), "--gguf_file", "base.gguf", "--output", str(tmp_path / "m.gguf")]
+    main(argv)
+    merged, ids = load_base(str(tmp_path / "m.gguf")).eval(), torch.arange(6)[None]
+    with torch.no_grad(), steer(model.eval(), -1.0):
+        assert torch.allclose(merged(ids).logits, model(ids).logits, atol=0.01)
+    assert gguf_path(find_source("tiny")) is None
 
 
 @pytest.mark.parametrize(
@@ -165,7 +230,7 @@ def test_a_vector_is_exported(vector_file):
         (["export", "{vector}", "--to", "lora"], "use --to gguf"),
         (["export", "{folder}", "--to", "dial", "--coefficients", "2"], "serves all of them"),
         (["export", "{folder}", "--to", "merged", "--coefficients", "1", "2"], "at one coefficient"),
-        (["export", "{folder}", "--to", "gguf"], "Export it as a LoRA"),
+        (["export", "{vector}", "--to", "gguf", "--coefficients", "1"], "control vector serves all of them"),
         (["export", "{folder}", "--to", "lora", "--output", "{vector}/out"], "mood.safetensors"),
     ],
 )

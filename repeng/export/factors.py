@@ -1,7 +1,8 @@
 """The change that an adapter makes to each weight, as two factors: what every export is made of."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import PeftModel
@@ -21,6 +22,18 @@ class Factors(NamedTuple):
 
     a: Tensor
     b: Tensor
+
+
+class Parts(NamedTuple):
+    """LoRAs whose scales are functions of one coefficient c.
+
+    `factors` and `scales` (in words: "c", "c * c") are by the name of the part; `units` says by what c is multiplied
+    first, for either sign.
+    """
+
+    factors: dict[str, dict[str, Factors]]
+    scales: dict[str, str]
+    units: dict[str, float]
 
 
 def active_adapter(model: nn.Module, adapter_name: str | None = None) -> str:
@@ -54,11 +67,32 @@ def adapter_to_export(model: nn.Module, adapter_name: str | None = None) -> str:
     return name
 
 
-def check_new(folder: str | Path) -> None:
+def check_new(path: str | Path) -> None:
     """Raise FileExistsError if something lies at the place of an export."""
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} is not empty; an export gets a folder of its own")
+    path = Path(path)
+    if path.is_file():
+        raise FileExistsError(f"{path} exists; an export writes over nothing")
+    if path.exists() and any(path.iterdir()):
+        raise FileExistsError(f"{path} is not empty; an export gets a folder of its own")
+
+
+def new_places(path: str | Path, coefficient: float | Sequence[float], ending: str = "") -> list[tuple[float, Path]]:
+    """Each coefficient and where its export goes: `path` for a single number, places in that folder for several.
+
+    Raises:
+        ValueError: there is none, or two would have the same name.
+        FileExistsError: something lies there.
+    """
+    if isinstance(coefficient, Sequence):
+        wanted = [float(c) for c in coefficient]
+        places = [Path(path) / f"c{c:+g}{ending}" for c in wanted]
+    else:
+        wanted, places = [float(coefficient)], [Path(path)]
+    if not wanted or len(set(places)) != len(wanted):
+        raise ValueError(f"coefficients must be at least one, each once, in six digits; got {wanted}")
+    for place in places:
+        check_new(place)
+    return list(zip(wanted, places, strict=True))
 
 
 def _refuse_residual(layer: Residual, name: str) -> None:
@@ -89,8 +123,47 @@ def factors_at(model: nn.Module, coefficient: float, adapter_name: str) -> dict[
                 u, v = (store[adapter_name].float() for store in (module.svd_steering_u, module.svd_steering_v))
                 found[name] = Factors(v.mT.cpu().contiguous(), (u @ module.single_core(adapter_name)).cpu())
             elif isinstance(module, LoraLayer) and adapter_name in module.lora_A:
-                a, b = (cast(Tensor, store[adapter_name].weight).float() for store in (module.lora_A, module.lora_B))
+                a, b = (
+                    cast(Tensor, store[adapter_name].weight).detach().float()
+                    for store in (module.lora_A, module.lora_B)
+                )
                 if a.ndim != 2:
                     raise ValueError(f"{name} is a {type(base_of(module)).__name__}; linear layers can be exported")
                 found[name] = Factors(a.cpu(), (b * module.scaling[adapter_name] * coefficient).cpu())
     return found
+
+
+def parts_of(model: nn.Module, adapter_name: str) -> Parts:
+    """An adapter as an odd LoRA, scaled by c, and an even one, scaled by c², which is left out if it is zero.
+
+    The odd part is half the difference of what the adapter does at +1 and at −1, the even part half the sum. Together
+    they are exact at −1, 0 and 1, and near to it in between.
+    """
+    calibration: Any = getattr(getattr(model, "peft_config", {}).get(adapter_name), "calibration", None) or {}
+    units = {arm: float(calibration.get(arm, 1.0)) for arm in ("plus", "minus")}
+    plus, minus = (factors_at(model, c, adapter_name) for c in (1 / units["plus"], -1 / units["minus"]))
+    factors = {
+        part: {key: Factors(one.a, (one.b + sign * minus[key].b) / 2) for key, one in plus.items()}
+        for part, sign in (("odd", -1.0), ("even", 1.0))
+    }
+    scales = {"odd": "c", "even": "c * c"}
+    if not any(one.b.any() for one in factors["even"].values()):
+        del factors["even"], scales["even"]
+    return Parts(factors, scales, units)
+
+
+def of_one_rank(factors: Mapping[str, Factors], adapter_name: str) -> dict[str, Factors]:
+    """The same changes with zeros up to the largest rank, so that one number `r` holds for all.
+
+    Raises:
+        ValueError: something is NaN or infinite.
+    """
+    r = max(one.a.shape[0] for one in factors.values())
+    padded = {}
+    for module, one in factors.items():
+        missing = r - one.a.shape[0]
+        a = torch.nn.functional.pad(one.a, (0, 0, 0, missing)).contiguous()
+        padded[module] = Factors(a, torch.nn.functional.pad(one.b, (0, missing)).contiguous())
+    if not all(tensor.isfinite().all() for one in padded.values() for tensor in one):
+        raise ValueError(f"adapter {adapter_name!r} gives NaN or infinite weights; it seems to be broken")
+    return padded

@@ -5,14 +5,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from repeng.data.files import staged, write_json
-from repeng.export.factors import Factors, adapter_to_export, check_new, factors_at
+from repeng.export.factors import (
+    Factors,
+    adapter_to_export,
+    check_new,
+    factors_at,
+    new_places,
+    of_one_rank,
+    parts_of,
+)
 from repeng.model.sources import name_of_folder
 from repeng.tuner.base import base_of
 
@@ -39,19 +46,11 @@ def export_lora(
         OSError: the folder cannot be written, or something lies there.
     """
     name = adapter_to_export(model, adapter_name)
-    if isinstance(coefficient, Sequence):
-        wanted = [float(c) for c in coefficient]
-        folders = [Path(path) / f"c{c:+g}" for c in wanted]
-    else:
-        wanted, folders = [float(coefficient)], [Path(path)]
-    if not wanted or len(set(folders)) != len(wanted):
-        raise ValueError(f"coefficients must be at least one, each once, in six digits; got {wanted}")
-    for folder in folders:
-        check_new(folder)
-    for c, folder in zip(wanted, folders, strict=True):
+    places = new_places(path, coefficient)
+    for c, folder in places:
         card = f"What `repeng`'s steering adapter does at coefficient {c:g}, exactly, as a plain LoRA."
         _write(model, folder, factors_at(model, c, name), name, card)
-    return folders
+    return [folder for _, folder in places]
 
 
 def export_dial(model: nn.Module, path: str | Path, adapter_name: str | None = None) -> list[Path]:
@@ -75,34 +74,22 @@ def export_dial(model: nn.Module, path: str | Path, adapter_name: str | None = N
     """
     name = adapter_to_export(model, adapter_name)
     check_new(path)
-    calibration = getattr(getattr(model, "peft_config", {}).get(name), "calibration", None) or {}
-    units = {arm: float(calibration.get(arm, 1.0)) for arm in ("plus", "minus")}
-    plus, minus = (factors_at(model, c, name) for c in (1 / units["plus"], -1 / units["minus"]))
-    parts = {
-        part: {key: Factors(one.a, (one.b + sign * minus[key].b) / 2) for key, one in plus.items()}
-        for part, sign in (("odd", -1.0), ("even", 1.0))
-    }
-    scales = {"odd": "c", "even": "c * c"}
-    if not any(factors.b.any() for factors in parts["even"].values()):
-        del parts["even"], scales["even"]
-    for part, factors in parts.items():
-        card = f"The {part} part of `repeng`'s steering adapter. At coefficient c its scale is {scales[part]}."
+    parts = parts_of(model, name)
+    for part, factors in parts.factors.items():
+        card = f"The {part} part of `repeng`'s steering adapter. At coefficient c its scale is {parts.scales[part]}."
         _write(model, Path(path) / part, factors, name, card)
-    write_json(Path(path) / "dial.json", {"scales": scales, "units": units})
-    return [Path(path) / part for part in parts]
+    write_json(Path(path) / "dial.json", {"scales": parts.scales, "units": parts.units})
+    return [Path(path) / part for part in parts.factors]
 
 
 def _write(model: nn.Module, folder: Path, factors: Mapping[str, Factors], adapter_name: str, sentence: str) -> None:
     """A LoRA of one rank on the modules of `factors`, whole or not at all."""
-    r = max(one.a.shape[0] for one in factors.values())
+    factors = of_one_rank(factors, adapter_name)
+    r = next(iter(factors.values())).a.shape[0]
     tensors: dict[str, Tensor] = {}
     for module, one in factors.items():
-        missing = r - one.a.shape[0]
-        prefix = f"base_model.model.{module}"
-        tensors[f"{prefix}.lora_A.weight"] = torch.nn.functional.pad(one.a, (0, 0, 0, missing)).contiguous()
-        tensors[f"{prefix}.lora_B.weight"] = torch.nn.functional.pad(one.b, (0, missing)).contiguous()
-    if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        raise ValueError(f"adapter {adapter_name!r} gives NaN or infinite weights; it seems to be broken")
+        tensors[f"base_model.model.{module}.lora_A.weight"] = one.a
+        tensors[f"base_model.model.{module}.lora_B.weight"] = one.b
     config = _config(model, adapter_name, sorted(factors), r)
     with staged(folder, (WEIGHTS, CONFIG, CARD)) as place:
         save_file(tensors, place / WEIGHTS, metadata={"format": "pt"})

@@ -1,5 +1,6 @@
 """The shifts of an adapter on the residual stream as a steering vector."""
 
+import re
 from typing import Any
 
 from torch import nn
@@ -18,8 +19,7 @@ def vector_of(model: nn.Module, adapter_name: str | None = None) -> SteeringVect
         ValueError: there is no such adapter, there are several, or it does something else as well.
     """
     adapter_name = active_adapter(model, adapter_name)
-    layers = [one for one in model.modules() if isinstance(one, SvdSteeringLayer) and adapter_name in one.r]
-    sites = [one for one in layers if isinstance(one, Residual) and adapter_name not in one.svd_steering_in]
+    layers, sites = _layers_and_shifts(model, adapter_name)
     if not layers or len(sites) < len(layers):
         what = "does more than that" if layers else "is none of this package"
         raise ValueError(
@@ -31,6 +31,40 @@ def vector_of(model: nn.Module, adapter_name: str | None = None) -> SteeringVect
         (layer,) = layers_of(model, [site.get_base_layer()])
         directions[(RESIDUAL, layer)] = site.svd_steering_shift[adapter_name].detach().float().cpu()
     own: Any = getattr(model, "peft_config", {}).get(adapter_name)
-    vector = SteeringVector(directions, {"model_type": model_type(model), "made_of": "adapter: bias"})
+    metadata = {
+        "model_type": model_type(model),
+        "model": getattr(model, "name_or_path", None) or None,
+        "made_of": "adapter: bias",
+    }
+    vector = SteeringVector(directions, {key: value for key, value in metadata.items() if value is not None})
     calibration = getattr(own, "calibration", None)
     return vector if calibration is None else vector.calibrated(calibration)
+
+
+def is_vector(model: nn.Module, adapter_name: str | None = None) -> bool:
+    """Whether `vector_of` takes this adapter."""
+    layers, sites = _layers_and_shifts(model, active_adapter(model, adapter_name))
+    return 0 < len(layers) == len(sites)
+
+
+def control_vector_name(stem: str, vector: SteeringVector) -> str:
+    """A file name that tells what a control vector is for: STEM-MODEL-add-residual-layersFIRST-LAST.gguf.
+
+    Layers that do not follow one another are listed with + between them.
+    """
+    model = str(vector.model_name or vector.metadata.get("model_type") or "unknown").rpartition("/")[2]
+    runs: list[list[int]] = []
+    for layer in vector.layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    layers = "+".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+    return f"{stem}-{re.sub('[^A-Za-z0-9._-]', '_', model)}-add-residual-layers{layers}.gguf"
+
+
+def _layers_and_shifts(model: nn.Module, adapter_name: str) -> tuple[list[SvdSteeringLayer], list[Residual]]:
+    """The layers of an adapter, and those of them that only shift the residual stream."""
+    layers: list[SvdSteeringLayer] = []
+    layers += [one for one in model.modules() if isinstance(one, SvdSteeringLayer) and adapter_name in one.r]
+    return layers, [one for one in layers if isinstance(one, Residual) and adapter_name not in one.svd_steering_in]

@@ -53,6 +53,17 @@ def find_source(name_or_path: str, gguf_file: str | None = None) -> Source:
     return _readable(Source(name_or_path, gguf_file))
 
 
+def gguf_path(source: Source) -> Path | None:
+    """The GGUF file of a source, which for a hub id lies in the cache of downloads; None if it has none."""
+    if source.gguf_file is None:
+        return None
+    if Path(source.path).is_dir():
+        return Path(source.path) / source.gguf_file
+    from transformers.utils.hub import cached_file
+
+    return Path(str(cached_file(source.path, source.gguf_file)))
+
+
 def name_of_folder(path: str) -> str | None:
     """The name of the embedded or packaged model whose files lie in a folder; None for other folders."""
     folders: dict[Path | None, str] = {folder: name for name, folder in EMBEDDED.items()}

@@ -1,7 +1,15 @@
-"""GGUF control vectors, in the layout of llama.cpp; needs the package gguf (`pip install 'repeng[gguf]'`)."""
+"""GGUF control vectors, in the layout of llama.cpp; needs the package gguf (`pip install 'repeng[gguf]'`).
 
+The layout cannot say what is done with a direction, where, and in which model. Keys under `repeng.` say it, for
+people and for `read_control_vector`; llama.cpp leaves them aside.
+"""
+
+import math
+from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +19,15 @@ from repeng.vectors.easysteer import check_place
 
 ARCHITECTURE = "controlvector"
 MODEL_HINT = f"{ARCHITECTURE}.model_hint"
+# What every engine of this layout does, and so the only thing that a file may ask for.
+MEANING = {"repeng.operation": "add", "repeng.hook_point": "residual stream after the decoder layer"}
+LAYERS = "repeng.layers"
+LAYER_COUNTING = "direction.N is added after decoder layer N; the first one is layer 0"
+TEXTS = ("model", "model_type")  # keys of a vector's metadata
+UNITS = ("plus", "minus")  # of its calibration
 
 
-def _gguf_package() -> ModuleType:
+def gguf_package() -> ModuleType:
     """The package, or an ImportError that says how to get it."""
     try:
         import gguf
@@ -22,13 +36,29 @@ def _gguf_package() -> ModuleType:
     return gguf
 
 
-def write_control_vector(path: str | Path, directions: dict[int, Tensor], model_hint: str) -> None:
-    """Write tensors `direction.LAYER (d)`, float32; whole or not at all."""
-    gguf = _gguf_package()
+def write_control_vector(
+    path: str | Path, directions: dict[int, Tensor], model_hint: str, metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Write tensors `direction.LAYER (d)`, float32; whole or not at all.
+
+    Of a vector's metadata, `model`, `model_type` and the units of `calibration` are written.
+    """
+    metadata = metadata or {}
+    gguf = gguf_package()
     with written_whole(path) as place:
         writer = gguf.GGUFWriter(str(place), ARCHITECTURE)
         writer.add_string(MODEL_HINT, model_hint)
         writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(directions))
+        for key, value in MEANING.items():
+            writer.add_string(key, value)
+        writer.add_array(LAYERS, sorted(directions))
+        writer.add_string("repeng.layer_counting", LAYER_COUNTING)
+        writer.add_string("repeng.version", version("repeng"))
+        for key in TEXTS:
+            if metadata.get(key):
+                writer.add_string(f"repeng.{key}", str(metadata[key]))
+        for unit in UNITS if metadata.get("calibration") else ():
+            writer.add_float64(f"repeng.calibration.{unit}", float(metadata["calibration"][unit]))
         for layer, direction in sorted(directions.items()):
             writer.add_tensor(f"direction.{layer}", direction.float().contiguous().numpy())
         writer.write_header_to_file()
@@ -37,14 +67,14 @@ def write_control_vector(path: str | Path, directions: dict[int, Tensor], model_
         writer.close()
 
 
-def read_control_vector(path: str | Path) -> tuple[dict[int, Tensor], str]:
-    """Directions by layer, and the model hint.
+def read_control_vector(path: str | Path) -> tuple[dict[int, Tensor], dict[str, Any]]:
+    """Directions by layer, and metadata: `model_hint`, and what `write_control_vector` wrote of a vector's own.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not a control vector.
+        ValueError: it is not a control vector, or what it says of itself is not what it holds or what can be done.
     """
-    gguf = _gguf_package()
+    gguf = gguf_package()
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {str(path)!r}")
     reader = gguf.GGUFReader(str(path))
@@ -68,4 +98,23 @@ def read_control_vector(path: str | Path) -> tuple[dict[int, Tensor], str]:
         directions[int(layer)] = torch.tensor(tensor.data.astype("float32"))
     if not directions:
         raise ValueError(f"{path} holds no directions")
-    return directions, hint.contents()
+    return directions, {"model_hint": hint.contents(), **_told(reader, path, sorted(directions))}
+
+
+def _told(reader: Any, path: str | Path, layers: list[int]) -> dict[str, Any]:
+    """What the keys under `repeng.` say, checked; nothing if there are none. Other keys are left aside."""
+    told = {key: field.contents() for key, field in reader.fields.items() if key.startswith("repeng.")}
+    for key, value in MEANING.items():
+        if told.get(key, value) != value:
+            raise ValueError(f"{path} has {key} = {told[key]!r}; a control vector has {value!r}")
+    if told.get(LAYERS, layers) != layers:
+        raise ValueError(f"{path} is for the layers {told[LAYERS]} and holds directions for {layers}")
+    metadata: dict[str, Any] = {key: told[f"repeng.{key}"] for key in TEXTS if f"repeng.{key}" in told}
+    units = {unit: told[f"repeng.calibration.{unit}"] for unit in UNITS if f"repeng.calibration.{unit}" in told}
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(f"{path} names its model by {metadata}, which is no text")
+    if units:
+        if units.keys() != {*UNITS} or not all(isinstance(u, float) and 0 < u < math.inf for u in units.values()):
+            raise ValueError(f"{path} has the calibration {units}; positive numbers {UNITS} are expected")
+        metadata["calibration"] = units
+    return metadata

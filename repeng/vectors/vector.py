@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from repeng.data.files import written_whole
 from repeng.model.sites import RESIDUAL, Place, site_widths
+from repeng.model.sources import name_of_folder
 
 FORMAT_VERSION = 1
 KEY = "repeng"  # of the JSON text in a file's safetensors metadata
@@ -44,6 +45,12 @@ class SteeringVector:
     @property
     def layers(self) -> list[int]:
         return sorted({layer for _, layer in self.directions})
+
+    @property
+    def model_name(self) -> str | None:
+        """The model that it was made for, if that is known: a name or hub id, of a folder only its last part."""
+        path = self.metadata.get("model")
+        return None if not path else name_of_folder(path) or (Path(path).name if Path(path).is_absolute() else path)
 
     def __getitem__(self, place: Place | int) -> Tensor:
         """The direction at (site, layer), or at a layer of the only site.
@@ -256,7 +263,10 @@ class SteeringVector:
         return cls(directions, written["metadata"])
 
     def save_gguf(self, path: str | Path) -> None:
-        """Write a llama.cpp control vector: tensors `direction.LAYER` of the residual stream.
+        """Write a llama.cpp control vector: tensors `direction.LAYER` of the residual stream, to be added.
+
+        Keys beside them say so, and hold the model and the units of the calibration, which llama.cpp does not read:
+        there, c = 1 is a scale of `plus`, and c = −1 one of −`minus`.
 
         Raises:
             ImportError: the package gguf is not installed.
@@ -275,7 +285,8 @@ class SteeringVector:
         hint = self.metadata.get("model_type") or self.metadata.get("model_hint")
         if not hint:
             raise ValueError("the model type is unknown; set vector.metadata['model_type'], for example to 'llama'")
-        write_control_vector(path, {layer: self[RESIDUAL, layer] for layer in self.layers}, hint)
+        directions = {layer: self[RESIDUAL, layer] for layer in self.layers}
+        write_control_vector(path, directions, hint, {**self.metadata, "model": self.model_name})
 
     @classmethod
     def load_gguf(cls, path: str | Path) -> "SteeringVector":
@@ -288,9 +299,9 @@ class SteeringVector:
         """
         from repeng.vectors.gguf import read_control_vector
 
-        directions, hint = read_control_vector(path)
-        # Writers differ in what they call a model, so that the hint tells and does not decide.
-        return cls({(RESIDUAL, layer): d for layer, d in directions.items()}, {"model_hint": hint})
+        directions, metadata = read_control_vector(path)
+        # Writers differ in what they call a model, so that their hint tells and only our own model_type decides.
+        return cls({(RESIDUAL, layer): d for layer, d in directions.items()}, metadata)
 
 
 def model_type(model: nn.Module) -> str | None:

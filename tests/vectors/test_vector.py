@@ -142,7 +142,7 @@ def test_gguf_control_vectors(tmp_path):
     made = vector(places=(("residual", 1), ("residual", 3)), model_type="mistral")
     made.save_gguf(tmp_path / "v.gguf")
     again = SteeringVector.load_gguf(tmp_path / "v.gguf")
-    assert again == made and again.metadata == {"model_hint": "mistral"}
+    assert again == made and again.metadata == {"model_hint": "mistral", "model_type": "mistral"}
     with pytest.raises(ValueError, match="up_proj"):
         vector(model_type="mistral").save_gguf(tmp_path / "w.gguf")
     with pytest.raises(ValueError, match="layer 0"):
@@ -151,6 +151,60 @@ def test_gguf_control_vectors(tmp_path):
         vector(places=(("residual", 1),)).save_gguf(tmp_path / "w.gguf")
     with pytest.raises(FileNotFoundError):
         SteeringVector.load_gguf(tmp_path / "w.gguf")
+
+
+def test_a_control_vector_says_what_it_is_for(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    made = vector(places=(("residual", 1), ("residual", 3)), model_type="mistral", model="/home/me/my-model")
+    made.calibrated({"plus": 0.5, "minus": 2.0, "spent": {"plus": 1.0}}).save_gguf(tmp_path / "v.gguf")
+    told = {key: field.contents() for key, field in gguf.GGUFReader(str(tmp_path / "v.gguf")).fields.items()}
+    assert told["repeng.operation"] == "add" and told["repeng.layers"] == [1, 3]
+    assert told["repeng.hook_point"] == "residual stream after the decoder layer"
+    assert told["controlvector.model_hint"] == "mistral" and "/home" not in str(told)
+    again = SteeringVector.load_gguf(tmp_path / "v.gguf")
+    assert again == made and again.metadata == {
+        "model_hint": "mistral",
+        "model_type": "mistral",
+        "model": "my-model",
+        "calibration": {"plus": 0.5, "minus": 2.0},
+    }
+    assert again.model_name == "my-model" and vector(model="a/b").model_name == "a/b" and vector().model_name is None
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("repeng.operation", "ablate", "repeng.operation = 'ablate'; a control vector has 'add'"),
+        ("repeng.hook_point", "mlp output", "repeng.hook_point"),
+        ("repeng.layers", [1, 2], r"for the layers \[1, 2\] and holds directions for \[1\]"),
+        ("repeng.model", 7, "which is no text"),
+        ("repeng.calibration.plus", 0.5, "the calibration"),
+        ("repeng.calibration.plus", {"plus": -0.5, "minus": 1.0}, "positive numbers"),
+        ("repeng.calibration.plus", {"plus": float("inf"), "minus": 1.0}, "positive numbers"),
+        ("repeng.other", "left aside", None),
+        ("controlvector.other", "left aside", None),
+    ],
+)
+def test_what_a_control_vector_says_is_checked(key, value, message, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(str(tmp_path / "v.gguf"), "controlvector")
+    writer.add_string("controlvector.model_hint", "llama")
+    units = value if isinstance(value, dict) else {"plus": value} if isinstance(value, float) else {}
+    for unit, number in units.items():
+        writer.add_float64(f"repeng.calibration.{unit}", number)
+    if not units:
+        kinds = {str: writer.add_string, list: writer.add_array, int: writer.add_int32}
+        kinds[type(value)](key, value)
+    writer.add_tensor("direction.1", torch.ones(4).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    if message is None:
+        assert SteeringVector.load_gguf(tmp_path / "v.gguf").metadata == {"model_hint": "llama"}
+        return
+    with pytest.raises(ValueError, match=message):
+        SteeringVector.load_gguf(tmp_path / "v.gguf")
 
 
 def test_other_gguf_files_are_refused(tmp_path):
