@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 import yaml
 from accelerate import PartialState
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -29,6 +29,7 @@ from repeng.eval.report.folder import write_report
 from repeng.eval.report.tables import print_doses, print_table
 from repeng.export import export_dial, export_gguf, export_gguf_dial, export_lora, export_merged, vector_of
 from repeng.export.factors import check_new
+from repeng.export.lora import serving_commands
 from repeng.export.vectors import control_vector_name, is_vector
 from repeng.model.loading import load_base, load_tokenizer
 from repeng.model.sources import find_source, gguf_path, name_of_folder
@@ -206,6 +207,10 @@ def export(
         written = export_lora(model, place, one_or_all)
     for file in written:
         print(f"written: {file}")
+    if to == "lora":
+        config = LoraConfig.from_pretrained(str(written[0]))
+        commands = serving_commands(written, config.base_model_name_or_path, config.r, path)
+        print(f"vLLM serves them, each as a model of its own:\n{commands}")
 
 
 def serve(

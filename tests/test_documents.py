@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import urllib.request
 from dataclasses import asdict
 
 import pytest
@@ -20,6 +21,8 @@ from repeng import extract, tiny
 from repeng.cli import make_parser
 from repeng.data.arguments import TaskArguments
 from repeng.data.configuration import names_of
+from repeng.serve.protocol import Completion
+from repeng.serve.protocol import parse as parse_body
 from repeng.train import run
 from repeng.train.arguments import SteeringArguments, parse_arguments
 from repeng.train.launch import split_flags
@@ -74,6 +77,8 @@ def parse(words):
         case ["repeng", _, *_]:
             _, unknown = make_parser().parse_known_args(words[1:])
             assert not unknown
+        case ["curl", url, "-d", body]:
+            assert url == "localhost:8000/v1/completions" and parse_body(Completion, body.encode()).steer
         case ["python", "-m", module, *_]:
             assert importlib.util.find_spec(module), module
         case ["pytest", *_]:
@@ -133,7 +138,7 @@ def test_the_commands_run_one_after_the_other(tmp_path):
     ran = []
     for command in COMMANDS:
         words = words_of(command)
-        if words[0] not in programs or NEEDS.search(command):
+        if words[0] not in programs or NEEDS.search(command) or words[1] == "serve":
             continue
         kind = words[1] if words[1] in QUICK else "train"
         argv = [sys.executable, *programs[words[0]], *words[1:], *QUICK[kind].split()]
@@ -144,6 +149,25 @@ def test_the_commands_run_one_after_the_other(tmp_path):
     for text in (text for _, text in PYTHON if "outputs/" in text):
         done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=200, cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
+
+    answered_as_the_readme_asks(tmp_path, environment)
+
+
+def answered_as_the_readme_asks(folder, environment):
+    """Its `repeng serve` runs in a folder, and its `curl` gets an answer."""
+    (serve,) = (words_of(command) for command in COMMANDS if " serve " in command)
+    (curl,) = (words_of(command) for command in COMMANDS if command.startswith("curl "))
+    command = [sys.executable, "-m", *serve, "--port", "0", "--use_cpu"]
+    process = subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        line = next(line for line in process.stderr if "running on" in line)
+        port = re.search(r"127\.0\.0\.1:(\d+)", line)[1]
+        request = urllib.request.Request(f"http://{curl[1].replace('8000', port)}", curl[3].encode())
+        with urllib.request.urlopen(request, timeout=60) as response:
+            assert json.load(response)["choices"][0]["text"]
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
 
 
 ENTRY_POINTS = [path.stem for path in sorted(ROOT.glob("benchmarks/*.py")) if "argparse" in path.read_text()]

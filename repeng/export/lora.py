@@ -111,6 +111,27 @@ def _config(model: nn.Module, adapter_name: str, modules: list[str], r: int) -> 
     )
 
 
+def serving_commands(folders: Sequence[Path], base: str | None, r: int, adapter: str | Path = "PATH") -> str:
+    """The shell commands by which vLLM serves LoRAs, each as a model of its own; or why it cannot.
+
+    Args:
+        folders: what `export_lora` wrote.
+        base: the base model, as the adapter's configuration names it.
+        r: the rank.
+        adapter: the folder of the adapter that was exported.
+    """
+    packaged = name_of_folder(base or "")
+    rank = next((rank for rank in VLLM_RANKS if rank >= r), None)
+    if rank is None:
+        return f"# vLLM has no rank above {VLLM_RANKS[-1]}, and this LoRA has rank {r}: merge it to serve it there"
+    written = f"repeng export {shlex.quote(str(adapter))} --to merged --coefficients 0 --output {packaged}\n"
+    names = (f"{folder.name.replace('+', 'plus')}={shlex.quote(str(folder))}" for folder in folders)
+    return (
+        f"{written if packaged else ''}vllm serve {shlex.quote(packaged or base or 'BASE')} --enable-lora "
+        f"--max-loras {len(folders)} --max-lora-rank {rank} --lora-modules {' '.join(names)}"
+    )
+
+
 def _card(config: LoraConfig, folder: Path, sentence: str) -> str:
     """The README of an exported LoRA: how to load and how to serve it."""
     path = config.base_model_name_or_path or "BASE"
@@ -118,15 +139,6 @@ def _card(config: LoraConfig, folder: Path, sentence: str) -> str:
     base = packaged or path
     loaded = f'load_model("{base}")[0]' if packaged else f'AutoModelForCausalLM.from_pretrained("{base}")'
     source = "repeng import load_model" if packaged else "transformers import AutoModelForCausalLM"
-    rank = next((rank for rank in VLLM_RANKS if rank >= config.r), None)
-    served = (
-        "The base comes with a package; to serve it, write a whole model: `repeng export PATH --to merged`."
-        if packaged
-        else f"vLLM has no rank above {VLLM_RANKS[-1]}, and this LoRA has rank {config.r}: merge it to serve it there."
-        if rank is None
-        else f"```bash\nvllm serve {base} --enable-lora --max-lora-rank {rank} "
-        f"--lora-modules {folder.name.replace('+', 'plus')}={shlex.quote(str(folder))}\n```"
-    )
     return f"""---
 library_name: peft
 base_model: {base}
@@ -141,5 +153,7 @@ from {source}
 model = PeftModel.from_pretrained({loaded}, "{folder}")
 ```
 
-{served}
+```bash
+{serving_commands([folder], config.base_model_name_or_path, config.r)}
+```
 """

@@ -1,6 +1,7 @@
 """Adapters and vectors by the names that requests use."""
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -86,12 +87,12 @@ def load_dials(model: PreTrainedModel, paths: Mapping[str, Path]) -> Dials:
     for name, path in folders.items():
         kind = PeftConfig.from_pretrained(str(path)).peft_type
         by_kind.setdefault(kind, {})[name] = path
-    if len(by_kind) > 1:
-        kinds = "; ".join(f"{getattr(kind, 'value', kind)}: {', '.join(names)}" for kind, names in by_kind.items())
-        raise ValueError(f"adapters of several kinds cannot be served together ({kinds}); start one server for each")
     for of_kind in by_kind.values():
         (first, path), *others = ((called[name], path) for name, path in of_kind.items())
-        adapted = PeftModel.from_pretrained(model, path, adapter_name=first)
+        with warnings.catch_warnings():
+            # One kind of adapter around another is meant here.
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            adapted = PeftModel.from_pretrained(model, path, adapter_name=first)
         for name, other in others:
             adapted.load_adapter(str(other), adapter_name=name)
         tuner: Any = adapted.base_model

@@ -70,7 +70,7 @@ def test_transposed_weights(tmp_path):
     randomise(model, 0.2)
     export_lora(model, tmp_path / "a b", 0.7)
     served = (tmp_path / "a b" / "README.md").read_text()
-    assert "--max-lora-rank 8 --lora-modules" in served and f"'{tmp_path / 'a b'}'" in served
+    assert "--max-loras 1 --max-lora-rank 8 --lora-modules" in served and f"'{tmp_path / 'a b'}'" in served
     plain = PeftModel.from_pretrained(tiny_models.build("gpt2"), tmp_path / "a b").eval()
     assert torch.allclose(logits(plain, ids), logits(model, ids, 0.7), atol=1e-4)
 

@@ -211,6 +211,7 @@ def test_several_adapters_and_vectors_are_loaded_and_act_together(tmp_path):
         randomise(adapted, 0.5)
         adapted.save_pretrained(str(tmp_path / name))
     svd = get_peft_model(llama(), SvdSteeringConfig(r=2, target_modules=["q_proj"]))
+    randomise(svd, 0.5)
     svd.save_pretrained(str(tmp_path / "svd"))
     SteeringVector({("residual", 1): torch.ones(tiny_models.WIDTH)}).save(tmp_path / "v.safetensors")
     paths = {"lora": tmp_path / "lora", "second": tmp_path / "second", "v": tmp_path / "v.safetensors"}
@@ -232,8 +233,13 @@ def test_several_adapters_and_vectors_are_loaded_and_act_together(tmp_path):
     with torch.no_grad(), dials.at({}):
         assert torch.equal(dials.model(ids).logits, llama()(ids).logits)
     assert not torch.allclose(together, llama()(ids).logits, atol=1e-2)
-    with pytest.raises(ValueError, match="several kinds"):
-        load_dials(llama(), {"lora": tmp_path / "lora", "svd": tmp_path / "svd"})
+    # One kind of adapter around another, at the same site.
+    both = load_dials(llama(), {"lora": tmp_path / "lora", "svd": tmp_path / "svd"})
+    for name in both.names:
+        single = load_dials(llama(), {name: tmp_path / name})
+        with torch.no_grad(), both.at({name: -1.0}), single.at({name: -1.0}):
+            found, expected = both.model(ids).logits, single.model(ids).logits
+        assert torch.equal(found, expected) and not torch.allclose(found, llama()(ids).logits, atol=1e-2)
 
 
 def test_positions_are_refused_in_continuous_batching():
