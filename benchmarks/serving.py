@@ -19,7 +19,7 @@ from benchmarks.steps import SHAPES, random_model
 from repeng import load_model
 from repeng.eval.report.tables import markdown
 from repeng.serve import Batching, Dials, Limits
-from repeng.serve.batching import Sampling
+from repeng.serve.sampling import Sampling
 
 SITES = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 

@@ -208,7 +208,7 @@ def export(
     for file in written:
         print(f"written: {file}")
     if to == "lora":
-        config = LoraConfig.from_pretrained(str(written[0]))
+        config = cast(LoraConfig, LoraConfig.from_pretrained(str(written[0])))
         commands = serving_commands(written, config.base_model_name_or_path, config.r, path)
         print(f"vLLM serves them, each as a model of its own:\n{commands}")
 

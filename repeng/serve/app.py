@@ -22,9 +22,11 @@ from starlette.routing import Route
 from transformers import PreTrainedTokenizerBase
 
 from repeng.model.tokens import encode
-from repeng.serve.batching import Batching, Failed, Sampling, Unavailable
+from repeng.serve.batching import Batching, Failed, Unavailable
 from repeng.serve.decoding import TextStream
+from repeng.serve.logprobs import of_chat, of_completion
 from repeng.serve.protocol import ChatCompletion, Completion, Generation, Refused, parse
+from repeng.serve.sampling import Drawn, Sampling
 
 MAX_BODY = 4 * 2**20  # bytes
 CONTEXT = 8  # tokens of a prompt that decide how the first token of a completion is written
@@ -32,11 +34,15 @@ COMPLETION_TOKENS = 16  # of a completion that does not say how many, as at Open
 
 
 class Answer(NamedTuple):
-    """A piece of an answer: new text, how it ended (None: not yet), and how many tokens there are by now."""
+    """A piece of an answer: new text, how it ended (None: not yet), and how many tokens there are by now.
+
+    `drawn` tells of the new tokens; it is None unless the request asked for log-probabilities.
+    """
 
     text: str
     ended: str | None
     tokens: int
+    drawn: list[Drawn] | None
 
 
 class Metrics:
@@ -102,7 +108,7 @@ class Server:
         self._check_key(request)
         body = parse(kind, await _read(request))
         ids = self._check(body)
-        shape = _Shape(isinstance(body, ChatCompletion), self.name)
+        shape = _Shape(isinstance(body, ChatCompletion), self.name, self.tokenizer)
         answers = self._generate(body, ids)
         if body.stream:
             with_usage = body.stream_options is not None and body.stream_options.include_usage
@@ -128,7 +134,7 @@ class Server:
             for event in shape.opening():
                 yield event
             while piece.ended is None:
-                if piece.text:
+                if piece.text or piece.drawn:
                     yield shape.piece(piece)
                 piece = await anext(answers)
             yield shape.piece(piece)
@@ -201,11 +207,8 @@ class Server:
 
     async def _generate(self, body: Completion | ChatCompletion, ids: list[int]) -> AsyncGenerator[Answer]:
         """Pieces of the answer; closing it cancels the request."""
-        sampling = Sampling(
-            1.0 if body.temperature is None else body.temperature,
-            1.0 if body.top_p is None else body.top_p,
-            body.top_k,
-        )
+        given = {key: getattr(body, key) for key in ("temperature", "top_p", "top_k", "seed")}
+        sampling = Sampling(**{key: value for key, value in given.items() if value is not None}, logprobs=body.told)
         room = self.batching.max_length - len(ids)
         limit = _asked_tokens(body) or (room if isinstance(body, ChatCompletion) else min(COMPLETION_TOKENS, room))
         context = ids[-CONTEXT:] if isinstance(body, Completion) else ()
@@ -221,7 +224,7 @@ class Server:
                 ended = "stop" if stream.stopped else new.ended
                 if ended:
                     self.metrics.seconds.observe(time.perf_counter() - start)
-                yield Answer(text, ended, count)
+                yield Answer(text, ended, count, None if body.told is None else new.drawn)
                 if ended:
                     return
 
@@ -244,8 +247,8 @@ class Server:
 class _Shape:
     """How OpenAI writes one answer."""
 
-    def __init__(self, is_chat: bool, model: str) -> None:
-        self.is_chat = is_chat
+    def __init__(self, is_chat: bool, model: str, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.is_chat, self._tokenizer = is_chat, tokenizer
         self._id = f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._created, self._model = int(time.time()), model
 
@@ -253,7 +256,7 @@ class _Shape:
         """The answer in one piece."""
         said = {"message": {"role": "assistant", "content": answer.text}} if self.is_chat else {"text": answer.text}
         usage = _usage(prompt_tokens, answer.tokens)
-        return {**self._head("chat.completion"), "choices": [self._choice(said, answer.ended)], "usage": usage}
+        return {**self._head("chat.completion"), "choices": [self._choice(said, answer)], "usage": usage}
 
     def opening(self) -> list[str]:
         """The first events, before any text."""
@@ -263,7 +266,7 @@ class _Shape:
     def piece(self, answer: Answer) -> str:
         """The event of a piece."""
         said = {"delta": {"content": answer.text}} if self.is_chat else {"text": answer.text}
-        return self._event([self._choice(said, answer.ended)])
+        return self._event([self._choice(said, answer)])
 
     def usage(self, prompt_tokens: int, tokens: int) -> str:
         """The event that ends a stream whose request asked for it."""
@@ -276,8 +279,11 @@ class _Shape:
         kind = kind if self.is_chat else "text_completion"
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
 
-    def _choice(self, said: Mapping[str, Any], ended: str | None) -> dict[str, Any]:
-        return {"index": 0, **said, "logprobs": None, "finish_reason": ended}
+    def _choice(self, said: Mapping[str, Any], answer: Answer | None) -> dict[str, Any]:
+        told = None
+        if answer is not None and answer.drawn is not None:
+            told = (of_chat if self.is_chat else of_completion)(self._tokenizer, answer.drawn)
+        return {"index": 0, **said, "logprobs": told, "finish_reason": None if answer is None else answer.ended}
 
 
 def make_app(
@@ -350,10 +356,9 @@ async def _read(request: Request) -> bytes:
 
 async def _joined(answers: AsyncIterator[Answer]) -> Answer:
     """All pieces as one."""
-    texts, last = [], Answer("", "length", 0)
-    async for last in answers:
-        texts.append(last.text)
-    return last._replace(text="".join(texts))
+    pieces = [piece async for piece in answers]
+    drawn = None if pieces[-1].drawn is None else [one for piece in pieces for one in piece.drawn or ()]
+    return pieces[-1]._replace(text="".join(piece.text for piece in pieces), drawn=drawn)
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, Answer]) -> Answer | None:

@@ -20,11 +20,11 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from repeng.control.positions import replaced
 from repeng.data.files import nearest
 from repeng.serve.dials import Dials, per_token
+from repeng.serve.sampling import Drawn, Sampler, Sampling
 
 FLASH = (torch.bfloat16, torch.float16)  # what flash attention computes in
 PAGE = 256  # tokens of a page of the key-value cache, by the default of transformers
 POLL = 0.2  # seconds
-GREEDY_BELOW = 0.01  # temperatures under it draw the most likely token; dividing by them would overflow
 
 
 class Unavailable(RuntimeError):
@@ -58,26 +58,23 @@ class Limits:
                 raise ValueError(f"{one.name} must be above 0; got {value}")
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn; temperature 0 takes the most likely one."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int | None = None
-
-
 class Tokens(NamedTuple):
-    """New tokens of a request, and how it ended: "stop" at a token that ends a text, "length", or not yet (None)."""
+    """New tokens of a request, and how it ended: "stop" at a token that ends a text, "length", or not yet (None).
+
+    `drawn` tells of each of them, if the request asked for it.
+    """
 
     ids: list[int]
     ended: str | None
+    drawn: list[Drawn]
 
 
 class _Request(NamedTuple):
-    """A running request: its coefficients in the order of the dials, and where its results go."""
+    """A running request: its coefficients in the order of the dials, how it draws, and where its results go."""
 
     coefficients: tuple[float, ...]
+    sampler: Sampler
+    drawn: list[Drawn]
     results: asyncio.Queue
     loop: asyncio.AbstractEventLoop
 
@@ -141,19 +138,13 @@ class Batching:
             allow_block_sharing=False,
             use_async_batching=False,
             use_cuda_graph=False,
-            per_request_processors=True,
             num_blocks=concurrent * math.ceil(self.max_length / PAGE),
             max_batch_tokens=max(concurrent, 256 if on_cpu else 2048),
             max_requests_per_batch=concurrent,
         )
-        # Values other than the neutral ones, which each request overrides, make transformers keep the processors.
+        # Greedy: what it takes the largest of has been drawn by then, see `_steered_forward`.
         generation = GenerationConfig(
-            do_sample=True,
-            temperature=0.5,
-            top_k=2,
-            top_p=0.5,
-            eos_token_id=sorted(self.ends) or -1,
-            pad_token_id=min(self.ends, default=0),
+            do_sample=False, eos_token_id=sorted(self.ends) or -1, pad_token_id=min(self.ends, default=0)
         )
         self._manager = cast(Any, model).init_continuous_batching(generation, config)
         self._replaced.enter_context(replaced(model, "forward", self._steered_forward))
@@ -222,12 +213,12 @@ class Batching:
         name, sent = uuid.uuid4().hex, 0
         request = _Request(
             tuple(float(steering.get(dial, 0.0)) for dial in self.dials.names),
+            Sampler(sampling, self.dials.model.device),
+            [],
             asyncio.Queue(),
             asyncio.get_running_loop(),
         )
         self._requests[name] = request
-        greedy = sampling.temperature < GREEDY_BELOW
-        vocabulary = self.dials.model.config.get_text_config().vocab_size
         ended = None
         try:
             manager.add_request(
@@ -235,9 +226,6 @@ class Batching:
                 request_id=name,
                 max_new_tokens=max_new_tokens,
                 streaming=True,
-                temperature=1.0 if greedy else float(sampling.temperature),
-                top_p=float(sampling.top_p),
-                top_k=1 if greedy else sampling.top_k or vocabulary,
             )
             while ended is None:
                 result = await request.results.get()
@@ -252,7 +240,8 @@ class Batching:
                 if result.is_finished():
                     at_end = bool(result.generated_tokens) and result.generated_tokens[-1] in self.ends
                     ended = "stop" if at_end else "length"
-                yield Tokens(new[:-1] if ended == "stop" else new, ended)
+                shown = len(new) - (ended == "stop")
+                yield Tokens(new[:shown], ended, request.drawn[sent - len(new) : sent - len(new) + shown])
         finally:
             del self._requests[name]
             if ended in (None, "error"):
@@ -277,7 +266,7 @@ class Batching:
         return self._manager.batch_processor.inputs_and_outputs.requests_in_batch
 
     def _steered_forward(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """The forward of the model, in which every token is steered as its request asks.
+        """The forward of the model, in which every token is steered, and every next token drawn, as its request asks.
 
         A text whose next token has no probabilities fails, instead of ending the thread that draws. In the same
         forward it may take others with it: attention multiplies what it must not see by zero, and 0 × inf is NaN.
@@ -288,15 +277,24 @@ class Batching:
             packed = self._packed()
             self._steer(packed, tokens=kwargs["input_ids"].shape[1])
             output = forward(*args, **kwargs)
-            broken = ~output.logits.amax(dim=-1, keepdim=True).isfinite()
-            if broken.any():
-                drawn = broken if "logits_to_keep" in kwargs else broken[:, kwargs["logits_indices"]]
-                names = [one.state.request_id for one in packed if one.has_new_token]
-                for name, fails in zip(names, drawn.flatten().tolist(), strict=False):
-                    if fails and name in self._requests:
+            ending = [self._requests.get(one.state.request_id) for one in packed if one.has_new_token]
+            rows = range(len(ending)) if "logits_to_keep" in kwargs else kwargs["logits_indices"].tolist()
+            output.logits = output.logits.float()
+            has_numbers = output.logits[0].amax(dim=-1).isfinite().tolist()
+            for request, row in zip(ending, rows, strict=False):
+                logits = output.logits[0, row]
+                if not has_numbers[row]:
+                    logits.zero_()
+                    if request is not None:
                         problem = "the model gives NaN or infinite logits in this batch; ask for smaller coefficients"
-                        self._requests[name].put(Failed(problem))
-                output.logits = torch.where(broken, 0.0, output.logits)
+                        request.put(Failed(problem))
+                elif request is not None:
+                    scores = request.sampler.noisy(logits)
+                    drawn = request.sampler.told(logits, scores)
+                    if drawn is not None:
+                        request.drawn.append(drawn)
+                    if scores is not logits:
+                        logits.copy_(scores)
             return output
 
         return steered

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from repeng.data.files import nearest
 
 Body = TypeVar("Body", bound="Generation")
+MOST_LOGPROBS = 20
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
 Zero = Annotated[float, Field(ge=0, le=0)]
 
@@ -47,7 +48,7 @@ class Generation(Strict):
     frequency_penalty: Zero | None = None
     presence_penalty: Zero | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
-    seed: None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
 
     def stop_texts(self) -> Sequence[str]:
         """Texts that end the answer."""
@@ -60,8 +61,13 @@ class Completion(Generation):
     prompt: str | list[int]
     best_of: Literal[1] | None = None
     echo: Literal[False] | None = None
-    logprobs: None = None
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     suffix: None = None
+
+    @property
+    def told(self) -> int | None:
+        """How many likely tokens are told beside each drawn one."""
+        return self.logprobs
 
 
 class TextPart(Strict):
@@ -90,10 +96,16 @@ class ChatCompletion(Generation):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     chat_template_kwargs: dict[str, Any] = {}
-    logprobs: Literal[False] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     tools: Annotated[list, Field(max_length=0)] | None = None
     response_format: ResponseFormat | None = None
     store: Literal[False] | None = None
+
+    @property
+    def told(self) -> int | None:
+        """How many likely tokens are told beside each drawn one."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 def parse(kind: type[Body], text: bytes) -> Body:

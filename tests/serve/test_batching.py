@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from dataclasses import replace
 
 import pytest
 import tiny_models
@@ -12,8 +13,9 @@ from support import randomise
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from repeng import SteeringVector, SvdSteeringConfig, steer
-from repeng.serve.batching import Batching, Failed, Limits, Sampling, Unavailable
+from repeng.serve.batching import Batching, Failed, Limits, Unavailable
 from repeng.serve.dials import Dials, load_dials
+from repeng.serve.sampling import Sampler, Sampling
 
 GREEDY = Sampling(temperature=0)
 PROMPTS = [[5, 9, 13, 21], [7, 11], [30, 31, 32, 33, 34, 35, 36], [8, 8, 8], [40, 3]]
@@ -171,11 +173,56 @@ async def gathered(batching):
 def test_sampling_follows_the_request():
     """At temperature 1 many tokens are drawn; among the best one, or under a tiny share, the greedy one."""
     dials = dials_of("lora")
-    few = [Sampling(top_k=1), Sampling(top_p=1e-6), Sampling(temperature=0)]
-    found = run(Batching(dials), *((PROMPTS[0], {}, 6, one) for one in [*few, *[Sampling()] * 3]))
-    expected = alone(dials, PROMPTS[0], {}, 6)
-    assert found[:3] == [expected] * 3
-    assert len({tuple(each) for each in found[3:]}) > 1
+    few = [Sampling(top_k=1), Sampling(top_p=1e-6), Sampling(temperature=0), Sampling(temperature=1e-9)]
+    drawn = [Sampling(seed=3), Sampling(seed=3), Sampling(seed=4), Sampling()]
+    found = run(Batching(dials), *((PROMPTS[0], {}, 6, one) for one in [*few, *drawn]))
+    assert found[:4] == [alone(dials, PROMPTS[0], {}, 6)] * 4
+    assert found[4] == found[5] and len({tuple(each) for each in found[4:]}) == 3
+
+
+def test_log_probabilities_are_those_of_the_steered_model():
+    dials = dials_of("lora")
+    asked = [({"a": 1.0}, Sampling(seed=1, logprobs=3, temperature=0.7)), ({"v": 0.5}, Sampling(logprobs=0))]
+
+    async def together(batching):
+        async def whole(ids, steering, sampling):
+            found = [new async for new in batching.generate(ids, steering, 5, sampling)]
+            return [token for new in found for token in new.ids], [one for new in found for one in new.drawn]
+
+        return await asyncio.gather(*(whole(PROMPTS[0], *each) for each in asked))
+
+    batching = Batching(dials)
+    batching.start()
+    try:
+        answers = asyncio.run(together(batching))
+    finally:
+        batching.stop()
+    for (steering, sampling), (tokens, drawn) in zip(asked, answers, strict=True):
+        with torch.no_grad(), dials.at(steering):
+            logits = dials.model(torch.tensor([[*PROMPTS[0], *tokens]])).logits[0, len(PROMPTS[0]) - 1 : -1]
+        expected = logits.log_softmax(-1)
+        assert [one.token for one in drawn] == tokens
+        for row, one in zip(expected, drawn, strict=True):
+            assert one.logprob == pytest.approx(row[one.token].item(), abs=1e-3)
+            top = row.topk(sampling.logprobs)
+            assert [token for token, _ in one.top] == top.indices.tolist()
+            assert [logp for _, logp in one.top] == pytest.approx(top.values.tolist(), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "sampling, allowed",
+    [(Sampling(), 6), (Sampling(temperature=0.5), 6), (Sampling(top_k=3), 3), (Sampling(top_p=0.7), 2)],
+)
+def test_draws_have_the_probabilities_that_are_asked_for(sampling, allowed):
+    logits = torch.tensor([1.0, 3.0, 2.5, 0.0, -1.0, 0.5])
+    probability = (logits / sampling.temperature).softmax(-1)
+    keep = probability.argsort(descending=True)[:allowed]
+    expected = torch.zeros(6).index_put((keep,), probability[keep] / probability[keep].sum())
+    sampler = Sampler(replace(sampling, seed=0), torch.device("cpu"))
+    drawn = torch.stack([sampler.noisy(logits).argmax() for _ in range(4000)])
+    found = torch.bincount(drawn, minlength=6) / 4000
+    assert (found - expected).abs().max() < 0.03
+    assert not found[expected == 0].any()
 
 
 def test_what_cannot_be_served_is_refused(tmp_path):

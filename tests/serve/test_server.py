@@ -140,6 +140,25 @@ def test_streams_give_the_same_text(client, expected):
     assert text == expected("user : the lime is . ", 5, is_chat=True, honest=-1.0)
 
 
+def test_log_probabilities_have_the_shape_of_openai(client):
+    options = {"model": "tiny", "max_tokens": 4, "temperature": 0, "seed": 7}
+    choice = client.completions.create(prompt="the lime is", logprobs=2, **options).choices[0]
+    assert len(choice.logprobs.tokens) == len(choice.logprobs.token_logprobs) == 4
+    assert [len(top) for top in choice.logprobs.top_logprobs] == [2] * 4
+    assert all(logp <= 0 for logp in choice.logprobs.token_logprobs)
+    assert [token.strip() for token in choice.logprobs.tokens] == choice.text.split()
+    messages = [{"role": "user", "content": "the lime is"}]
+    chat = client.chat.completions.create(messages=messages, logprobs=True, top_logprobs=3, **options).choices[0]
+    told = chat.logprobs.content
+    assert " ".join(one.token.strip() for one in told) == chat.message.content
+    assert all(one.top_logprobs[0].logprob == one.logprob for one in told)
+    chunks = list(client.chat.completions.create(messages=messages, logprobs=True, stream=True, **options))
+    streamed = [
+        one.token for chunk in chunks if chunk.choices[0].logprobs for one in chunk.choices[0].logprobs.content
+    ]
+    assert streamed == [one.token for one in told]
+
+
 def test_a_stop_text_ends_the_answer(client, running, expected):
     whole = expected("the lime is", 20)
     word = whole.split()[3]
@@ -203,9 +222,9 @@ CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "the lime is"}
         ({**GOOD, "temperature": -1}, "temperature", 400),
         (b'{"model": "tiny", "prompt": "the", "temperature": NaN}', "temperature", 400),
         ({**GOOD, "top_p": 0}, "top_p", 400),
-        ({**GOOD, "seed": 1}, "seed", 400),
+        ({**GOOD, "seed": -1}, "seed", 400),
         ({**GOOD, "n": 2}, "n", 400),
-        ({**GOOD, "logprobs": 3}, "logprobs", 400),
+        ({**GOOD, "logprobs": 21}, "logprobs", 400),
         ({**GOOD, "frequency_penalty": 0.5}, "frequency_penalty", 400),
         ({**GOOD, "stop": ""}, None, 400),
         ({**GOOD, "steer": {"honest": "1"}}, "steer.honest", 400),
