@@ -22,6 +22,7 @@ from repeng.data.configuration import (
     refuse_unknown,
     shipped_configs,
 )
+from repeng.serve.names import named_paths
 from repeng.train.recipe import Recipe
 
 
@@ -219,17 +220,7 @@ def export(argv: list[str]) -> None:
 def serve(argv: list[str]) -> None:
     """Check what was asked for, then serve."""
     options = make_parser().parse_args(argv)
-    paths: dict[str, Path] = {}
-    for word in options.paths:
-        name, given, text = word.rpartition("=")
-        path = Path(text)
-        if not given:
-            name = path.resolve().name if path.is_dir() else path.stem
-        if name in paths:
-            raise ValueError(f"two paths have the name {name!r}; give names, as in NAME=PATH")
-        if not path.exists():
-            raise FileNotFoundError(f"there is no adapter and no vector at {text!r}")
-        paths[name] = path
+    paths = named_paths(options.paths)
     if options.gguf_file and not options.model_name_or_path:
         raise ValueError(f"--gguf_file {options.gguf_file} needs --model_name_or_path: the folder or hub id it is in")
     api_key = os.environ.get(KEY_VARIABLE) or None

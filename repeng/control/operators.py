@@ -49,10 +49,15 @@ def edit_with(
     multiplied by what the gate makes `(b t 1)` of the output.
     """
     apply = OPERATORS[operator]
+    moved_to: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}  # copied to a device only once
 
     def edit(output: Tensor) -> Tensor:
         h = output if output.dtype == torch.float64 else output.float()
-        c, v = coefficient.to(h), direction.to(h)
+        where_to = (h.device, h.dtype)
+        if where_to not in moved_to:
+            with torch.inference_mode(False):  # a later forward may have gradients
+                moved_to[where_to] = coefficient.to(h.device, h.dtype), direction.to(h.device, h.dtype)
+        c, v = moved_to[where_to]
         if c.ndim:
             c = repeat_rows(c, output)
             c = c.reshape(*c.shape, *[1] * (output.ndim - c.ndim))

@@ -5,10 +5,11 @@ import hmac
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from inspect import signature
 from typing import Any, NamedTuple, cast
+from urllib.parse import urlsplit
 
 from jinja2 import TemplateError
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -16,20 +17,18 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from transformers import PreTrainedTokenizerBase
 
-from repeng.model.tokens import encode
 from repeng.serve.batching import Batching, Failed, Unavailable
-from repeng.serve.decoding import TextStream
+from repeng.serve.decoding import CONTEXT, TextStream
 from repeng.serve.logprobs import of_chat, of_completion
 from repeng.serve.protocol import ChatCompletion, Completion, Generation, Refused, parse
 from repeng.serve.sampling import Drawn, Sampling
 
-MAX_BODY = 4 * 2**20  # bytes
-CONTEXT = 8  # tokens of a prompt that decide how the first token of a completion is written
+MAX_BODY = 2**20  # bytes
 COMPLETION_TOKENS = 16  # of a completion that does not say how many, as at OpenAI
 
 
@@ -64,9 +63,15 @@ class Server:
     """The handlers of one model."""
 
     def __init__(
-        self, batching: Batching, tokenizer: PreTrainedTokenizerBase, name: str, api_key: str | None = None
+        self,
+        batching: Batching,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        api_key: str | None,
+        hosts: Sequence[str],
     ) -> None:
         self.batching, self.tokenizer, self.name, self.api_key = batching, tokenizer, name, api_key
+        self.hosts = [host.strip("[]") for host in hosts]
         self.metrics = Metrics(batching)
         self.created = int(time.time())
 
@@ -88,7 +93,19 @@ class Server:
 
     async def models(self, request: Request) -> Response:
         self._check_key(request)
-        model = {
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: Request) -> Response:
+        self._check_key(request)
+        self._check_name(request.path_params["name"])
+        return JSONResponse(self._model())
+
+    def _check_name(self, name: str) -> None:
+        if name != self.name:
+            raise Refused(f"there is no model {name[:100]!r}; this server has {self.name!r}", "model", 404)
+
+    def _model(self) -> dict[str, Any]:
+        return {
             "id": self.name,
             "object": "model",
             "created": self.created,
@@ -96,7 +113,6 @@ class Server:
             "max_model_len": self.batching.max_length,
             "steer": list(self.batching.dials.names),
         }
-        return JSONResponse({"object": "list", "data": [model]})
 
     async def completions(self, request: Request) -> Response:
         return await self._answer(request, Completion)
@@ -107,23 +123,29 @@ class Server:
     async def _answer(self, request: Request, kind: type[Completion] | type[ChatCompletion]) -> Response:
         self._check_key(request)
         body = parse(kind, await _read(request))
-        ids = self._check(body)
+        ids = await asyncio.to_thread(self._check, body)  # a long text takes long to encode
         shape = _Shape(isinstance(body, ChatCompletion), self.name, self.tokenizer)
         answers = self._generate(body, ids)
         if body.stream:
             with_usage = body.stream_options is not None and body.stream_options.include_usage
             # The first piece is awaited, so that a request that fails at once has its own status.
-            first = await anext(answers)
+            first = await _unless_gone(request, anext(answers))
+            if first is None:
+                return self._gone()
             events = self._events(shape, first, answers, len(ids), with_usage)
             return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
         if body.stream_options is not None:
             raise Refused("stream_options goes with stream: true", "stream_options")
         whole = await _unless_gone(request, _joined(answers))
         if whole is None:
-            self.metrics.cancelled.inc()
-            return Response(status_code=499)
+            return self._gone()
         self.metrics.requests.labels(200).inc()
         return JSONResponse(shape.whole(whole, len(ids)))
+
+    def _gone(self) -> Response:
+        """For a client that does not listen any more."""
+        self.metrics.cancelled.inc()
+        return Response(status_code=499)
 
     async def _events(
         self, shape: "_Shape", piece: Answer, answers: AsyncGenerator[Answer], prompt_tokens: int, with_usage: bool
@@ -142,9 +164,11 @@ class Server:
                 yield shape.usage(prompt_tokens, piece.tokens)
             yield "data: [DONE]\n\n"
             status = 200
-        except (Unavailable, Failed) as error:
+        except Exception as error:
             status = _status(error, self.batching.alive)
             yield _event(_error(str(error), status))
+            if not isinstance(error, Unavailable | Failed):
+                raise
         finally:
             if status is None:
                 self.metrics.cancelled.inc()
@@ -158,8 +182,7 @@ class Server:
         Raises:
             Refused: the request cannot be answered.
         """
-        if body.model != self.name:
-            raise Refused(f"there is no model {body.model!r}; this server has {self.name!r}", "model", 404)
+        self._check_name(body.model)
         try:
             self.batching.check(body.steer)
         except ValueError as error:
@@ -178,17 +201,14 @@ class Server:
         return ids
 
     def _prompt_ids(self, body: Completion | ChatCompletion) -> list[int]:
-        if isinstance(body, Completion) and isinstance(body.prompt, list):
-            size = self.batching.dials.model.config.get_text_config().vocab_size
-            wrong = next((one for one in body.prompt if not 0 <= one < size), None)
-            if not body.prompt or wrong is not None:
-                raise Refused(f"prompt holds at least one token id, each from 0 to {size - 1}; got {wrong}", "prompt")
-            return body.prompt
         if isinstance(body, Completion):
-            try:
-                return encode(self.tokenizer, "", str(body.prompt)).ids
-            except ValueError as error:
-                raise Refused("prompt is empty", "prompt") from error
+            prompt = body.only_prompt()
+            ids = list(self.tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else prompt
+            size = self.batching.dials.model.config.get_text_config().vocab_size
+            wrong = next((one for one in ids if not 0 <= one < size), None)
+            if not ids or wrong is not None:
+                raise Refused(f"prompt holds at least one token, of an id from 0 to {size - 1}; got {wrong}", "prompt")
+            return ids
         if not self.tokenizer.chat_template:
             raise Refused("this model has no chat template; use /v1/completions", "messages")
         reserved = set(body.chat_template_kwargs) & {*signature(self.tokenizer.apply_chat_template).parameters}
@@ -212,14 +232,15 @@ class Server:
         room = self.batching.max_length - len(ids)
         limit = _asked_tokens(body) or (room if isinstance(body, ChatCompletion) else min(COMPLETION_TOKENS, room))
         context = ids[-CONTEXT:] if isinstance(body, Completion) else ()
-        stream, count, start = TextStream(self.tokenizer, body.stop_texts(), context), 0, time.perf_counter()
+        texts, ends = self._stops(body)
+        stream, count, start = TextStream(self.tokenizer, texts, context), 0, time.perf_counter()
         self.metrics.prompt.inc(len(ids))
-        async with aclosing(self.batching.generate(ids, body.steer, limit, sampling)) as tokens:
+        async with aclosing(self.batching.generate(ids, body.steer, limit, sampling, ends)) as tokens:
             async for new in tokens:
                 if not count:
                     self.metrics.first.observe(time.perf_counter() - start)
                 count += len(new.ids) + (new.ended == "stop")
-                self.metrics.generated.inc(len(new.ids))
+                self.metrics.generated.inc(len(new.ids) + (new.ended == "stop"))
                 text = stream.push(new.ids, new.ended is not None)
                 ended = "stop" if stream.stopped else new.ended
                 if ended:
@@ -228,7 +249,16 @@ class Server:
                 if ended:
                     return
 
+    def _stops(self, body: Completion | ChatCompletion) -> tuple[list[str], set[int]]:
+        """Texts that end the answer, and the tokens among them, which never become text."""
+        texts, special = body.stop_texts(), set(self.tokenizer.all_special_tokens)
+        ends = {cast(int, self.tokenizer.convert_tokens_to_ids(text)) for text in texts if text in special}
+        return [text for text in texts if text not in special], ends
+
     def _check_key(self, request: Request) -> None:
+        origin = urlsplit(request.headers.get("origin", "")).hostname
+        if origin is not None and "*" not in self.hosts and origin not in self.hosts:
+            raise Refused(f"pages of {origin} may not use this server", None, 403)
         if self.api_key is None:
             return
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
@@ -303,13 +333,14 @@ def make_app(
         allowed_hosts: `Host` headers that are answered. On a loopback address, a page of the web that resolves its own
             name to this machine is kept out by it.
     """
-    server = Server(batching, tokenizer, name, api_key)
+    server = Server(batching, tokenizer, name, api_key, allowed_hosts)
     errors: Any = dict.fromkeys((Refused, Unavailable, Failed, HTTPException, Exception), server.failed)
     return Starlette(
         routes=[
             Route("/health", server.health),
             Route("/metrics", server.show_metrics),
             Route("/v1/models", server.models),
+            Route("/v1/models/{name:path}", server.model),
             Route("/v1/completions", server.completions, methods=["POST"]),
             Route("/v1/chat/completions", server.chat_completions, methods=["POST"]),
         ],
@@ -346,11 +377,14 @@ def _asked_tokens(body: Generation) -> int | None:
 async def _read(request: Request) -> bytes:
     """The body, of limited length."""
     parts, length = [], 0
-    async for part in request.stream():
-        length += len(part)
-        if length > MAX_BODY:
-            raise Refused(f"the body is longer than {MAX_BODY} bytes", None, 413)
-        parts.append(part)
+    try:
+        async for part in request.stream():
+            length += len(part)
+            if length > MAX_BODY:
+                raise Refused(f"the body is longer than {MAX_BODY} bytes", None, 413)
+            parts.append(part)
+    except ClientDisconnect as error:
+        raise Refused("the client went away before its body had come", None, 499) from error
     return b"".join(parts)
 
 
@@ -361,9 +395,9 @@ async def _joined(answers: AsyncIterator[Answer]) -> Answer:
     return pieces[-1]._replace(text="".join(piece.text for piece in pieces), drawn=drawn)
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, Answer]) -> Answer | None:
+async def _unless_gone(request: Request, work: Awaitable[Answer]) -> Answer | None:
     """What comes of the work, which is cancelled when the client goes away: then None."""
-    task, gone = asyncio.create_task(work), asyncio.create_task(_disconnected(request))
+    task, gone = asyncio.ensure_future(work), asyncio.create_task(_disconnected(request))
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         return task.result() if task.done() else None

@@ -8,7 +8,7 @@ import asyncio
 import math
 import threading
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from functools import wraps
@@ -24,6 +24,10 @@ from repeng.serve.sampling import Drawn, Sampler, Sampling
 
 FLASH = (torch.bfloat16, torch.float16)  # what flash attention computes in
 PAGE = 256  # tokens of a page of the key-value cache, by the default of transformers
+NO_NUMBERS = (
+    "the model gives NaN or infinite logits at these coefficients, or at those of another request in the batch; ask "
+    "for smaller ones"
+)
 POLL = 0.2  # seconds
 
 
@@ -32,7 +36,11 @@ class Unavailable(RuntimeError):
 
 
 class Failed(RuntimeError):
-    """A request could not be finished."""
+    """A request could not be finished; `status` is that of HTTP."""
+
+    def __init__(self, message: str, status: int = 500) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 @dataclass(frozen=True)
@@ -125,20 +133,26 @@ class Batching:
         self._replaced = ExitStack()
         self._steered = ExitStack()  # the open contexts of `steer`
         self._steered_for: Any = None  # what they were opened for
+        self._problem: Exception | None = None  # what ended the thread that generates
+        self._stopping = False
 
     def start(self) -> None:
-        """Start the threads that generate and hand out results."""
+        """Start the threads that generate and hand out results.
+
+        Raises:
+            ValueError: this model, or one of its adapters, does not work in continuous batching.
+        """
         model, on_cpu = self.dials.model, self.dials.model.device.type == "cpu"
         concurrent = self.limits.max_concurrent
         # Keys and values of a prompt depend on its coefficients: no request may share those of another.
         known = {one.name for one in fields(ContinuousBatchingConfig)}
-        flash: Any = {"auto_switch_to_flash": model.dtype in FLASH} if "auto_switch_to_flash" in known else {}
+        flash: Any = {"auto_switch_to_flash": model.dtype in FLASH and not on_cpu}
         config = ContinuousBatchingConfig(
-            **flash,
+            **{key: value for key, value in flash.items() if key in known},
             allow_block_sharing=False,
             use_async_batching=False,
             use_cuda_graph=False,
-            num_blocks=concurrent * math.ceil(self.max_length / PAGE),
+            num_blocks=concurrent * math.ceil(self.max_length / PAGE) + self._spare_blocks(),
             max_batch_tokens=max(concurrent, 256 if on_cpu else 2048),
             max_requests_per_batch=concurrent,
         )
@@ -148,29 +162,60 @@ class Batching:
         )
         self._manager = cast(Any, model).init_continuous_batching(generation, config)
         self._replaced.enter_context(replaced(model, "forward", self._steered_forward))
-        self._manager.start()
+        self._stopping, self._problem = False, None
+        try:
+            self._try_out()
+        except BaseException:
+            self.stop()
+            raise
         thread = threading.Thread(target=self._hand_out, name="repeng-results", daemon=True)
         thread.start()
         self._threads = [thread]
 
+    def _spare_blocks(self) -> int:
+        """Layers of several kinds share a cache that is cut into pieces of many blocks."""
+        kinds = getattr(self.dials.model.config.get_text_config(), "layer_types", None) or ()
+        return 16 if len(set(kinds)) > 1 else 0
+
+    def _try_out(self) -> None:
+        """Start to generate, for two texts at different coefficients; raises ValueError if that ends the thread."""
+        manager, nobody = self._manager, asyncio.new_event_loop()
+        nobody.close()
+        sampler = Sampler(Sampling(), self.dials.model.device)
+        for name, c in (("first", 0.5), ("second", 1.0)):
+            coefficients = (min(c, self.limits.max_coefficient),) * len(self.dials.names)
+            self._requests[name] = _Request(coefficients, sampler, [], asyncio.Queue(), nobody)
+            manager.add_request([0] * min(3, self.max_length - 1), request_id=name, max_new_tokens=2)
+        manager.start()
+        while self._requests:
+            result = manager.get_result(timeout=POLL)
+            if result is not None and result.is_finished():
+                del self._requests[result.request_id]
+            if not manager.is_running() or (result is not None and result.error is not None):
+                self._requests.clear()
+                told = self._problem or (result and result.error) or "see its log"
+                kind = type(self.dials.model).__name__
+                raise ValueError(f"{kind} cannot be served: the continuous batching of transformers ended ({told})")
+
     def stop(self) -> None:
         """End all requests, stop the threads, and leave the model as it was."""
-        manager, self._manager = self._manager, None
-        if manager is None:
+        if self._manager is None or self._stopping:
             return
-        manager.stop(block=True, timeout=30, hard_stop=True)
-        for thread in self._threads:
-            thread.join(timeout=5)
+        self._stopping = True
         for request in list(self._requests.values()):
             request.put(Unavailable("the server stops"))
+        self._manager.stop(block=True, timeout=30, hard_stop=True)
+        for thread in self._threads:
+            thread.join(timeout=5)
         self._steered.close()
         self._steered_for = None
         self._replaced.close()
+        self._manager = None
 
     @property
     def alive(self) -> bool:
         """Whether requests can be answered."""
-        return self._manager is not None and self._manager.is_running()
+        return self._manager is not None and not self._stopping and self._manager.is_running()
 
     @property
     def running(self) -> int:
@@ -184,12 +229,17 @@ class Batching:
             if name not in names:
                 listed = ", ".join(names) or "none"
                 raise ValueError(f"there is no {name!r} to steer by{nearest(name, names)}; there are: {listed}")
-            if not abs(c) <= largest:
+            if not abs(c) <= largest:  # NaN is not
                 allowed = f"from {-largest:g} to {largest:g}"
                 raise ValueError(f"the coefficient of {name!r} is {c:g}; {allowed} is allowed")
 
     async def generate(
-        self, ids: Sequence[int], steering: Mapping[str, float], max_new_tokens: int, sampling: Sampling
+        self,
+        ids: Sequence[int],
+        steering: Mapping[str, float],
+        max_new_tokens: int,
+        sampling: Sampling,
+        ends: Collection[int] = (),
     ) -> AsyncGenerator[Tokens]:
         """New tokens of one text as they come; closing the iterator cancels the request.
 
@@ -198,6 +248,7 @@ class Batching:
             steering: coefficients by name; others are 0.
             max_new_tokens: the longest answer.
             sampling: how tokens are drawn.
+            ends: tokens that end this text, beside those that end every text.
 
         Raises:
             Unavailable: too many requests wait, or the server stops.
@@ -206,11 +257,11 @@ class Batching:
         """
         self.check(steering)
         manager = self._manager
-        if manager is None or not manager.is_running():
+        if not self.alive:
             raise Unavailable("the server does not generate any more; restart it")
         if self.running >= self.limits.max_concurrent + self.limits.max_waiting:
             raise Unavailable(f"{self.running} requests run or wait; try again later")
-        name, sent = uuid.uuid4().hex, 0
+        name, sent, ends = uuid.uuid4().hex, 0, {*self.ends, *ends}
         request = _Request(
             tuple(float(steering.get(dial, 0.0)) for dial in self.dials.names),
             Sampler(sampling, self.dials.model.device),
@@ -226,6 +277,7 @@ class Batching:
                 request_id=name,
                 max_new_tokens=max_new_tokens,
                 streaming=True,
+                eos_token_id=sorted(ends) or -1,
             )
             while ended is None:
                 result = await request.results.get()
@@ -238,7 +290,7 @@ class Batching:
                 new = result.generated_tokens[sent:]
                 sent += len(new)
                 if result.is_finished():
-                    at_end = bool(result.generated_tokens) and result.generated_tokens[-1] in self.ends
+                    at_end = bool(result.generated_tokens) and result.generated_tokens[-1] in ends
                     ended = "stop" if at_end else "length"
                 shown = len(new) - (ended == "stop")
                 yield Tokens(new[:shown], ended, request.drawn[sent - len(new) : sent - len(new) + shown])
@@ -274,30 +326,37 @@ class Batching:
 
         @wraps(forward)
         def steered(*args: Any, **kwargs: Any) -> Any:
-            packed = self._packed()
-            self._steer(packed, tokens=kwargs["input_ids"].shape[1])
-            output = forward(*args, **kwargs)
-            ending = [self._requests.get(one.state.request_id) for one in packed if one.has_new_token]
-            rows = range(len(ending)) if "logits_to_keep" in kwargs else kwargs["logits_indices"].tolist()
-            output.logits = output.logits.float()
-            has_numbers = output.logits[0].amax(dim=-1).isfinite().tolist()
-            for request, row in zip(ending, rows, strict=False):
-                logits = output.logits[0, row]
-                if not has_numbers[row]:
-                    logits.zero_()
-                    if request is not None:
-                        problem = "the model gives NaN or infinite logits in this batch; ask for smaller coefficients"
-                        request.put(Failed(problem))
-                elif request is not None:
-                    scores = request.sampler.noisy(logits)
-                    drawn = request.sampler.told(logits, scores)
-                    if drawn is not None:
-                        request.drawn.append(drawn)
-                    if scores is not logits:
-                        logits.copy_(scores)
+            try:
+                packed = self._packed()
+                self._steer(packed, tokens=kwargs["input_ids"].shape[1])
+                output = forward(*args, **kwargs)
+                self._draw(packed, output, kwargs)
+            except Exception as error:
+                self._problem = error
+                raise
             return output
 
         return steered
+
+    def _draw(self, packed: Sequence[Any], output: Any, kwargs: Mapping[str, Any]) -> None:
+        """Make the largest logit of each text that goes on the token that is drawn for it."""
+        going_on = [self._requests.get(one.state.request_id) for one in packed if one.has_new_token]
+        rows = range(len(going_on)) if "logits_to_keep" in kwargs else kwargs["logits_indices"].tolist()
+        output.logits = output.logits.float()
+        has_numbers = output.logits[0].amax(dim=-1).isfinite().tolist()
+        for request, row in zip(going_on, rows, strict=False):
+            logits = output.logits[0, row]
+            if not has_numbers[row]:
+                logits.zero_()
+                if request is not None:
+                    request.put(Failed(NO_NUMBERS, status=422))
+            elif request is not None:
+                scores = request.sampler.noisy(logits)
+                drawn = request.sampler.told(logits, scores)
+                if drawn is not None:
+                    request.drawn.append(drawn)
+                if scores is not logits:
+                    logits.copy_(scores)
 
     def _steer(self, packed: Sequence[Any], tokens: int) -> None:
         """Open the contexts of `steer` for these requests, unless they are open already."""

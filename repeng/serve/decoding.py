@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+CONTEXT = 8  # tokens that decide how the next one is written
+WINDOW = 64  # tokens that are decoded together; all that came before them has been handed out
 UNFINISHED = "\ufffd"  # what a tokenizer shows of a character whose last bytes have not come yet
 
 
@@ -28,15 +30,19 @@ class TextStream:
     def push(self, ids: Sequence[int], last: bool) -> str:
         """What can be handed out after these tokens; with `last`, all that is left."""
         self._ids += ids
-        text = self._decoded()[self._start :]
-        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        whole = self._decoded()[self._start :]
+        found = [at for at in (whole.find(stop) for stop in self._stop) if at >= 0]
+        text = whole
         if found:
-            text, self.stopped = text[: min(found)], True
+            text, self.stopped = whole[: min(found)], True
         elif not last:
-            text = text.rstrip(UNFINISHED)
+            text = whole.rstrip(UNFINISHED)
             text = text[: len(text) - self._begun(text)]
         piece = text[self._sent :]
         self._sent = max(self._sent, len(text))
+        if len(self._ids) > WINDOW and self._sent == len(whole):
+            self._ids = self._ids[-CONTEXT:]
+            self._start, self._sent = len(self._decoded()), 0
         return piece
 
     def _decoded(self) -> str:

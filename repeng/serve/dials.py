@@ -1,9 +1,9 @@
 """Adapters and vectors by the names that requests use."""
 
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,6 @@ from transformers import PreTrainedModel
 
 from repeng.control.steer import steer
 from repeng.vectors.vector import SteeringVector
-
-NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 class Dials:
@@ -51,8 +49,8 @@ class Dials:
         for name, vector in self._vectors.items():
             yield from ((name, direction) for direction in vector.directions.values())
         names = {called: name for name, called in self._adapters.items()}
-        for place, parameter in self.model.named_parameters():
-            yield from ((names[part], parameter) for part in place.split(".") if part in names)
+        for place, tensor in chain(self.model.named_parameters(), self.model.named_buffers()):
+            yield from ((names[part], tensor) for part in place.split(".") if part in names)
 
     @contextmanager
     def at(self, coefficients: Mapping[str, float | Tensor]) -> Iterator[None]:
@@ -73,14 +71,8 @@ def load_dials(model: PreTrainedModel, paths: Mapping[str, Path]) -> Dials:
     """Load adapters (folders) and vectors (files) onto a model, which is changed.
 
     Raises:
-        ValueError: a name cannot be used, or what lies at a path does not fit the model.
-        FileNotFoundError: nothing lies at a path.
+        ValueError: what lies at a path does not fit the model.
     """
-    for name, path in paths.items():
-        if not NAME.fullmatch(name):
-            raise ValueError(f"{name!r} is no name for a dial: use letters, digits, - and _, as in NAME=PATH")
-        if not path.exists():
-            raise FileNotFoundError(f"there is no adapter and no vector at {str(path)!r}")
     folders = {name: path for name, path in paths.items() if path.is_dir()}
     called = {name: f"dial-{name}" for name in folders}  # PEFT mixes up names that are part of "lora_"
     by_kind: dict[Any, dict[str, Path]] = {}

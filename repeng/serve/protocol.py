@@ -1,15 +1,22 @@
 """What a request may say: OpenAI's completions and chat completions, with `steer`."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import from_json
 
 from repeng.data.files import nearest
 
 Body = TypeVar("Body", bound="Generation")
 MOST_LOGPROBS = 20
+NEUTRAL_ONLY = {
+    *("n", "frequency_penalty", "presence_penalty", "logit_bias", "best_of", "echo", "suffix", "tools", "store"),
+    "response_format",
+}
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
+Item = TypeVar("Item")
+OnlyOne = Annotated[list[Item], Field(min_length=1, max_length=1)]
 Zero = Annotated[float, Field(ge=0, le=0)]
 
 
@@ -58,11 +65,17 @@ class Generation(Strict):
 class Completion(Generation):
     """`POST /v1/completions`: a text, or token ids, goes on."""
 
-    prompt: str | list[int]
+    prompt: str | list[int] | OnlyOne[str] | OnlyOne[list[int]]
     best_of: Literal[1] | None = None
     echo: Literal[False] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     suffix: None = None
+
+    def only_prompt(self) -> str | list[int]:
+        """The prompt, out of its list if it is the only one in it."""
+        if isinstance(self.prompt, str) or not self.prompt or isinstance(self.prompt[0], int):
+            return cast(str | list[int], self.prompt)
+        return self.prompt[0]
 
     @property
     def told(self) -> int | None:
@@ -78,7 +91,6 @@ class TextPart(Strict):
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
-    name: str | None = None
 
     def as_turn(self) -> dict[str, str]:
         """What a chat template takes."""
@@ -109,15 +121,29 @@ class ChatCompletion(Generation):
 
 
 def parse(kind: type[Body], text: bytes) -> Body:
-    """The request, or Refused with what was given and what is allowed, of the first field that is wrong."""
+    """The request, or Refused with what was given and what is allowed, of the first field that is wrong.
+
+    A field that is null is not given: clients write out all that they know.
+    """
     try:
-        return kind.model_validate_json(text)
+        given = from_json(text, allow_inf_nan=True)
+        return kind.model_validate(_without_nulls(given))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-    place = ".".join(str(part) for part in first["loc"])
+    except ValueError as error:
+        raise Refused(f"the body is no JSON: {error}") from error
+    place = ".".join(str(part) for part in first["loc"])[:200]
     if first["type"] == "extra_forbidden":
-        known = ", ".join(kind.model_fields)
-        near = nearest(place, kind.model_fields)
-        raise Refused(f"{place!r} is not known to this server{near}; known are: {known}", place)
-    given = "" if first["type"] in ("missing", "json_invalid") else f"; got {str(first['input'])[:80]!r}"
-    raise Refused(f"{place or 'the body'}: {first['msg']}{given}", place or None)
+        own = len(first["loc"]) == 1
+        known = f"{nearest(place, kind.model_fields)}; known are: {', '.join(kind.model_fields)}" if own else ""
+        raise Refused(f"{place!r} is not known to this server{known}", place)
+    if first["loc"] and first["loc"][0] in NEUTRAL_ONLY and first["type"] != "missing":
+        raise Refused(f"{place!r} is not supported by this server; leave it out", place)
+    shown = "" if first["type"] == "missing" else f"; got {str(first['input'])[:80]!r}"
+    raise Refused(f"{place or 'the body'}: {first['msg']}{shown}", place or None)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value

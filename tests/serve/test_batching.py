@@ -10,11 +10,19 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from support import randomise
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
 
 from repeng import SteeringVector, SvdSteeringConfig, steer
 from repeng.serve.batching import Batching, Failed, Limits, Unavailable
 from repeng.serve.dials import Dials, load_dials
+from repeng.serve.names import named_paths
 from repeng.serve.sampling import Sampler, Sampling
 
 GREEDY = Sampling(temperature=0)
@@ -174,10 +182,11 @@ def test_sampling_follows_the_request():
     """At temperature 1 many tokens are drawn; among the best one, or under a tiny share, the greedy one."""
     dials = dials_of("lora")
     few = [Sampling(top_k=1), Sampling(top_p=1e-6), Sampling(temperature=0), Sampling(temperature=1e-9)]
+    few.append(Sampling(temperature=0, top_k=2**40))
     drawn = [Sampling(seed=3), Sampling(seed=3), Sampling(seed=4), Sampling()]
     found = run(Batching(dials), *((PROMPTS[0], {}, 6, one) for one in [*few, *drawn]))
-    assert found[:4] == [alone(dials, PROMPTS[0], {}, 6)] * 4
-    assert found[4] == found[5] and len({tuple(each) for each in found[4:]}) == 3
+    assert found[:5] == [alone(dials, PROMPTS[0], {}, 6)] * 5
+    assert found[5] == found[6] and len({tuple(each) for each in found[5:]}) == 3
 
 
 def test_log_probabilities_are_those_of_the_steered_model():
@@ -247,9 +256,55 @@ def test_what_cannot_be_served_is_refused(tmp_path):
     with pytest.raises(ValueError, match="other"):
         Dials(model, {"other": "other"})
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        load_dials(model, {"v": tmp_path / "nowhere"})
+        named_paths([f"v={tmp_path}/nowhere"])
     with pytest.raises(ValueError, match="no name"):
-        load_dials(model, {"a.b": tmp_path})
+        named_paths([f"a.b={tmp_path}"])
+    (tmp_path / "lr=1").mkdir()
+    assert named_paths([f"v={tmp_path}/lr=1", str(tmp_path)]) == {"v": tmp_path / "lr=1", tmp_path.name: tmp_path}
+    buffers = dials_of("svd").model
+    next(b for name, b in buffers.named_buffers() if "svd_steering_u" in name).fill_(torch.nan)
+    with pytest.raises(ValueError, match="finite"):
+        Dials(buffers, {"a": "own"})
+
+
+@pytest.mark.parametrize("name", ["neox", "qwen2-moe"])
+def test_a_model_that_does_not_work_is_refused_at_the_start(name):
+    """One that continuous batching cannot run, and one with a module that sees tokens without their rows."""
+    model, target = tiny_models.build("neox"), "query_key_value"
+    if name == "qwen2-moe":
+        sizes = {**tiny_models.SIZES, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
+        widths = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+        model, target = Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes, **widths)).eval(), "shared_expert.down_proj"
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=[target]), adapter_name="own")
+    randomise(adapted, 0.1)
+    batching = Batching(Dials(model, {"a": "own"}))
+    with pytest.raises(ValueError, match="cannot be served"):
+        batching.start()
+    assert not batching.alive and "forward" not in vars(model)
+
+
+def test_layers_of_several_kinds_have_room_in_a_small_cache():
+    layers = (["sliding_attention"] * 5 + ["full_attention"]) * 5 + ["sliding_attention"] * 4
+    config = Gemma3TextConfig(**{**tiny_models.GEMMA, "num_hidden_layers": len(layers), "layer_types": layers})
+    dials = Dials(Gemma3ForCausalLM(config).eval())
+    batching = Batching(dials, Limits(max_concurrent=1, max_length=128))
+    batching.ends = set()
+    assert run(batching, (PROMPTS[0], {}, 3)) == [alone(dials, PROMPTS[0], {}, 3)]
+
+
+def test_stopping_is_told_to_those_who_wait():
+    dials = dials_of("lora")
+    batching = Batching(dials, Limits(max_concurrent=2))
+
+    async def stopped():
+        asked = [asyncio.create_task(answer(batching, PROMPTS[0], {"a": c}, 100)) for c in (1.0, -1.0, 0.5)]
+        await asyncio.sleep(0.3)
+        await asyncio.to_thread(batching.stop)
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    batching.start()
+    found = asyncio.run(stopped())
+    assert [type(one) for one in found] == [Unavailable] * 3 and not batching.running
 
 
 def test_several_adapters_and_vectors_are_loaded_and_act_together(tmp_path):
