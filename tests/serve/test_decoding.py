@@ -59,3 +59,11 @@ def test_a_space_at_the_start_depends_on_the_text_before(tokenizer):
     ids = tokenizer(" fruit .")["input_ids"]
     assert TextStream(tokenizer).push(ids, True) == "fruit ."
     assert TextStream(tokenizer, context=tokenizer("a kind of")["input_ids"]).push(ids, True) == " fruit ."
+
+
+def test_a_long_answer_keeps_its_spaces(tokenizer):
+    """What has been handed out is no longer decoded, and still decides how the next token is written."""
+    ids = tokenizer("the lime is a kind of fruit . " * 20)["input_ids"][1:]
+    stream = TextStream(tokenizer)
+    pieces = [stream.push([token], n == len(ids) - 1) for n, token in enumerate(ids)]
+    assert "".join(pieces) == tokenizer.decode(ids) and len(ids) > 100

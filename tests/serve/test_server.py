@@ -195,10 +195,16 @@ def test_a_waiting_stream_whose_client_leaves_is_forgotten():
         connections = [http.client.HTTPConnection("127.0.0.1", it[0], timeout=60) for _ in range(3)]
         for connection in connections:
             connection.request("POST", "/v1/completions", json.dumps(body))
-        connections[0].getresponse().read(10)
-        for connection in reversed(connections):
+        response = connections[0].getresponse()
+        text = response.read(10)
+        for connection in connections[1:]:
             connection.sock.close()
             connection.close()
+        while it[3].running > 1:
+            text += response.read(100)
+        assert b"[DONE]" not in text  # the first one still runs, so that they were not just answered
+        connections[0].sock.close()
+        connections[0].close()
         assert idle(it)
 
 
