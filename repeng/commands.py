@@ -248,9 +248,14 @@ def serve(
     allowed = ("*",) if api_key else ("127.0.0.1", "localhost", "[::1]")
     served = Path(model_name_or_path)
     name = served.name if served.exists() else model_name_or_path
-    app = make_app(Batching(dials, chosen), tokenizer, name, api_key, allowed)
-    print(f"model {name!r}, to steer by: {', '.join(dials.names)}")
-    uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=30)
+    batching = Batching(dials, chosen)
+    app = make_app(batching, tokenizer, name, api_key, allowed)
+    batching.start()  # here, so that a model that cannot be served is told in a sentence
+    try:
+        print(f"model {name!r}, to steer by: {', '.join(dials.names)}")
+        uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=30)
+    finally:
+        batching.stop()
 
 
 def _export_vector(vector: SteeringVector, output: Path | None, beside: Path) -> None:

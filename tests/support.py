@@ -4,8 +4,9 @@ import inspect
 from pathlib import Path
 
 import torch
+from peft import get_peft_model
 
-from repeng import tiny
+from repeng import SvdSteeringConfig, tiny
 from repeng.train.arguments import parse_arguments
 from repeng.train.build import build
 from repeng.train.trainer import SteeringTrainer
@@ -66,3 +67,16 @@ def step(trainer, examples):
 def cache_name():
     """Transformers has renamed the argument."""
     return "cache" if "cache" in inspect.signature(tiny.load()[0].forward).parameters else "past_key_values"
+
+
+def strongly_turned(model):
+    """SmolLM2 with rotations so large that log-probabilities move by nats, and not alike in both directions."""
+    config = SvdSteeringConfig(
+        r=16,
+        target_modules=["residual-writers", "q_proj", "k_proj", "v_proj", "up_proj", "gate_proj"],
+        layers_to_transform=[*range(8, 20)],
+        rotate_output=True,
+    )
+    adapted = get_peft_model(model, config)
+    randomise(adapted, 0.05)
+    return adapted.eval()

@@ -137,11 +137,13 @@ class Batching:
         self._stopping = False
 
     def start(self) -> None:
-        """Start the threads that generate and hand out results.
+        """Start the threads that generate and hand out results, unless they run already.
 
         Raises:
             ValueError: this model, or one of its adapters, does not work in continuous batching.
         """
+        if self.alive:
+            return
         model, on_cpu = self.dials.model, self.dials.model.device.type == "cpu"
         concurrent = self.limits.max_concurrent
         # Keys and values of a prompt depend on its coefficients: no request may share those of another.

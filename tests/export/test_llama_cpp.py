@@ -15,7 +15,7 @@ import pytest
 import tiny_models
 import torch
 from peft import get_peft_model
-from support import randomise
+from support import randomise, strongly_turned
 
 from repeng import SteeringVector, SvdSteeringConfig, load_model, steer
 from repeng.export import export_gguf, export_gguf_dial, export_merged
@@ -139,15 +139,8 @@ def engine(base_file):
 def adapted(smollm2):
     """Rotations so large that log-probabilities move by nats, and not alike in both directions."""
     model, _ = smollm2
-    config = SvdSteeringConfig(
-        r=16,
-        target_modules=["residual-writers", "q_proj", "k_proj", "v_proj", "up_proj", "gate_proj"],
-        layers_to_transform=[*range(8, 20)],
-        rotate_output=True,
-    )
-    adapted = get_peft_model(model, config)
-    randomise(adapted, 0.05)
-    yield adapted.eval()
+    adapted = strongly_turned(model)
+    yield adapted
     adapted.unload()
 
 

@@ -19,10 +19,10 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
-from support import randomise
+from peft import PeftModel
+from support import strongly_turned
 
-from repeng import SvdSteeringConfig, load_model, steer
+from repeng import load_model, steer
 from repeng.cli import main
 from repeng.serve import Batching, Dials, Limits
 from repeng.serve.sampling import Sampling
@@ -38,15 +38,7 @@ MINUTES, LENGTH = 12, 48
 def adapted():
     """Rotations so large that log-probabilities move by nats."""
     model, tokenizer = load_model("smollm2")
-    config = SvdSteeringConfig(
-        r=16,
-        target_modules=["residual-writers", "q_proj", "k_proj", "v_proj", "up_proj", "gate_proj"],
-        layers_to_transform=[*range(8, 20)],
-        rotate_output=True,
-    )
-    adapted = get_peft_model(model, config)
-    randomise(adapted, 0.05)
-    return adapted.eval(), tokenizer
+    return strongly_turned(model), tokenizer
 
 
 def log_probabilities(model, ids, c=None):
