@@ -293,12 +293,13 @@ def test_layers_of_several_kinds_have_room_in_a_small_cache():
 
 
 def test_stopping_is_told_to_those_who_wait():
-    dials = dials_of("lora")
+    dials = dials_of("lora", max_position_embeddings=2000)
     batching = Batching(dials, Limits(max_concurrent=2))
 
     async def stopped():
-        asked = [asyncio.create_task(answer(batching, PROMPTS[0], {"a": c}, 100)) for c in (1.0, -1.0, 0.5)]
-        await asyncio.sleep(0.3)
+        asked = [asyncio.create_task(answer(batching, PROMPTS[0], {"a": c}, 1900)) for c in (1.0, -1.0, 0.5)]
+        while batching.running < 3:
+            await asyncio.sleep(0.01)
         await asyncio.to_thread(batching.stop)
         return await asyncio.gather(*asked, return_exceptions=True)
 
