@@ -18,7 +18,7 @@ class Factor:
     """What outputs are multiplied by: one number, or a tensor for rows or tokens, copied to a device only once."""
 
     def __init__(self, value: Tensor) -> None:
-        self.number = None if value.ndim else value.item()
+        self.number: float | None = None if value.ndim else value.item()
         self._by_device = {value.device: value}
 
     def on(self, device: torch.device) -> Tensor:

@@ -72,7 +72,9 @@ class Names:
 
     def __init__(self, model: nn.Module) -> None:
         gguf = gguf_package()
-        self.base = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+        self.base: PreTrainedModel = cast(
+            PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model
+        )
         self.config: Any = self.base.config.get_text_config(decoder=True)
         layout = LAYOUTS.get(self.config.model_type)
         if layout is None:
@@ -81,7 +83,8 @@ class Names:
                 f"{', '.join(LAYOUTS)}. Write plain LoRAs or a merged model in safetensors, and let llama.cpp's "
                 "convert_lora_to_gguf.py or convert_hf_to_gguf.py convert them"
             )
-        self.architecture, self.reordered = layout
+        self.architecture: str = layout.architecture
+        self.reordered: bool = layout.reordered
         found = [key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture]
         if not found:
             raise ValueError(f"the installed package gguf knows no {self.architecture!r}; install a newer one")

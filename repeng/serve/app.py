@@ -48,13 +48,21 @@ class Metrics:
     """What /metrics shows."""
 
     def __init__(self, batching: Batching) -> None:
-        self.registry = CollectorRegistry()
-        self.requests = Counter("repeng_requests", "Requests, by HTTP status", ["status"], registry=self.registry)
-        self.cancelled = Counter("repeng_cancelled", "Requests whose client went away", registry=self.registry)
-        self.prompt = Counter("repeng_prompt_tokens", "Tokens of prompts", registry=self.registry)
-        self.generated = Counter("repeng_generated_tokens", "Tokens of answers", registry=self.registry)
-        self.seconds = Histogram("repeng_request_seconds", "Seconds of a whole request", registry=self.registry)
-        self.first = Histogram("repeng_first_token_seconds", "Seconds until the first token", registry=self.registry)
+        self.registry: CollectorRegistry = CollectorRegistry()
+        self.requests: Counter = Counter(
+            "repeng_requests", "Requests, by HTTP status", ["status"], registry=self.registry
+        )
+        self.cancelled: Counter = Counter(
+            "repeng_cancelled", "Requests whose client went away", registry=self.registry
+        )
+        self.prompt: Counter = Counter("repeng_prompt_tokens", "Tokens of prompts", registry=self.registry)
+        self.generated: Counter = Counter("repeng_generated_tokens", "Tokens of answers", registry=self.registry)
+        self.seconds: Histogram = Histogram(
+            "repeng_request_seconds", "Seconds of a whole request", registry=self.registry
+        )
+        self.first: Histogram = Histogram(
+            "repeng_first_token_seconds", "Seconds until the first token", registry=self.registry
+        )
         running = Gauge("repeng_running", "Requests that run or wait", registry=self.registry)
         running.set_function(lambda: batching.running)
 
@@ -70,10 +78,13 @@ class Server:
         api_key: str | None,
         hosts: Sequence[str],
     ) -> None:
-        self.batching, self.tokenizer, self.name, self.api_key = batching, tokenizer, name, api_key
-        self.hosts = [host.strip("[]") for host in hosts]
-        self.metrics = Metrics(batching)
-        self.created = int(time.time())
+        self.batching: Batching = batching
+        self.tokenizer: PreTrainedTokenizerBase = tokenizer
+        self.name: str = name
+        self.api_key: str | None = api_key
+        self.hosts: list[str] = [host.strip("[]") for host in hosts]
+        self.metrics: Metrics = Metrics(batching)
+        self.created: int = int(time.time())
 
     @asynccontextmanager
     async def lifespan(self, _app: Starlette) -> AsyncIterator[None]:

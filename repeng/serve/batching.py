@@ -122,8 +122,9 @@ class Batching:
             limits = replace(limits, max_length=min(positions or 4096, 4096))
         elif positions is not None and limits.max_length > positions:
             raise ValueError(f"max_length is {limits.max_length}, and the model has {positions} positions")
-        self.dials, self.limits = dials, limits
-        self.max_length = limits.max_length or 0
+        self.dials: Dials = dials
+        self.limits: Limits = limits
+        self.max_length: int = limits.max_length or 0
         settings = dials.model.generation_config or GenerationConfig()
         ends = settings.eos_token_id
         self.ends: set[int] = set(ends if isinstance(ends, list) else [] if ends is None else [ends])

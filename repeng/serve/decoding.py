@@ -25,7 +25,7 @@ class TextStream:
         self._ids = list(context)
         self._start = len(self._decoded().rstrip(UNFINISHED))
         self._sent = 0
-        self.stopped = False  # whether a stop text was met
+        self.stopped: bool = False  # whether a stop text was met
 
     def push(self, ids: Sequence[int], last: bool) -> str:
         """What can be handed out after these tokens; with `last`, all that is left."""

@@ -34,10 +34,10 @@ class Dials:
         adapters: Mapping[str, str] | None = None,
         vectors: Mapping[str, SteeringVector] | None = None,
     ) -> None:
-        self.model = model
+        self.model: PreTrainedModel = model
         self._adapters = dict(adapters or {})
         self._vectors = dict(vectors or {})
-        self.names = (*self._adapters, *self._vectors)
+        self.names: tuple[str, ...] = (*self._adapters, *self._vectors)
         for name, tensor in self._numbers():
             if not tensor.isfinite().all():
                 raise ValueError(f"{name!r} holds values that are not finite; it seems to be broken")

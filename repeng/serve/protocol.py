@@ -1,7 +1,7 @@
 """What a request may say: OpenAI's completions and chat completions, with `steer`."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
@@ -25,13 +25,14 @@ class Refused(ValueError):
 
     def __init__(self, message: str, field: str | None = None, status: int = 400) -> None:
         super().__init__(message)
-        self.field, self.status = field, status
+        self.field: str | None = field
+        self.status: int = status
 
 
 class Strict(BaseModel):
     """No field is ignored, and no value is taken for one of another type."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class StreamOptions(Strict):
@@ -110,7 +111,7 @@ class ChatCompletion(Generation):
     chat_template_kwargs: dict[str, Any] = {}
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
-    tools: Annotated[list, Field(max_length=0)] | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
     response_format: ResponseFormat | None = None
     store: Literal[False] | None = None
 
