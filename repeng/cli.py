@@ -7,7 +7,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from repeng.data.configuration import (
     refuse_unknown,
     shipped_configs,
 )
+from repeng.serve.limits import Limits
 from repeng.serve.names import named_paths
 from repeng.train.recipe import Recipe
 
@@ -67,7 +68,6 @@ MEASURES: dict[str, type[MeasureArguments]] = {
 }
 KEY_VARIABLE = "REPENG_API_KEY"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-LIMITS = ("max_length", "max_concurrent", "max_waiting", "max_coefficient")
 EXPORTS = ("lora", "dial", "merged", "gguf")
 TRAIN_USAGE = "repeng train [--config NAME_OR_FILE ...] [--KEY VALUE ...] [FLAGS OF accelerate launch]"
 
@@ -152,10 +152,10 @@ def make_parser() -> argparse.ArgumentParser:
     serving.add_argument("--gguf_file", help="name of a GGUF file in that folder or on the hub")
     serving.add_argument("--host", default="127.0.0.1", help="any but a loopback address needs an API key")
     serving.add_argument("--port", type=int, default=8000, help="0 takes a free one. Default: 8000")
-    serving.add_argument("--max_length", type=int, help="tokens of prompt and answer; by default the model's, to 4096")
-    serving.add_argument("--max_concurrent", type=int, default=16, help="requests in one batch. Default: 16")
-    serving.add_argument("--max_waiting", type=int, default=256, help="requests that wait; more get 429. Default: 256")
-    serving.add_argument("--max_coefficient", type=float, default=10.0, help="the largest, either sign. Default: 10")
+    for one in fields(Limits):
+        told = "" if one.default is None else f". Default: {one.default:g}"
+        kind = float if isinstance(one.default, float) else int
+        serving.add_argument(f"--{one.name}", type=kind, default=one.default, help=one.metadata["help"] + told)
     serving.add_argument("--use_cpu", action="store_true", help="leave a GPU alone")
     training = commands.add_parser(
         "train",
@@ -221,6 +221,7 @@ def serve(argv: list[str]) -> None:
     """Check what was asked for, then serve."""
     options = make_parser().parse_args(argv)
     paths = named_paths(options.paths)
+    limits = Limits(**{one.name: getattr(options, one.name) for one in fields(Limits)})
     if options.gguf_file and not options.model_name_or_path:
         raise ValueError(f"--gguf_file {options.gguf_file} needs --model_name_or_path: the folder or hub id it is in")
     api_key = os.environ.get(KEY_VARIABLE) or None
@@ -242,7 +243,7 @@ def serve(argv: list[str]) -> None:
         port=options.port,
         api_key=api_key,
         use_cpu=options.use_cpu,
-        limits={name: getattr(options, name) for name in LIMITS},
+        limits=limits,
     )
 
 

@@ -34,8 +34,9 @@ from repeng.export.vectors import control_vector_name, is_vector
 from repeng.model.loading import load_base, load_tokenizer
 from repeng.model.sources import find_source, gguf_path, name_of_folder
 from repeng.model.types import CausalLM
+from repeng.serve.limits import Limits
 from repeng.train.adapter_files import save_adapter
-from repeng.vectors.vector import SteeringVector
+from repeng.vectors.vector import SteeringVector, read_vector
 
 OWN = "this dial"
 CALIBRATION = "calibration.json"  # beside a LoRA, whose own files have no place for it
@@ -222,7 +223,7 @@ def serve(
     port: int,
     api_key: str | None,
     use_cpu: bool,
-    limits: Mapping[str, Any],
+    limits: Limits,
 ) -> None:
     """Serve until a signal ends it: running requests get 30 seconds.
 
@@ -231,7 +232,7 @@ def serve(
     """
     import uvicorn
 
-    from repeng.serve import Batching, Limits, load_dials, make_app
+    from repeng.serve import Batching, load_dials, make_app
 
     if model_name_or_path is None:
         bases = {name: _base_of(path) for name, path in paths.items() if path.is_dir()}
@@ -241,14 +242,12 @@ def serve(
             told = ", ".join(f"{name}: {base}" for name, (base, _) in bases.items())
             raise ValueError(f"the adapters are of different bases ({told}); give --model_name_or_path")
         model_name_or_path, gguf_file = next(iter(bases.values()))
-    chosen = Limits(**limits)
-    device = torch.device("cpu") if use_cpu else cast(torch.device, PartialState().device)
-    dials = load_dials(load_base(model_name_or_path, device, gguf_file=gguf_file), paths)
+    dials = load_dials(load_base(model_name_or_path, _device(use_cpu), gguf_file=gguf_file), paths)
     tokenizer = load_tokenizer(model_name_or_path, gguf_file)
     allowed = ("*",) if api_key else ("127.0.0.1", "localhost", "[::1]")
     served = Path(model_name_or_path)
     name = served.name if served.exists() else model_name_or_path
-    batching = Batching(dials, chosen)
+    batching = Batching(dials, limits)
     app = make_app(batching, tokenizer, name, api_key, allowed)
     batching.start()  # here, so that a model that cannot be served is told in a sentence
     try:
@@ -287,15 +286,18 @@ def _base_of(folder: Path) -> tuple[str, str | None]:
     return name_of_folder(name) or name, keys.get("gguf_file")
 
 
+def _device(use_cpu: bool) -> torch.device:
+    return torch.device("cpu") if use_cpu else cast(torch.device, PartialState().device)
+
+
 def _load_task_model(task_args: TaskArguments, seed: int, use_cpu: bool, bf16: bool) -> Base:
     """The base model of a task, after its pairs were checked."""
     own = tiny.task(task_args, seed)
     tokenizer = load_tokenizer(task_args.model_name_or_path, task_args.gguf_file)
     pairs = read_pairs(task_args, tokenizer, seed=seed, own=own)
-    device = torch.device("cpu") if use_cpu else cast(torch.device, PartialState().device)
     model = load_base(
         task_args.model_name_or_path,
-        device,
+        _device(use_cpu),
         gguf_file=task_args.gguf_file,
         load_in_4bit=task_args.load_in_4bit,
         compute_dtype=torch.bfloat16 if bf16 else torch.float32,
@@ -308,7 +310,7 @@ def _load_dial(path: Path, model: PreTrainedModel) -> Loaded:
     if path.is_dir():
         adapted = PeftModel.from_pretrained(model, path)
         return Loaded(adapted, partial(steer, adapted), None)
-    vector = SteeringVector.load_gguf(path) if path.suffix == ".gguf" else SteeringVector.load(path)
+    vector = read_vector(path)
     vector.check(model)
     return Loaded(model, partial(steer, model, vector=vector), vector)
 

@@ -6,15 +6,16 @@ from repeng._imports import lazily
 
 if TYPE_CHECKING:
     from repeng.serve.app import make_app
-    from repeng.serve.batching import Batching, Limits
+    from repeng.serve.batching import Batching
     from repeng.serve.dials import Dials, load_dials
+    from repeng.serve.limits import Limits
 else:
     __getattr__, __dir__ = lazily(
         __name__,
         {
             "Batching": "repeng.serve.batching",
             "Dials": "repeng.serve.dials",
-            "Limits": "repeng.serve.batching",
+            "Limits": "repeng.serve.limits",
             "load_dials": "repeng.serve.dials",
             "make_app": "repeng.serve.app",
         },

@@ -250,8 +250,9 @@ class Server:
             async for new in tokens:
                 if not count:
                     self.metrics.first.observe(time.perf_counter() - start)
-                count += len(new.ids) + (new.ended == "stop")
-                self.metrics.generated.inc(len(new.ids) + (new.ended == "stop"))
+                generated = len(new.ids) + (new.ended == "stop")
+                count += generated
+                self.metrics.generated.inc(generated)
                 text = stream.push(new.ids, new.ended is not None)
                 ended = "stop" if stream.stopped else new.ended
                 if ended:

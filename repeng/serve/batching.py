@@ -10,7 +10,7 @@ import threading
 import uuid
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from functools import wraps
 from typing import Any, NamedTuple, cast
 
@@ -20,6 +20,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from repeng.control.positions import replaced
 from repeng.data.files import nearest
 from repeng.serve.dials import Dials, per_token
+from repeng.serve.limits import Limits
 from repeng.serve.sampling import Drawn, Sampler, Sampling
 
 FLASH = (torch.bfloat16, torch.float16)  # what flash attention computes in
@@ -41,29 +42,6 @@ class Failed(RuntimeError):
     def __init__(self, message: str, status: int = 500) -> None:
         super().__init__(message)
         self.status = status
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one server takes.
-
-    Attributes:
-        max_length: tokens of a prompt and its answer together; None = what the model has positions for, at most 4096.
-        max_concurrent: requests that run in one batch.
-        max_waiting: requests that wait for their turn; more are refused.
-        max_coefficient: the largest coefficient of a request, either sign.
-    """
-
-    max_length: int | None = None
-    max_concurrent: int = 16
-    max_waiting: int = 256
-    max_coefficient: float = 10.0
-
-    def __post_init__(self) -> None:
-        for one in fields(self):
-            value = getattr(self, one.name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{one.name} must be above 0; got {value}")
 
 
 class Tokens(NamedTuple):

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from repeng.control.steer import steer
-from repeng.vectors.vector import SteeringVector
+from repeng.vectors.vector import SteeringVector, read_vector
 
 
 class Dials:
@@ -89,11 +89,7 @@ def load_dials(model: PreTrainedModel, paths: Mapping[str, Path]) -> Dials:
             adapted.load_adapter(str(other), adapter_name=name)
         tuner: Any = adapted.base_model
         tuner.set_adapter([called[name] for name in of_kind])
-    vectors = {
-        name: SteeringVector.load_gguf(path) if path.suffix == ".gguf" else SteeringVector.load(path)
-        for name, path in paths.items()
-        if path.is_file()
-    }
+    vectors = {name: read_vector(path) for name, path in paths.items() if path.is_file()}
     model.requires_grad_(False)
     return Dials(model.eval(), called, vectors)
 

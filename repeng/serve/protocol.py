@@ -11,8 +11,16 @@ from repeng.data.files import nearest
 Body = TypeVar("Body", bound="Generation")
 MOST_LOGPROBS = 20
 NEUTRAL_ONLY = {
-    *("n", "frequency_penalty", "presence_penalty", "logit_bias", "best_of", "echo", "suffix", "tools", "store"),
+    "best_of",
+    "echo",
+    "frequency_penalty",
+    "logit_bias",
+    "n",
+    "presence_penalty",
     "response_format",
+    "store",
+    "suffix",
+    "tools",
 }
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
 Item = TypeVar("Item")

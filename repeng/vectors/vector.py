@@ -304,6 +304,11 @@ class SteeringVector:
         return cls({(RESIDUAL, layer): d for layer, d in directions.items()}, metadata)
 
 
+def read_vector(path: Path) -> SteeringVector:
+    """The vector in a file of either format; see `SteeringVector.load` and `load_gguf`."""
+    return SteeringVector.load_gguf(path) if path.suffix == ".gguf" else SteeringVector.load(path)
+
+
 def model_type(model: nn.Module) -> str | None:
     """The architecture's name in the configuration of the text model, if it has one."""
     config = getattr(model, "config", None)
