@@ -230,7 +230,7 @@ def serve(argv: list[str]) -> None:
             f"--host {options.host} lets other machines in: set the environment variable {KEY_VARIABLE}, whose value "
             "requests must send as API key"
         )
-    missing = [name for name in ("starlette", "uvicorn", "pydantic", "prometheus_client") if not find_spec(name)]
+    missing = [name for name in ("starlette", "uvicorn", "prometheus_client") if not find_spec(name)]
     if missing:
         raise ImportError(f"serving needs {', '.join(missing)}: pip install 'repeng[serve]'")
     from repeng.commands import serve as start

@@ -1,0 +1,94 @@
+"""Values from files and command lines, checked against declared types: strictly, with messages of one line."""
+
+import re
+from collections.abc import Collection, Mapping
+from functools import cache
+from typing import Any, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from repeng.data.files import nearest
+
+SHOWN = 60  # characters of a value in a message
+# true is no 1, "5" is no number, and NaN and infinity are never meant.
+_STRICT = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+def checked(hint: Any, value: Any, name: str) -> Any:
+    """`value` as the declared type `hint` has it.
+
+    Args:
+        hint: a type, with the limits of `pydantic.Field` in `Annotated`.
+        value: from a file.
+        name: what the value is, as a message names it: a key, with the file and the line where they are known.
+
+    Raises:
+        ValueError: the value is not of this type. The message has the name, the value and what is allowed.
+    """
+    try:
+        return _adapter(hint).validate_python(value)
+    except ValidationError as error:
+        raise ValueError(f"{name} {_allowed(error)}; got {shown(value)}") from None
+
+
+def checked_text(hint: Any, text: str, name: str) -> Any:
+    """The value that `text`, a word of a command line, stands for; see `checked`."""
+    try:
+        return _adapter(hint).validate_strings(text, strict=False)
+    except ValidationError as error:
+        raise ValueError(f"{name} {_allowed(error)}; got {shown(text)}") from None
+
+
+def checked_keys(hints: Mapping[str, Any], values: Any, where: str, *, needed: Collection[str] = ()) -> dict[str, Any]:
+    """The entries of an object, each checked by its declared type.
+
+    Args:
+        hints: types by key; no other key is allowed.
+        values: from a file.
+        where: the file, with the line where it is known.
+        needed: keys that must be there.
+
+    Raises:
+        ValueError: `values` is no object, a key is unknown or missing, or a value is not of its type.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where}: should be an object with the keys {', '.join(hints)}; got {shown(values)}")
+    refuse_unknown(values, hints, where)
+    for key in needed:
+        if key not in values:
+            raise ValueError(f"{where}: the key {key!r} is missing")
+    return {key: checked(hints[key], value, f"{where}: {key}") for key, value in values.items()}
+
+
+def hints_of(kind: type) -> dict[str, Any]:
+    """The declared types of a class's fields, with their limits."""
+    return get_type_hints(kind, include_extras=True)
+
+
+def refuse_unknown(keys: Collection[Any], allowed: Collection[str], where: str) -> None:
+    """Raise ValueError for the first key that is not allowed."""
+    for key in keys:
+        if key not in allowed:
+            hint = nearest(str(key), allowed)
+            listed = "" if hint or len(allowed) > 20 else f"; keys are {', '.join(allowed)}"
+            raise ValueError(f"{where}: unknown key {shown(key)}{hint}{listed}")
+
+
+def shown(value: Any) -> str:
+    """A value in one short line."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+
+
+@cache
+def _adapter(hint: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(hint, config=_STRICT)
+
+
+def _allowed(error: ValidationError) -> str:
+    """What is allowed, of each alternative that a type has."""
+    problems = []
+    for one in error.errors(include_url=False, include_input=False, include_context=False):
+        place = "".join(f"[{part}]" for part in one["loc"] if isinstance(part, int))
+        problems.append(f"{place} {re.sub('^Input ', '', one['msg'])}".strip())
+    return " or ".join(dict.fromkeys(problems))
