@@ -10,18 +10,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Annotated, NoReturn
+
+from pydantic import Field
 
 from repeng.data.arguments import TaskArguments
 from repeng.data.configuration import (
     add_keys,
-    config_file,
-    flags_of,
+    built,
+    defaults_of,
+    hints_for,
     names_of,
-    parse_keys,
     read_configs,
-    refuse_unknown,
     shipped_configs,
+    split_configs,
 )
+from repeng.data.files import nearest
+from repeng.data.kinds import Folder
+from repeng.data.paths import WANTED, steerable
+from repeng.data.words import read_words
 from repeng.serve.limits import Limits
 from repeng.serve.names import named_paths
 from repeng.train.recipe import Recipe
@@ -31,7 +38,9 @@ from repeng.train.recipe import Recipe
 class MeasureArguments:
     """Keys of all commands that measure, beside those of the task."""
 
-    seed: int = field(default=42, metadata={"help": "Draws pairs and neutral texts, as in training."})
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = field(
+        default=42, metadata={"help": "Draws pairs and neutral texts, as in training."}
+    )
     use_cpu: bool = field(default=False, metadata={"help": "Leave a GPU alone."})
     bf16: bool = field(default=False, metadata={"help": "A base in 4 bits computes in bfloat16, as in training."})
 
@@ -40,7 +49,7 @@ class MeasureArguments:
 class EvaluateArguments(MeasureArguments):
     """Keys of `repeng evaluate`."""
 
-    output: str | None = field(
+    output: Folder | None = field(
         default=None,
         metadata={"help": "Folder of the report; None = PATH/evaluation for an adapter, else beside PATH."},
     )
@@ -57,9 +66,15 @@ class EvaluateArguments(MeasureArguments):
 class CalibrateArguments(MeasureArguments):
     """Keys of `repeng calibrate`."""
 
-    nats: float = field(default=1.0, metadata={"help": "KL to the base that a token may have."})
-    sequences: int = field(default=512, metadata={"help": "Continuations to draw."})
-    percentile: float = field(default=95.0, metadata={"help": "Percentile of the tokens' KL that must stay below."})
+    nats: Annotated[float, Field(ge=1e-4, le=100)] = field(
+        default=1.0, metadata={"help": "KL to the base that a token may have."}
+    )
+    sequences: Annotated[int, Field(ge=2, le=1_000_000)] = field(
+        default=512, metadata={"help": "Continuations to draw."}
+    )
+    percentile: Annotated[float, Field(gt=0, lt=100)] = field(
+        default=95.0, metadata={"help": "Percentile of the tokens' KL that must stay below."}
+    )
 
 
 MEASURES: dict[str, type[MeasureArguments]] = {
@@ -69,29 +84,41 @@ MEASURES: dict[str, type[MeasureArguments]] = {
 KEY_VARIABLE = "REPENG_API_KEY"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 EXPORTS = ("lora", "dial", "merged", "gguf")
+COMMANDS = ("train", *MEASURES, "export", "serve")
 TRAIN_USAGE = "repeng train [--config NAME_OR_FILE ...] [--KEY VALUE ...] [FLAGS OF accelerate launch]"
+
+
+class Parser(argparse.ArgumentParser):
+    """Its errors are sentences, without a screen of usage above them."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; {self.prog} --help says what is taken")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: exits with a sentence on bad input."""
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
+        if argv and argv[0] not in (*COMMANDS, "-h", "--help"):
+            raise ValueError(f"unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}; give {', '.join(COMMANDS)}")
         if argv[:1] == ["train"]:
             train(argv[1:])
         elif argv[:1] == ["export"]:
             export(argv)
         elif argv[:1] == ["serve"]:
             serve(argv)
+        elif argv and argv[0] in MEASURES:
+            measure(argv)
         else:
-            _measure(argv)
+            make_parser().parse_args(argv)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands, with every key as text."""
-    parser = argparse.ArgumentParser(prog="repeng", description="Steer language models from the inside.")
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = Parser(prog="repeng", description="Steer language models from the inside.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
     helps = {
         "evaluate": "what an adapter or a vector does and what it costs, beside baselines",
         "calibrate": "make c = ±1 spend a stated budget, and store that",
@@ -178,10 +205,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def train(argv: list[str]) -> None:
-    """Check the configurations' names, then launch."""
-    options, _ = make_parser().parse_known_args(["train", *argv])
-    for word in options.config or ():
-        config_file(word)
+    """Check the configurations, as far as nothing slow need be imported, then launch."""
+    if {"-h", "--help"} & set(argv):
+        make_parser().parse_args(["train", "--help"])
+    configs, _ = split_configs(argv)
+    read_configs(configs or [], hints_for([TaskArguments, Recipe]), aside=lambda name: True)
     from repeng.train.launch import launch
 
     launch(argv)
@@ -190,8 +218,7 @@ def train(argv: list[str]) -> None:
 def export(argv: list[str]) -> None:
     """Check what was asked for, then write."""
     options = make_parser().parse_args(_path_first(argv))
-    if not options.path.exists():
-        raise ValueError(f"there is no adapter and no vector at {str(options.path)!r}")
+    steerable(str(options.path))
     is_vector = options.path.is_file()
     if is_vector and options.to != "gguf":
         raise ValueError(
@@ -255,31 +282,28 @@ def _path_first(argv: list[str]) -> list[str]:
     return [*argv[:1], *words]
 
 
-def _measure(argv: list[str]) -> None:
+def measure(argv: list[str]) -> None:
     """Evaluate or calibrate what lies at a path."""
-    options, unknown = make_parser().parse_known_args(_path_first(argv))
-    given, command, path = vars(options), options.command, options.path
+    if {"-h", "--help"} & set(argv):
+        make_parser().parse_args([argv[0], "--help"])
+    command, *words = _path_first(argv)
+    if not words or words[0].startswith("-"):
+        raise ValueError(f"repeng {command} needs a PATH; {WANTED}")
     kinds = (MEASURES[command], TaskArguments)
-    refuse_unknown(flags_of(unknown) or unknown, names_of(kinds), "the command line")
-    if not path.exists():
-        raise ValueError(f"there is no adapter and no vector at {str(path)!r}")
-    configs = options.config
+    hints = hints_for(kinds)
+    configs, rest = split_configs(words[1:])
+    on_the_line = read_words(rest, hints, defaults_of(kinds))
+    path = steerable(words[0])
     if configs is None:
         configs = [str(path / "config.yaml")] if (path / "config.yaml").is_file() else []
-    for word in configs:
-        config_file(word)
-    words: list[str] = []
-    for name in names_of(kinds):
-        if name in given:
-            value = given[name]
-            words += [f"--{name}", *(value if isinstance(value, list) else [] if value is None else [value])]
+    given = read_configs(configs, hints, aside=lambda name: True) | on_the_line
+    arguments, task_args = built(kinds, given)
 
-    from repeng.commands import COMMANDS
+    from repeng.commands import COMMANDS as DO
     from repeng.train.arguments import SteeringArguments
 
-    keys = read_configs(configs, {*names_of(kinds), *names_of([SteeringArguments])})
-    arguments, task_args = parse_keys(kinds, words, {name: keys[name] for name in names_of(kinds) if name in keys})
-    COMMANDS[command](path, task_args, **vars(arguments))
+    read_configs(configs, hints, aside=names_of([SteeringArguments]).__contains__)  # unknown keys
+    DO[command](path, task_args, **vars(arguments))
 
 
 if __name__ == "__main__":

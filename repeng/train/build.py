@@ -18,8 +18,9 @@ from repeng.data.task import Task, hold_out, make_task, read_pairs
 from repeng.data.word_questions import word_questions
 from repeng.model.loading import load_base, load_tokenizer, model_name
 from repeng.model.sites import decoder_layers, eval_mode, layers_of, site_module
-from repeng.train.arguments import SteeringArguments, layer_request
+from repeng.train.arguments import SteeringArguments
 from repeng.train.collator import Example, tokenize_examples
+from repeng.train.recipe import layer_request
 from repeng.train.reference import pair_differences
 from repeng.train.sharding import check_parallelism
 from repeng.tuner import SvdSteeringConfig, SvdSteeringModel

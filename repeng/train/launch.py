@@ -6,11 +6,14 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from subprocess import CalledProcessError
 from tempfile import TemporaryDirectory
+from typing import NoReturn
 
 import yaml
 
 from repeng.data.arguments import TaskArguments
-from repeng.data.configuration import CONFIGS, flags_of, names_of, refuse_unknown
+from repeng.data.configuration import CONFIGS, names_of
+from repeng.data.schema import refuse_unknown
+from repeng.data.words import LINE, name_of
 
 LINKED = "deepspeed_config_file"  # in a configuration of accelerate: a path, from the folder that holds configs/
 
@@ -28,10 +31,12 @@ def launch(argv: Sequence[str]) -> None:
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    from repeng.train.arguments import SteeringArguments
+    from repeng.train.arguments import SteeringArguments, check_arguments
 
     parser = launch_command_parser()
+    parser.error = _refuse  # in a sentence, not below a screen of usage
     flags, rest = split_flags(argv, parser, {"config", *names_of((TaskArguments, SteeringArguments))})
+    check_arguments(rest)
     arguments = parser.parse_args([*flags, "--quiet", "--module", "repeng.train", *rest])
     with TemporaryDirectory(prefix="repeng-launch-") as folder:
         if arguments.config_file is not None:
@@ -40,6 +45,10 @@ def launch(argv: Sequence[str]) -> None:
             launch_command(arguments)
         except (CalledProcessError, ChildFailedError):
             sys.exit(1)  # the processes have said why
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ValueError(f"{LINE}: {message}")
 
 
 def accelerate_config(word: str, folder: Path) -> str:
@@ -79,10 +88,10 @@ def split_flags(
     into = ours
     for word in argv:
         if word.startswith("--"):
-            (name,) = flags_of([word])
+            name = name_of(word)
             if name.removeprefix("no_") in own:  # as HfArgumentParser switches a key off
                 name = name.removeprefix("no_")
-            refuse_unknown([name], {*own, *known}, "the command line")
+            refuse_unknown([name], {*own, *known}, LINE)
             into = ours if name in own else launchers
         into.append(word)
     return launchers, ours

@@ -3,9 +3,64 @@
 The file imports nothing heavy, so that `repeng train --help` can list its keys at once.
 """
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from repeng.data.kinds import Folder, Word, listed
+
+SHARE = re.compile(r"\s*(\d+|\d*\.\d+)\s*-\s*(\d+|\d*\.\d+)\s*", re.ASCII)
+
+
+def layer_request(words: Sequence[str]) -> list[int] | str:
+    """Indices, or one share of the depth as text, from the words that were given.
+
+    Raises:
+        ValueError: neither.
+    """
+    share = SHARE.fullmatch(words[0]) if len(words) == 1 else None
+    if share and 0 <= float(share[1]) < float(share[2]) <= 1:
+        return words[0]
+    if share or not words or not all(re.fullmatch(r"\d{1,6}", word, re.ASCII) for word in words):
+        raise ValueError(
+            f"layers should be indices from 0, or one share of the depth within 0-1 such as 0.3-0.7; got {words!r}"
+        )
+    return [int(word) for word in words]
+
+
+def _layers(words: list[str] | None) -> list[str] | None:
+    if words is not None:
+        layer_request(words)
+    return words
+
+
+def _as_words(value: Any) -> Any:
+    """Indices as the words that they are on a command line; anything else as it is."""
+    if isinstance(value, list):
+        return [str(part) if type(part) is int else part for part in value]
+    return _as_words([value]) if type(value) in (int, str) else value
+
+
+def _whole_above_1(steps: float) -> float:
+    if steps > 1 and steps != int(steps):
+        raise ValueError("should be a whole number, or a share below 1 of all steps")
+    return steps
+
+
+def _metric(name: Any) -> Any:
+    return name.removeprefix("eval_") if isinstance(name, str) else name
+
+
+def _steps_or_epochs(steps: int) -> int:
+    if steps < 1 and steps != -1:
+        raise ValueError("should be 1 or more, or -1 with num_train_epochs")
+    return steps
+
+
+Steps = Annotated[float, Field(gt=0, le=1e9), AfterValidator(_whole_above_1)]
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 
 
@@ -13,7 +68,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 class Recipe:
     """Adapter, loss and schedule. The defaults suit small adapters."""
 
-    output_dir: str = field(
+    output_dir: Folder = field(
         default="outputs/steering", metadata={"help": "Folder for the adapter, the report and checkpoints."}
     )
     resume: bool = field(
@@ -33,29 +88,27 @@ class Recipe:
             "bias: adds one vector to the residual stream after each layer."
         },
     )
-    target_modules: list[str] = field(
+    target_modules: Annotated[list[Word], Field(min_length=1), BeforeValidator(listed)] = field(
         default_factory=lambda: list(TARGETS),
         metadata={
             "help": "Sites to adapt: linear modules by name, residual-writers, residual-readers, kv, all-linear; "
             "with adapter: svd also residual, where a bias always acts.",
-            "nargs": "+",
         },
     )
-    layers: list[str] | None = field(
+    layers: Annotated[list[str] | None, AfterValidator(_layers), BeforeValidator(_as_words)] = field(
         default=None,
         metadata={
             "help": "Decoder layers to adapt: indices from 0, or a share of the depth such as 0.3-0.7; None = all.",
-            "nargs": "+",
         },
     )
-    loss_site: str = field(
+    loss_site: Word = field(
         default="residual",
         metadata={"help": "Where separation is measured: 'residual' or the name of a linear site."},
     )
-    loss_layer: int | None = field(
+    loss_layer: Annotated[int, Field(ge=0)] | None = field(
         default=None, metadata={"help": "Layer of the loss site, from 0; None = the last adapted one."}
     )
-    r: int | None = field(
+    r: Annotated[int, Field(ge=1, le=65536)] | None = field(
         default=None, metadata={"help": "Rank; None = 8 (svd: 64), or the narrowest target if that is less."}
     )
     directions: Literal["pairs", "top"] = field(
@@ -64,50 +117,60 @@ class Recipe:
             "help": "Singular directions that svd turns: those along which the pairs differ most, or the top ones."
         },
     )
-    separation_target: float = field(
+    separation_target: Annotated[float, Field(gt=0, le=1000)] = field(
         default=3.0, metadata={"help": "Separation to reach, in mean distances between the two sides; above 0."}
     )
-    order_target: float = field(
+    order_target: Annotated[float, Field(gt=0, le=1000)] = field(
         default=1.5,
         metadata={
             "help": "Change to reach of the gap in log-probability between what the personas say next, in units of "
             "what the personas change; above 0."
         },
     )
-    order_weight: float = field(
+    order_weight: Annotated[float, Field(ge=0, le=1e6)] = field(
         default=10.0, metadata={"help": "Weight of the order term against separation; 0 or more."}
     )
-    coherence_margin: float = field(
+    coherence_margin: Annotated[float, Field(ge=0, le=100)] = field(
         default=0.4,
         metadata={"help": "Log-probability that any token may lose at no cost, in nats; 0 or more."},
     )
-    coherence_weight: float = field(default=10.0, metadata={"help": "Weight of the coherence terms; 0 or more."})
-    last_n_tokens: int = field(
+    coherence_weight: Annotated[float, Field(ge=0, le=1e6)] = field(
+        default=10.0, metadata={"help": "Weight of the coherence terms; 0 or more."}
+    )
+    last_n_tokens: Annotated[int, Field(ge=1, le=4096)] = field(
         default=6,
         metadata={"help": "Tokens at the end of each prompt on which separation is measured; 1 or more."},
     )
-    num_directions: int = field(default=1, metadata={"help": "Preference directions from the SVD; 1 or more."})
-    early_stopping_patience: int | None = field(
+    num_directions: Annotated[int, Field(ge=1, le=1024)] = field(
+        default=1, metadata={"help": "Preference directions from the SVD; 1 or more."}
+    )
+    early_stopping_patience: Annotated[int, Field(ge=1, le=1_000_000)] | None = field(
         default=None,
         metadata={"help": "End after so many evaluations without a better one; needs eval_strategy."},
     )
 
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Pairs per process and micro-batch."})
-    learning_rate: float = field(
+    per_device_train_batch_size: Annotated[int, Field(ge=1, le=65536)] = field(
+        default=16, metadata={"help": "Pairs per process and micro-batch."}
+    )
+    learning_rate: Annotated[float, Field(ge=0, le=100)] = field(
         default=0.0,
         metadata={"help": "Peak learning rate; 0 = found by how far the parameters must go to reach the target."},
     )
-    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of AdamW."})
-    max_steps: int = field(default=120, metadata={"help": "Optimizer steps."})
-    warmup_steps: float = field(
+    weight_decay: Annotated[float, Field(ge=0, le=100)] = field(
+        default=0.0, metadata={"help": "Weight decay of AdamW."}
+    )
+    max_steps: Annotated[int, AfterValidator(_steps_or_epochs), Field(le=1_000_000_000)] = field(
+        default=120, metadata={"help": "Optimizer steps; -1 = as many as num_train_epochs take."}
+    )
+    warmup_steps: Annotated[float, Field(ge=0, le=1e9), AfterValidator(_whole_above_1)] = field(
         default=0.1, metadata={"help": "Steps of linear warm-up; below 1, a share of all steps."}
     )
     lr_scheduler_type: str = field(
         default="cosine", metadata={"help": "Schedule of the learning rate, in optimizer steps."}
     )
-    logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
-    save_steps: float = field(default=60, metadata={"help": "Write a checkpoint every so many optimizer steps."})
-    metric_for_best_model: str | None = field(
+    logging_steps: Steps = field(default=10, metadata={"help": "Log every so many optimizer steps."})
+    save_steps: Steps = field(default=60, metadata={"help": "Write a checkpoint every so many optimizer steps."})
+    metric_for_best_model: Annotated[Literal["range", "plus", "minus"], BeforeValidator(_metric)] = field(
         default="range",
         metadata={
             "help": "What eval_strategy measures on held-back pairs to find the best checkpoint: range, plus or minus."
@@ -117,7 +180,7 @@ class Recipe:
         default=True,
         metadata={"help": "A resumed run remembers its evaluations without a better one."},
     )
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
+    save_total_limit: Annotated[int, Field(ge=1)] | None = field(default=2, metadata={"help": "Checkpoints to keep."})
     dataloader_drop_last: bool = field(
         default=True, metadata={"help": "Must stay true: all batches have the same size."}
     )

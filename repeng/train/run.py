@@ -11,15 +11,13 @@ from peft import PeftModel
 from repeng import tiny
 from repeng.data.files import check_writable
 from repeng.eval.report.tables import print_table
-from repeng.train.arguments import SteeringArguments, parse_arguments
+from repeng.train.arguments import DEFAULT_CONFIG, SteeringArguments, parse_arguments
 from repeng.train.build import build
 from repeng.train.callbacks import DivergedError, NonFiniteError
 from repeng.train.checkpoints import CheckpointError, check_same_kind, newest
 from repeng.train.run_folder import finish
 from repeng.train.trainer import StartError, SteeringTrainer
 from repeng.tuner import SvdSteeringModel
-
-DEFAULT_CONFIG = "tiny"
 
 
 def use_all_cores(args: SteeringArguments) -> None:

@@ -1,0 +1,56 @@
+"""Types of arguments that several keys share, with what is checked of them before any work."""
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator
+
+PLACEHOLDER = "{persona}"
+LONGEST_NAME = 255  # bytes, of a file or folder
+
+
+def listed(value: Any) -> Any:
+    """YAML's one text without brackets as a list; anything else as it is."""
+    return [value] if isinstance(value, str) else value
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("should be a text that is not empty")
+    return text
+
+
+def _template(text: str) -> str:
+    others = [word for word in re.findall(r"\{[^{}]*\}", text) if word != PLACEHOLDER]
+    if PLACEHOLDER not in text or others:
+        what = f"holds {others[0]}, which stands for nothing" if others else f"lacks {PLACEHOLDER}"
+        raise ValueError(f"should be texts with the placeholder {PLACEHOLDER}: {text!r} {what}")
+    return text
+
+
+def _folder(text: str) -> str:
+    """The text; raises ValueError where no folder can be made."""
+    place = Path(text).expanduser()
+    try:
+        parent = next(path for path in (place, *place.absolute().parents) if os.path.lexists(path))
+        os.lstat(place) if os.path.lexists(place) else os.stat(parent)
+        longest = max(len(os.fsencode(part)) for part in place.parts)
+    except OSError as error:
+        raise ValueError(f"should be a folder: {error.strerror}") from None
+    if longest > LONGEST_NAME:
+        raise ValueError(f"should be a folder, with names of at most {LONGEST_NAME} bytes")
+    if not parent.is_dir():
+        raise ValueError(f"should be a folder: {parent} is none; name a new or an older folder")
+    return text
+
+
+Word = Annotated[str, AfterValidator(_not_blank)]
+Template = Annotated[str, AfterValidator(_template)]
+Folder = Annotated[
+    str,
+    BeforeValidator(lambda value: os.fspath(value) if isinstance(value, Path) else value),
+    AfterValidator(_not_blank),
+    AfterValidator(_folder),
+]

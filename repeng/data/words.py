@@ -1,0 +1,109 @@
+"""The words of a command line, as keys and the words that follow each."""
+
+from collections.abc import Mapping, Sequence
+from types import NoneType
+from typing import Any, get_args, get_origin
+
+from repeng.data.schema import checked, checked_text, refuse_unknown, shown
+
+LINE = "the command line"
+
+
+def read_words(argv: Sequence[str], hints: Mapping[str, Any], on: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that a command line gives, each checked by its declared type; of a key given twice, the last.
+
+    A switch is `true` without a value, and `--no_KEY` is false of a key whose default is true. Hyphens may stand for
+    underscores.
+
+    Args:
+        argv: the words, which begin with a key.
+        hints: types by key.
+        on: default values by key.
+
+    Raises:
+        ValueError: a word is no key, a value is missing or not of its type, or there are too many.
+    """
+    given: dict[str, Any] = {}
+    for flag, words in flags_and_words(argv):
+        name = name_of(flag)
+        off = name.removeprefix("no_")
+        if name not in hints and off != name and on.get(off) is True and is_switch(hints[off]):
+            if words:
+                raise ValueError(f"--{name} takes no value; got {shown(words[0])}")
+            given[off] = False
+            continue
+        refuse_unknown([name], hints, LINE)
+        given[name] = _value(hints[name], name, words)
+    return given
+
+
+def flags_and_words(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Each word that begins with `--`, and those behind it; `--r=8` is `--r` and `8`.
+
+    Raises:
+        ValueError: a word stands before every flag.
+    """
+    found: list[tuple[str, list[str]]] = []
+    for word in argv:
+        if word.startswith("--") and word != "--":
+            flag, equals, value = word.partition("=")
+            found.append((flag, [value] if equals else []))
+        elif not found:
+            raise ValueError(f"{LINE}: {shown(word)} belongs to no key; write --KEY VALUE")
+        else:
+            found[-1][1].append(word)
+    return found
+
+
+def name_of(flag: str) -> str:
+    """The key of a flag: `--num-pairs` and `--num-pairs=8` name `num_pairs`."""
+    return flag[2:].split("=")[0].replace("-", "_")
+
+
+def argument(hint: Any, value: Any, name: str) -> Any:
+    """A value of a file or a word of a command line, as the declared type has it; text may stand for a number.
+
+    Raises:
+        ValueError: it is not of this type, or holds characters that no file could hold.
+    """
+    _refuse_odd_text(value, name)
+    try:
+        return checked(hint, value, name)
+    except ValueError:
+        if not isinstance(value, str):
+            raise
+    return checked_text(hint, value, name)
+
+
+def takes_several(hint: Any) -> bool:
+    """Whether a type, or one of its alternatives, is a list."""
+    return get_origin(hint) is list or any(takes_several(part) for part in get_args(hint))
+
+
+def is_switch(hint: Any) -> bool:
+    """Whether a type is true or false, and perhaps nothing."""
+    return hint is bool or {*get_args(hint)} == {bool, NoneType}
+
+
+def _value(hint: Any, name: str, words: Sequence[str]) -> Any:
+    if not words and is_switch(hint):
+        return True
+    if not words:
+        raise ValueError(f"--{name} needs a value: --{name} VALUE")
+    if len(words) == 1:
+        return argument(hint, words[0], f"--{name}")
+    if not takes_several(hint):
+        raise ValueError(f"--{name} takes one value; {shown(words[1])} behind it belongs to no key")
+    return argument(hint, list(words), f"--{name}")
+
+
+def _refuse_odd_text(value: Any, name: str) -> None:
+    if isinstance(value, Mapping):
+        for part in [*value, *value.values()]:
+            _refuse_odd_text(part, name)
+    elif isinstance(value, list):
+        for part in value:
+            _refuse_odd_text(part, name)
+    elif isinstance(value, str):
+        if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise ValueError(f"{name} should be a text in UTF-8 without NUL characters; got {shown(value)}")
