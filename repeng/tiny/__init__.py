@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from repeng.data.arguments import TaskArguments
+from repeng.data.files import nearest
 from repeng.data.pairs import ContrastPair, make_pairs
 from repeng.data.probes import Probe
 from repeng.data.questions import Question
@@ -45,8 +46,15 @@ def trait_of(positive: str, negative: str) -> str:
     for trait, (plus, minus) in lexicon.PERSONAS.items():
         if positive in plus and negative in minus:
             return trait
+    words = [word for sides in lexicon.PERSONAS.values() for side in sides for word in side]
+    unknown = [(key, word) for key, word in (("positive", positive), ("negative", negative)) if word not in words]
+    if unknown:
+        key, word = unknown[0]
+        what = f"{key}: the embedded world has no persona {word!r}{nearest(word.lower(), words)}"
+    else:
+        what = f"positive {positive!r} and negative {negative!r} are not the two sides of one trait, in this order"
     known = "; ".join(f"{', '.join(plus)} against {', '.join(minus)}" for plus, minus in lexicon.PERSONAS.values())
-    raise ValueError(f"the embedded world has no personas {positive!r} / {negative!r}; it knows: {known}")
+    raise ValueError(f"{what}; it knows: {known}")
 
 
 def persona_templates() -> list[str]:
@@ -138,11 +146,13 @@ def task(args: TaskArguments, seed: int) -> Task | None:
     words = None if args.positive is None or args.negative is None else (args.positive, args.negative)
     trait = TRAITS[0] if words is None else trait_of(*words)
     n_all = len(PERSONA_FORMS) * sum(1 for _ in world.prompts(trait, "train"))
+    if args.num_pairs is not None and args.num_pairs > n_all:
+        raise ValueError(f"num_pairs={args.num_pairs} is more than the {n_all} pairs of this behaviour; lower it")
     template = persona_templates()[0]
     plus, minus = words or tuple(side[0] for side in lexicon.PERSONAS[trait])
     return Task(
         behaviour=args.behaviour,
-        pairs=pairs(trait, min(args.num_pairs or n_all, n_all), seed, world=world, words=words),
+        pairs=pairs(trait, args.num_pairs or n_all, seed, world=world, words=words),
         neutral_texts=world.neutral_texts(NEUTRAL_TRAIN, seed),
         unseen_neutral_texts=world.neutral_texts(NEUTRAL_TEST, UNSEEN_SEED),
         questions=questions(trait, "held_out", world=world),

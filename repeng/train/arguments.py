@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_torch_bf16_gpu_available
 
@@ -42,6 +43,7 @@ class SteeringArguments(Recipe, TrainerKeys, TrainingArguments):  # pyright: ign
         self.changed = changed(values)
         check_rules(values, self.changed)
         _check_precision(values)
+        _check_accelerator(values["accelerator_config"])
         super().__post_init__()
         if self.n_gpu > 1:
             self._n_gpu = 1  # one process, one GPU; DataParallel would hand each replica other rows
@@ -92,6 +94,18 @@ def _check_precision(values: Mapping[str, Any]) -> None:
         )
     if values["fp16"] and not torch.accelerator.is_available():
         raise ValueError("fp16 needs a GPU, and there is none; set fp16: false")
+
+
+def _check_accelerator(given: dict[str, Any] | str | None) -> None:
+    """Raise ValueError unless these are keys and values, or a file of them, that accelerate knows."""
+    try:
+        if isinstance(given, str):
+            AcceleratorConfig.from_json_file(given)
+        elif given is not None:
+            AcceleratorConfig(**given)
+    except (TypeError, KeyError, ValueError) as error:
+        known = ", ".join(field.name for field in fields(AcceleratorConfig))
+        raise ValueError(f"accelerator_config should have the keys {known}; {error}") from None
 
 
 def check_arguments(argv: Sequence[str]) -> None:

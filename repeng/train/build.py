@@ -1,5 +1,7 @@
 """From arguments to what the trainer needs: model, data, adapter. Every check comes before any expensive work."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import cast
 
@@ -7,7 +9,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast, broadcast_object_list
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from repeng.data.arguments import TaskArguments
@@ -16,8 +18,9 @@ from repeng.data.probes import traits_that_move
 from repeng.data.questions import Question
 from repeng.data.task import Task, hold_out, make_task, read_pairs
 from repeng.data.word_questions import word_questions
-from repeng.model.loading import load_base, load_tokenizer, model_name
-from repeng.model.sites import decoder_layers, eval_mode, layers_of, site_module
+from repeng.model.loading import check_bits, load_base, load_shape, load_tokenizer, model_name
+from repeng.model.sites import RESIDUAL, decoder_layers, eval_mode, layers_of, site_module, site_widths
+from repeng.model.sources import find_source
 from repeng.train.arguments import SteeringArguments
 from repeng.train.collator import Example, tokenize_examples
 from repeng.train.recipe import layer_request
@@ -101,12 +104,18 @@ def build(
     set_seed(args.seed)
     check_parallelism(args, load_in_4bit=task_args.load_in_4bit)
     if tokenizer is None:
+        if task_args.load_in_4bit:
+            check_bits(find_source(task_args.model_name_or_path, task_args.gguf_file))
         tokenizer = load_tokenizer(task_args.model_name_or_path, task_args.gguf_file)
     pairs = read_pairs(task_args, tokenizer, seed=args.seed, own=own) if task is None else task.pairs
     base = task_args.model_name_or_path
+    _check_batch(args, len(pairs))
     if model is not None:
         base = model_name(model)
     else:
+        shape = load_shape(task_args.model_name_or_path, task_args.gguf_file)
+        if shape is not None:
+            _check_sizes(args, shape, len(pairs))
         model = load_base(
             task_args.model_name_or_path,
             args.device,
@@ -114,7 +123,7 @@ def build(
             load_in_4bit=task_args.load_in_4bit,
             compute_dtype=torch.bfloat16 if args.bf16 else torch.float32,
         )
-    sites = resolve_sites(args, model)
+    sites = _check_sizes(args, model, len(pairs))
     validation, validation_texts = None, []
     with eval_mode(model):
         if task is None:
@@ -199,13 +208,58 @@ def resolve_sites(args: SteeringArguments, model: PreTrainedModel) -> Sites:
         ValueError: for sites and layers that the model lacks.
     """
     depth = len(decoder_layers(model))
-    layers = select_layers(depth, None if args.layers is None else layer_request(args.layers))
-    names = resolve(model, _svd_config(args, Sites(layers, 0, r=args.r or 2)))  # any rank that there is
-    r = args.r or min(DEFAULT_RANK[args.adapter], *(max_rank(model, name) for name in names))
+    with _of_key("layers"):
+        layers = select_layers(depth, None if args.layers is None else layer_request(args.layers))
+    with _of_key("target_modules"):
+        names = resolve(model, _svd_config(args, Sites(layers, 0, r=min(args.r or 2, 2))))  # any rank that there is
+    widest = min(max_rank(model, name) for name in names)
+    if args.adapter != "bias" and args.r is not None and args.r > widest:
+        raise ValueError(f"r={args.r} is more than the narrowest target allows; give r ≤ {widest}")
+    r = args.r or min(DEFAULT_RANK[args.adapter], widest)
     reached = layers_of(model, map(model.get_submodule, names))
     loss_layer = max(reached, default=depth - 1) if args.loss_layer is None else args.loss_layer
-    site_module(model, loss_layer, args.loss_site)
+    if not 0 <= loss_layer < depth:
+        raise ValueError(f"loss_layer: layer {loss_layer} does not exist; this model has layers 0 to {depth - 1}")
+    with _of_key("loss_site"):
+        site = site_module(model, loss_layer, args.loss_site)
+    _check_reach(args, model, names, site, loss_layer)
     return Sites(layers, loss_layer, r)
+
+
+def _check_reach(
+    args: SteeringArguments, model: PreTrainedModel, names: list[str], site: nn.Module, loss_layer: int
+) -> None:
+    """Raise ValueError if the adapted modules of these names all come after the site of the loss."""
+    modules = [model.get_submodule(name) for name in names]
+    first = min(layers_of(model, modules), default=0)
+    where = f"loss_site={args.loss_site} of loss_layer={loss_layer}"
+    if loss_layer < first:
+        raise ValueError(f"{where} is below every adapted layer, so that nothing moves it; give loss_layer ≥ {first}")
+    if args.loss_site == RESIDUAL or loss_layer > first:
+        return
+    order = list(decoder_layers(model)[first].modules())
+    if all(order.index(module) > order.index(site) for module in modules if module in order):
+        raise ValueError(f"{where} comes before every adapted module, so that nothing moves it; give a later one")
+
+
+def _check_sizes(args: SteeringArguments, model: PreTrainedModel, n_pairs: int) -> Sites:
+    """The sites; raises ValueError for what is too large for the model, or for so many pairs."""
+    sites = resolve_sites(args, model)
+    (width,) = site_widths(model, [(args.loss_site, sites.loss_layer)])
+    if args.num_directions > min(width, n_pairs):
+        raise ValueError(
+            f"num_directions={args.num_directions} is more than {n_pairs} pairs and a width of {width} have; lower it"
+        )
+    return sites
+
+
+@contextmanager
+def _of_key(key: str) -> Iterator[None]:
+    """Name the key in what a model has to say of its value."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
 
 
 def lora_config(args: SteeringArguments, sites: Sites, model: PreTrainedModel) -> LoraConfig:

@@ -61,6 +61,20 @@ def _steps_or_epochs(steps: int) -> int:
 
 
 Steps = Annotated[float, Field(gt=0, le=1e9), AfterValidator(_whole_above_1)]
+Schedule = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "reduce_lr_on_plateau",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
+    "greedy",
+]
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 
 
@@ -165,7 +179,7 @@ class Recipe:
     warmup_steps: Annotated[float, Field(ge=0, le=1e9), AfterValidator(_whole_above_1)] = field(
         default=0.1, metadata={"help": "Steps of linear warm-up; below 1, a share of all steps."}
     )
-    lr_scheduler_type: str = field(
+    lr_scheduler_type: Schedule = field(
         default="cosine", metadata={"help": "Schedule of the learning rate, in optimizer steps."}
     )
     logging_steps: Steps = field(default=10, metadata={"help": "Log every so many optimizer steps."})

@@ -122,7 +122,12 @@ def _saving(given: Values) -> None:
     given.need(["logging_first_step"], given["logging_strategy"] != "no", "logging_strategy: steps")
     if given.values["resume"] and given.values["resume_from_checkpoint"] is not None:
         raise ValueError(
-            f"resume and resume_from_checkpoint={given['resume_from_checkpoint']!r} name two checkpoints; leave one out"
+            f"resume, and resume_from_checkpoint={given['resume_from_checkpoint']!r}, name two checkpoints; give one"
+        )
+    checkpoint = given.values["resume_from_checkpoint"]
+    if checkpoint is not None and not os.path.isfile(os.path.join(checkpoint, "trainer_state.json")):
+        raise ValueError(
+            f"resume_from_checkpoint: {checkpoint!r} is no folder of a checkpoint, such as out/checkpoint-60"
         )
     hub = [key for key in given.changed if key.startswith("hub_")]
     given.need(hub, bool(given.values["push_to_hub"]), "push_to_hub: true")

@@ -35,11 +35,19 @@ def _describe(model: PeftModel) -> str:
     return f"LoRA on {len(names)} modules, {trained:,} parameters: {names[0]} … {names[-1]}"
 
 
+def _check_output(folder: str) -> None:
+    """Raise ValueError, naming the key, if the run could not write there."""
+    try:
+        check_writable(folder)
+    except OSError as error:
+        raise ValueError(f"output_dir: {folder!r} cannot be written ({error.strerror}); name another folder") from None
+
+
 def main(argv: Sequence[str]) -> None:
     """Train an adapter, save it, and print what it does; exits with a sentence on bad input."""
     try:
         task_args, args = parse_arguments(argv, DEFAULT_CONFIG)
-        check_writable(args.output_dir)
+        _check_output(str(args.output_dir))
         use_all_cores(args)
         run = build(task_args, args, tiny.task(task_args, args.seed))
         checkpoint = newest(args.output_dir) if args.resume else args.resume_from_checkpoint

@@ -163,7 +163,6 @@ SYNTAX = {
     "python name": "r: !!python/name:os.system\n",
     "python tuple": "layers: !!python/tuple [1, 2]\n",
     "local tag": "r: !mine 4\n",
-    "tag with value": "r: !!str 4\n",
     "set": "layers: !!set {1, 2}\n",
     "ordered map": "layers: !!omap [a: 1]\n",
     "binary": "positive: !!binary aGVsbG8=\n",
@@ -244,6 +243,7 @@ HARMLESS = {
     "empty": "",
     "comment alone": "# nothing\n",
     "quoted key": "'r': 4\n",
+    "tag of a plain text": "positive: !!str honest\n",
 }
 
 
