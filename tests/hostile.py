@@ -10,6 +10,8 @@ import pytest
 from repeng import cli, commands, tiny
 from repeng.train import build, run
 
+PAIR = '{"chosen": "you are a honest person .", "rejected": "you are a dishonest person .", "suffix": "the lime is"}\n'
+
 
 class ReachedModel(BaseException):
     """The input was taken: weights would be loaded now."""
@@ -56,7 +58,7 @@ def outcome(main, argv, folder):
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
         patch.chdir(folder)
-        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         for module in (build, commands):
             patch.setattr(module, "load_base", _reached)
         patch.setattr(tiny, "task", _task)

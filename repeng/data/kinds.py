@@ -36,7 +36,7 @@ def _folder(text: str) -> str:
     try:
         parent = next(path for path in (place, *place.absolute().parents) if os.path.lexists(path))
         os.lstat(place) if os.path.lexists(place) else os.stat(parent)
-        longest = max(len(os.fsencode(part)) for part in place.parts)
+        longest = max(len(os.fsencode(part)) for part in place.absolute().parts)
     except OSError as error:
         raise ValueError(f"should be a folder: {error.strerror}") from None
     if longest > LONGEST_NAME:

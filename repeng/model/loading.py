@@ -2,11 +2,16 @@
 
 import copy
 import importlib.util
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
+from huggingface_hub import constants, try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -33,6 +38,7 @@ def model_name(model: PreTrainedModel) -> str:
 def load_tokenizer(name_or_path: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; see `load_base`."""
     source = find_source(name_or_path, gguf_file)
+    _check_reachable(source)
     with _named(name_or_path, "tokenizer"):
         return AutoTokenizer.from_pretrained(source.path, **_gguf_option(source))
 
@@ -50,6 +56,21 @@ def load_shape(name_or_path: str, gguf_file: str | None = None) -> PreTrainedMod
         config = AutoConfig.from_pretrained(source.path)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
+
+
+def _check_reachable(source: Source) -> None:
+    """Raise ValueError at once, not after half a minute of retries, for a model that only a lost network could bring."""
+    known = Path(source.path).is_dir() or try_to_load_from_cache(source.path, source.gguf_file or "config.json")
+    if known or constants.HF_HUB_OFFLINE or getproxies():
+        return
+    place = urlsplit(constants.ENDPOINT)
+    try:
+        socket.create_connection((place.hostname, place.port or 443), timeout=5).close()
+    except OSError as error:
+        raise ValueError(
+            f"model_name_or_path: {source.path!r} is not in the cache of downloads, and {place.hostname} cannot be "
+            f"reached ({error}); give {WAYS}"
+        ) from None
 
 
 @contextmanager

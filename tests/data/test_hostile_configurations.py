@@ -1,16 +1,15 @@
 """Configuration files that cannot be meant: each is refused in a sentence, before weights are loaded."""
 
 import pytest
-from hostile import configured
+from hostile import PAIR, configured, train
 
 TASK = {"model_name_or_path": "tiny", "positive": "honest", "negative": "dishonest", "output_dir": "out"}
-PAIR = '{"chosen": "you are a honest person .", "rejected": "you are a dishonest person .", "suffix": "the lime is"}\n'
 
 # Values that no key of the line can mean, by key; as YAML.
 REFUSED = {
     "r": ["0", "-1", "'four'", "''", "1.5", "[4]", "true", "null_", ".nan", "{a: 1}", "99999999", "2:30"],
     "max_steps": ["1.5", ".inf", "[2]", "null", "0", "-5", "true", "'many'", "1e30", "-2"],
-    "num_pairs": ["2.5", "[24]", "0", "1", "-3", "'x'", "1000000000", "true", ".inf", "217"],
+    "num_pairs": ["2.5", "[24]", "0", "1", "-3", "'x'", "1000000000", "true", ".inf", "999999"],
     "seed": ["[1]", "1.5", "null", "1e30", "'x'", "-1", "18446744073709551617", "true", "4294967296"],
     "learning_rate": [".nan", ".inf", "-0.001", "[0.001]", "null", "1e30", "'fast'", "true", "0,001"],
     "weight_decay": ["-1.0", ".nan", "'x'", "null"],
@@ -251,8 +250,6 @@ HARMLESS = {
 def test_yaml_that_is_unusual_is_taken(name, tmp_path):
     (tmp_path / "own.yaml").write_bytes(HARMLESS[name].encode() if isinstance(HARMLESS[name], str) else HARMLESS[name])
     words = [word for key, value in TASK.items() for word in (f"--{key}", value)]
-    from hostile import train
-
     found = train(["--config", "own.yaml", *words, "--use_cpu", "true"], tmp_path)
     assert found.accepted, found
 
