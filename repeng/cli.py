@@ -4,6 +4,7 @@ It is parsed, and the names in it are checked, before anything slow is imported.
 """
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -28,7 +29,8 @@ from repeng.data.configuration import (
 from repeng.data.files import nearest
 from repeng.data.kinds import Folder
 from repeng.data.paths import WANTED, steerable
-from repeng.data.words import read_words
+from repeng.data.schema import refuse_unknown
+from repeng.data.words import LINE, name_of, read_words
 from repeng.serve.limits import Limits
 from repeng.serve.names import named_paths
 from repeng.train.recipe import Recipe
@@ -150,7 +152,7 @@ def make_parser() -> argparse.ArgumentParser:
     exporting.add_argument(
         "--coefficients",
         nargs="+",
-        type=float,
+        type=_finite,
         metavar="C",
         help="of lora and merged, where the default is 1, and of an adapter in gguf, where without them it is a dial",
     )
@@ -217,7 +219,7 @@ def train(argv: list[str]) -> None:
 
 def export(argv: list[str]) -> None:
     """Check what was asked for, then write."""
-    options = make_parser().parse_args(_path_first(argv))
+    options = _parsed(_path_first(argv))
     steerable(str(options.path))
     is_vector = options.path.is_file()
     if is_vector and options.to != "gguf":
@@ -246,7 +248,9 @@ def export(argv: list[str]) -> None:
 
 def serve(argv: list[str]) -> None:
     """Check what was asked for, then serve."""
-    options = make_parser().parse_args(argv)
+    options = _parsed(argv)
+    if not 0 <= options.port < 2**16:
+        raise ValueError(f"--port should be 0 to {2**16 - 1}; got {options.port}")
     paths = named_paths(options.paths)
     limits = Limits(**{one.name: getattr(options, one.name) for one in fields(Limits)})
     if options.gguf_file and not options.model_name_or_path:
@@ -274,6 +278,20 @@ def serve(argv: list[str]) -> None:
     )
 
 
+def _parsed(argv: list[str]) -> argparse.Namespace:
+    """What a command line says; raises ValueError, with the nearest key, for a key that there is not."""
+    options, unknown = make_parser().parse_known_args(argv)
+    if unknown:
+        refuse_unknown([name_of(unknown[0]) if unknown[0].startswith("--") else unknown[0]], vars(options), LINE)
+    return options
+
+
+def _finite(word: str) -> float:
+    if not math.isfinite(float(word)):
+        raise argparse.ArgumentTypeError(f"should be a finite number; got {word!r}")
+    return float(word)
+
+
 def _path_first(argv: list[str]) -> list[str]:
     """The words after a command with PATH in front, where options with several values cannot take it for theirs."""
     words = argv[1:]
@@ -298,6 +316,8 @@ def measure(argv: list[str]) -> None:
         configs = [str(path / "config.yaml")] if (path / "config.yaml").is_file() else []
     given = read_configs(configs, hints, aside=lambda name: True) | on_the_line
     arguments, task_args = built(kinds, given)
+    if on_the_line.get("bf16") and not task_args.load_in_4bit:
+        raise ValueError("bf16 has no effect without load_in_4bit: the base keeps its own precision; leave it out")
 
     from repeng.commands import COMMANDS as DO
     from repeng.train.arguments import SteeringArguments

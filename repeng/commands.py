@@ -17,8 +17,9 @@ from repeng import tiny
 from repeng.control.lora import lora_names, scale_weights
 from repeng.control.steer import steer
 from repeng.data.arguments import TaskArguments
-from repeng.data.files import cache_folder, check_writable, write_json
+from repeng.data.files import cache_folder, write_json
 from repeng.data.pairs import ContrastPair
+from repeng.data.paths import check_output
 from repeng.data.task import Task, make_task, read_pairs, split_pairs
 from repeng.eval.calibrate import KLBudget, kl_spender, set_units
 from repeng.eval.calibrate import calibrate as find_calibration
@@ -79,7 +80,7 @@ def evaluate(
     folder = (
         Path(output) if output else path / "evaluation" if path.is_dir() else path.with_name(f"{path.stem}-report")
     )
-    check_writable(folder)
+    check_output(folder, "output")
     base = _load_task_model(task_args, seed, use_cpu, bf16)
     task = make_task(task_args, base.model, base.tokenizer, base.pairs, seed=seed, own=base.own)
     loaded = _load_dial(path, base.model)
@@ -177,7 +178,7 @@ def export(
         FileExistsError: something lies there already.
     """
     beside = path.resolve()
-    check_writable(output.parent if output else beside.parent)
+    check_output(output.parent if output else beside.parent, "output")
     if path.is_file():
         _export_vector(SteeringVector.load(path), output, beside)
         return

@@ -60,8 +60,8 @@ TAKEN = {
     "switch": [*TINY, "--resume"],
     "yes": [*TINY, "--resume", "yes", "--require_steering", "No"],
     "several": [*TINY, "--layers", "1", "2", "--target_modules", "q_proj", "v_proj"],
-    "two configurations": ["--config", "tiny", "mood", *CPU],
-    "configurations apart": ["--config", "tiny", "--config", "mood", *CPU],
+    "two configurations": ["--config", "tiny", "more.yaml", *CPU],
+    "configurations apart": ["--config", "tiny", "--config", "more.yaml", *CPU],
     "no words": CPU,
     "objects": [*TINY, "--lr_scheduler_kwargs", '{"num_cycles": 0.5}'],
     "umlauts": [*TINY, "--output_dir", "ö ü"],
@@ -72,6 +72,7 @@ TAKEN = {
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "file").write_text("kept\n")
+    (tmp_path / "more.yaml").write_text("r: 4\n")
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to("file")
     (tmp_path / "lost").symlink_to("nowhere/deep")
@@ -173,7 +174,6 @@ COMMANDS = {
     "serve: port too high": ("port", ["serve", "adapter", "--port", "70000"]),
     "serve: port negative": ("port", ["serve", "adapter", "--port", "-1"]),
     "serve: abbreviation": ("max_length", ["serve", "adapter", "--max_len", "5"]),
-    "serve: unknown model": ("model_name_or_path", ["serve", "adapter", "--model_name_or_path", "a b"]),
 }
 
 

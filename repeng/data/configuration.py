@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from repeng.data.files import nearest
-from repeng.data.schema import hints_of, one_of, refuse_unknown
+from repeng.data.schema import hints_of, one_of, refuse_unknown, shown
 from repeng.data.words import argument, is_switch, read_words, takes_several
 from repeng.data.yaml_keys import read_keys
 
@@ -34,8 +34,11 @@ def config_file(word: str) -> Path:
     """
     shipped = shipped_configs()
     path = _file_or_name(word, shipped)
-    if path.is_file():
-        return path
+    try:
+        if path.is_file():
+            return path
+    except OSError as error:
+        raise FileNotFoundError(f"--config: {shown(word)}: {error.strerror}; give a YAML file") from None
     if path.is_dir() or path.is_symlink():
         what = "a folder" if path.is_dir() else "a link that leads to no file"
         raise FileNotFoundError(f"--config: {word!r} is {what}; give a YAML file, or one of {', '.join(shipped)}")
@@ -190,8 +193,8 @@ def add_keys(parser: argparse.ArgumentParser, kinds: Sequence[type], title: str)
             if field.init:
                 hint = hints[field.name]
                 nargs = "+" if takes_several(hint) else "?" if is_switch(hint) else None
-                shown = f"{field.metadata['help']} Default: {default_of(field)}."
+                told = f"{field.metadata['help']} Default: {default_of(field)}."
                 spellings = dict.fromkeys((f"--{field.name}", f"--{field.name.replace('_', '-')}"))
                 group.add_argument(
-                    *spellings, dest=field.name, nargs=nargs, default=argparse.SUPPRESS, metavar="VALUE", help=shown
+                    *spellings, dest=field.name, nargs=nargs, default=argparse.SUPPRESS, metavar="VALUE", help=told
                 )

@@ -59,7 +59,7 @@ def load_shape(name_or_path: str, gguf_file: str | None = None) -> PreTrainedMod
 
 
 def _check_reachable(source: Source) -> None:
-    """Raise ValueError at once, not after half a minute of retries, for a model that only a lost network could bring."""
+    """Raise ValueError at once, not after half a minute of retries, if only a lost network could bring the model."""
     known = Path(source.path).is_dir() or try_to_load_from_cache(source.path, source.gguf_file or "config.json")
     if known or constants.HF_HUB_OFFLINE or getproxies():
         return

@@ -231,7 +231,10 @@ def _check_reach(
 ) -> None:
     """Raise ValueError if the adapted modules of these names all come after the site of the loss."""
     modules = [model.get_submodule(name) for name in names]
-    first = min(layers_of(model, modules), default=0)
+    reached = layers_of(model, modules)
+    if not reached:
+        raise ValueError(f"target_modules {args.target_modules} lie in no decoder layer, where the loss looks; add some")
+    first = min(reached)
     where = f"loss_site={args.loss_site} of loss_layer={loss_layer}"
     if loss_layer < first:
         raise ValueError(f"{where} is below every adapted layer, so that nothing moves it; give loss_layer ≥ {first}")

@@ -12,6 +12,7 @@ import yaml
 
 from repeng.data.arguments import TaskArguments
 from repeng.data.configuration import CONFIGS, names_of
+from repeng.data.files import nearest
 from repeng.data.schema import refuse_unknown
 from repeng.data.words import LINE, name_of
 
@@ -40,6 +41,7 @@ def launch(argv: Sequence[str]) -> None:
     arguments = parser.parse_args([*flags, "--quiet", "--module", "repeng.train", *rest])
     with TemporaryDirectory(prefix="repeng-launch-") as folder:
         if arguments.config_file is not None:
+            _check_config_file(arguments.config_file)
             arguments.config_file = accelerate_config(arguments.config_file, Path(folder))
         try:
             launch_command(arguments)
@@ -49,6 +51,15 @@ def launch(argv: Sequence[str]) -> None:
 
 def _refuse(message: str) -> NoReturn:
     raise ValueError(f"{LINE}: {message}")
+
+
+def _check_config_file(word: str) -> None:
+    shipped = [path.stem for path in CONFIGS.glob("accelerate/*.yaml")]
+    if word not in shipped and not Path(word).is_file():
+        raise FileNotFoundError(
+            f"--config_file: there is no file {word!r}{nearest(word, shipped)}; give a file of accelerate, or one of "
+            f"{', '.join(sorted(shipped))}"
+        )
 
 
 def accelerate_config(word: str, folder: Path) -> str:

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 
 from repeng import tiny
-from repeng.data.files import check_writable
+from repeng.data.paths import check_output
 from repeng.eval.report.tables import print_table
 from repeng.train.arguments import DEFAULT_CONFIG, SteeringArguments, parse_arguments
 from repeng.train.build import build
@@ -35,19 +35,11 @@ def _describe(model: PeftModel) -> str:
     return f"LoRA on {len(names)} modules, {trained:,} parameters: {names[0]} … {names[-1]}"
 
 
-def _check_output(folder: str) -> None:
-    """Raise ValueError, naming the key, if the run could not write there."""
-    try:
-        check_writable(folder)
-    except OSError as error:
-        raise ValueError(f"output_dir: {folder!r} cannot be written ({error.strerror}); name another folder") from None
-
-
 def main(argv: Sequence[str]) -> None:
     """Train an adapter, save it, and print what it does; exits with a sentence on bad input."""
     try:
         task_args, args = parse_arguments(argv, DEFAULT_CONFIG)
-        _check_output(str(args.output_dir))
+        check_output(str(args.output_dir), "output_dir")
         use_all_cores(args)
         run = build(task_args, args, tiny.task(task_args, args.seed))
         checkpoint = newest(args.output_dir) if args.resume else args.resume_from_checkpoint
