@@ -193,7 +193,7 @@ def add_keys(parser: argparse.ArgumentParser, kinds: Sequence[type], title: str)
             if field.init:
                 hint = hints[field.name]
                 nargs = "+" if takes_several(hint) else "?" if is_switch(hint) else None
-                told = f"{field.metadata['help']} Default: {default_of(field)}."
+                told = f"{field.metadata.get('help', '')} Default: {default_of(field)}.".replace("%", "%%")
                 spellings = dict.fromkeys((f"--{field.name}", f"--{field.name.replace('_', '-')}"))
                 group.add_argument(
                     *spellings, dest=field.name, nargs=nargs, default=argparse.SUPPRESS, metavar="VALUE", help=told

@@ -1,19 +1,20 @@
 """Arguments of a training run: those of `Trainer`, and the recipe, which has their defaults."""
 
+import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_torch_bf16_gpu_available
 
 from repeng.data.arguments import TaskArguments
-from repeng.data.configuration import built, defaults_of, read_given
+from repeng.data.configuration import add_keys, built, defaults_of, read_given
 from repeng.data.schema import hints_of
 from repeng.data.words import argument
 from repeng.model.sites import RESIDUAL
@@ -134,10 +135,9 @@ def parse_arguments(
     """
     kinds = (TaskArguments, SteeringArguments)
     if {"-h", "--help"} & set(argv):
-        parser = HfArgumentParser(cast(Any, kinds), allow_abbrev=False)
-        parser.add_argument(
-            "--config", nargs="+", help="YAML files with any of these keys, or names such as tiny, mood"
-        )
+        parser = argparse.ArgumentParser(allow_abbrev=False)
+        parser.add_argument("--config", nargs="+", help="YAML files with any of these keys, or names: tiny, mood")
+        add_keys(parser, kinds, "keys")
         parser.print_help()
         sys.exit()
     task, training = built(kinds, read_given(kinds, argv, default_config))

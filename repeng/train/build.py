@@ -233,7 +233,7 @@ def _check_reach(
     modules = [model.get_submodule(name) for name in names]
     reached = layers_of(model, modules)
     if not reached:
-        raise ValueError(f"target_modules {args.target_modules} lie in no decoder layer, where the loss looks; add some")
+        raise ValueError(f"target_modules {args.target_modules} lie in no decoder layer, where the loss looks")
     first = min(reached)
     where = f"loss_site={args.loss_site} of loss_layer={loss_layer}"
     if loss_layer < first:
