@@ -139,6 +139,6 @@ def parse_arguments(
         parser.add_argument("--config", nargs="+", help="YAML files with any of these keys, or names: tiny, mood")
         add_keys(parser, kinds, "keys")
         parser.print_help()
-        sys.exit()
+        sys.exit(0)
     task, training = built(kinds, read_given(kinds, argv, default_config))
     return task, training
