@@ -22,6 +22,7 @@ from repeng.data.configuration import (
     refuse_unknown,
     shipped_configs,
 )
+from repeng.data.trust import check_followed, own_config, say_model
 from repeng.serve.limits import Limits
 from repeng.serve.names import named_paths
 from repeng.train.recipe import Recipe
@@ -265,7 +266,8 @@ def _measure(argv: list[str]) -> None:
         raise ValueError(f"there is no adapter and no vector at {str(path)!r}")
     configs = options.config
     if configs is None:
-        configs = [str(path / "config.yaml")] if (path / "config.yaml").is_file() else []
+        found = own_config(path)
+        configs = [] if found is None else [str(found)]
     for word in configs:
         config_file(word)
     words: list[str] = []
@@ -278,6 +280,10 @@ def _measure(argv: list[str]) -> None:
     from repeng.train.arguments import SteeringArguments
 
     keys = read_configs(configs, {*names_of(kinds), *names_of([SteeringArguments])})
+    if configs and options.config is None:
+        followed = {name: value for name, value in keys.items() if name not in given}
+        check_followed(followed, Path(configs[0]))
+        say_model(followed, Path(configs[0]))
     arguments, task_args = parse_keys(kinds, words, {name: keys[name] for name in names_of(kinds) if name in keys})
     COMMANDS[command](path, task_args, **vars(arguments))
 

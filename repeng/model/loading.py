@@ -2,9 +2,12 @@
 
 import copy
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -14,6 +17,8 @@ from transformers import (
 )
 
 from repeng.model.sources import Source, find_source, name_of_folder
+from repeng.model.templates import check_template
+from repeng.model.whole import check_folder, check_loaded, check_vocabulary
 
 # Attribute of a layer in 4 bits: whether bitsandbytes repacks its weight on some CPUs in the first evaluation, for a
 # kernel without gradients.
@@ -27,9 +32,12 @@ def model_name(model: PreTrainedModel) -> str:
 
 
 def load_tokenizer(name_or_path: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model; see `load_base`."""
+    """The tokenizer of a model, whose chat template, if there is one, works; see `load_base`."""
     source = find_source(name_or_path, gguf_file)
-    return AutoTokenizer.from_pretrained(source.path, **_gguf_option(source))
+    with _told(name_or_path, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=False, **_gguf_option(source))
+    check_template(tokenizer)
+    return tokenizer
 
 
 def load_base(
@@ -42,6 +50,8 @@ def load_base(
 ) -> PreTrainedModel:
     """The base model on a device. A GGUF file is dequantised to float32, and the model is a plain one.
 
+    No code that lies beside a model is run.
+
     Args:
         name_or_path: an embedded model ("tiny"), one in a package ("smollm2"), a folder, a GGUF file, or a hub id.
         device: where it goes.
@@ -50,7 +60,7 @@ def load_base(
         compute_dtype: of the matrix products of a model in 4 bits.
 
     Raises:
-        ValueError: a package is missing, or options do not go together.
+        ValueError: a package is missing, options do not go together, or the model is not whole.
         FileNotFoundError: the folder has no such GGUF file.
     """
     source, device = find_source(name_or_path, gguf_file), torch.device(device)
@@ -70,7 +80,13 @@ def load_base(
         )
     if source.gguf_file is not None:
         options["dtype"] = torch.float32
-    model = AutoModelForCausalLM.from_pretrained(source.path, **options)
+    if source.gguf_file is None:
+        check_folder(source.path)
+    with _told(name_or_path, "model"):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source.path, trust_remote_code=False, output_loading_info=True, **options
+        )
+    check_loaded(model, report, name_or_path)
     if source.gguf_file is not None:
         model = _plain(model)
     for module in model.modules():
@@ -83,7 +99,32 @@ def load_model(
     name_or_path: str, *, gguf_file: str | None = None, device: torch.device | str = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model and its tokenizer, by everything that `model_name_or_path` takes; see `load_base`."""
-    return load_base(name_or_path, device, gguf_file=gguf_file), load_tokenizer(name_or_path, gguf_file)
+    tokenizer = load_tokenizer(name_or_path, gguf_file)
+    model = load_base(name_or_path, device, gguf_file=gguf_file)
+    check_vocabulary(model, tokenizer)
+    return model, tokenizer
+
+
+@contextmanager
+def _told(name: str, what: str) -> Iterator[None]:
+    """Make one sentence of whatever a library says of files that it cannot read; what may be mended stays as it is."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        SafetensorError,
+        RuntimeError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        ZeroDivisionError,
+    ) as error:
+        told = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"the {what} {name!r} cannot be loaded ({type(error).__name__}: {told}); take its files from one place"
+        ) from error
 
 
 def _gguf_option(source: Source) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from repeng.data.task import Task, hold_out, make_task, read_pairs
 from repeng.data.word_questions import word_questions
 from repeng.model.loading import load_base, load_tokenizer, model_name
 from repeng.model.sites import decoder_layers, eval_mode, layers_of, site_module
+from repeng.model.whole import check_vocabulary
 from repeng.train.arguments import SteeringArguments, layer_request
 from repeng.train.collator import Example, tokenize_examples
 from repeng.train.reference import pair_differences
@@ -113,6 +114,7 @@ def build(
             load_in_4bit=task_args.load_in_4bit,
             compute_dtype=torch.bfloat16 if args.bf16 else torch.float32,
         )
+    check_vocabulary(model, tokenizer)
     sites = resolve_sites(args, model)
     validation, validation_texts = None, []
     with eval_mode(model):

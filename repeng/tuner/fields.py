@@ -78,12 +78,12 @@ def check_expression(name: str, expression: str, *, from_file: bool) -> None:
         re.compile(expression)
     except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(
-            f"{name} is no regular expression ({error}); got {_shown(expression)}. Give a list of names, or one that is"
+            f"{name} is no regular expression ({error}); got {_shown(expression)}. Give one, or a list of names"
         ) from None
     if from_file and _may_take_hours(expression):
         raise ValueError(
-            f"{name} repeats what repeats or branches, or repeats more than {MOST_REPEATS} times, which may take hours "
-            f"to match; got {_shown(expression)}. Write it simpler, or as a list of names"
+            f"{name} repeats what repeats or branches, or repeats more than {MOST_REPEATS} times, which may take "
+            f"hours to match; got {_shown(expression)}. Write it simpler, or as a list of names"
         )
 
 

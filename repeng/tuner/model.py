@@ -261,8 +261,8 @@ def require_same_targets(model: nn.Module, config: SvdSteeringConfig) -> None:
     for one, there in ((asked - named, "resolved_modules lacks"), (named - asked, "resolved_modules adds")):
         if one:
             raise ValueError(
-                f"target_modules, layers_to_transform and exclude_modules of this adapter ask for {len(asked)} modules, "
-                f"and {there} {min(one)!r}: one of them was changed; take adapter_config.json from where it was saved"
+                f"target_modules, layers_to_transform and exclude_modules here ask for {len(asked)} modules"
+                f" and {there} {min(one)!r}: one was changed; take adapter_config.json from where it was saved again"
             )
 
 
