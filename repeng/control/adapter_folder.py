@@ -74,6 +74,9 @@ class AdapterFolder:
         tensors, _ = read_tensors(path / WEIGHTS)
         if not tensors:
             raise ValueError(f"{path / WEIGHTS} holds no tensor; save the adapter again")
+        for name in getattr(config, "modules_to_save", None) or ():
+            if not any(f".{name}." in f".{key}" for key in tensors):
+                raise ValueError(f"{path}: modules_to_save names {name!r}, of which {WEIGHTS} holds nothing")
         try:
             if isinstance(config, SvdSteeringConfig):
                 own = {key: tensor for key, tensor in tensors.items() if ".svd_steering_" in key}
@@ -187,6 +190,10 @@ def _config(path: Path) -> PeftConfig:
             _check_plain(values)
         elif values.get("resolved_modules") is None:
             raise ValueError("resolved_modules is missing: the names of the adapted modules; save the adapter again")
+        elif values.get("init_bases") is not False:
+            raise ValueError(
+                f"init_bases must be false, as in every saved configuration; got {shown(values.get('init_bases'))}"
+            )
         return config_class(**values)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: {error}") from None
