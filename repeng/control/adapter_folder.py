@@ -5,14 +5,13 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
-import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from pydantic import Field
 from torch import Tensor, nn
 
 from repeng.data.files import nearest
 from repeng.data.schema import checked, shown
-from repeng.data.strict_json import read_json
+from repeng.model.strict_json import read_json
 from repeng.model.tensor_files import read_tensors
 from repeng.tuner import SvdSteeringConfig
 from repeng.tuner.base import base_of, is_linear, linear_shape
@@ -224,10 +223,11 @@ def _default(field: Any) -> Any:
 
 def _check_lora(tensors: dict[str, Tensor], config: LoraConfig) -> bool:
     """Whether the LoRA does nothing; raises ValueError, naming a tensor, if it cannot be one of this rank."""
-    strengths = []
+    strengths = {}
     ranks = {config.r, *(config.rank_pattern or {}).values()}
     for key, tensor in tensors.items():
         check_numbers(key, tensor)
+    for key, tensor in tensors.items():
         if ".lora_A." not in key and ".lora_B." not in key:
             continue
         other = key.replace(".lora_A.", ".lora_B.") if ".lora_A." in key else key.replace(".lora_B.", ".lora_A.")
@@ -240,10 +240,12 @@ def _check_lora(tensors: dict[str, Tensor], config: LoraConfig) -> bool:
                 "from one save"
             )
         if ".lora_A." in key:
-            strengths.append(tensor.float().abs().max() * tensors[other].float().abs().max())
+            strengths[key] = (tensor.float().abs().max() * tensors[other].float().abs().max()).item()
     if not strengths:
         raise ValueError("no tensor is called lora_A and lora_B; take the adapter from where it was saved again")
-    largest = torch.stack(strengths).max().item()
-    if not largest < 1e6:
-        raise ValueError(f"the products of A and B reach {largest:.3g}; up to 1e6 can be a LoRA. It is damaged")
-    return largest < 1e-30
+    key = max(strengths, key=lambda one: strengths[one])
+    if not strengths[key] < 1e6:
+        raise ValueError(
+            f"{key} times its lora_B reaches {strengths[key]:.3g}; up to 1e6 can be a LoRA. It is damaged"
+        )
+    return strengths[key] < 1e-30

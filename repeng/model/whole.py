@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from repeng.data.strict_json import read_json
+from repeng.model.strict_json import read_json
 
 CONFIG = "config.json"
 

@@ -14,7 +14,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_pt_utils import safe_globals
 
 from repeng.data.schema import checked, shown
-from repeng.data.strict_json import read_json
+from repeng.model.strict_json import read_json
 from repeng.model.tensor_files import read_tensors
 from repeng.train.adapter_files import adapter_state
 from repeng.tuner.stored import check_numbers

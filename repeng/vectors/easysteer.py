@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from repeng.data.strict_json import parse_json
+from repeng.model.strict_json import parse_json
 
 
 def check_place(reader: Any, path: str | Path) -> None:

@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from repeng.data.files import written_whole
 from repeng.data.pairs import ContrastPair
 from repeng.data.schema import checked, shown
-from repeng.data.strict_json import parse_json
 from repeng.data.word_questions import without_persona
 from repeng.model.sites import Place, capture, eval_mode, site_modules
+from repeng.model.strict_json import parse_json
 from repeng.model.tensor_files import read_tensors
 from repeng.model.tokens import Encoded, encode_text, pad_rows
 from repeng.model.types import CausalLM

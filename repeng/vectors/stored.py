@@ -8,8 +8,8 @@ from pydantic import Field
 from torch import Tensor
 
 from repeng.data.schema import checked, shown
-from repeng.data.strict_json import parse_json
 from repeng.model.sites import Place
+from repeng.model.strict_json import parse_json
 
 LEAST, MOST = 1e-12, 1e12  # lengths of a direction that steers: below it does nothing, above all becomes infinite
 Text = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$", max_length=4096)]

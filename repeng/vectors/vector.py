@@ -105,14 +105,8 @@ class SteeringVector:
         return {place: direction.norm().item() for place, direction in self.directions.items()}
 
     def normalize(self) -> "SteeringVector":
-        """Every direction at length 1.
-
-        Raises:
-            ValueError: one is zero.
-        """
-        for site, layer in idle(self.directions):
-            raise ValueError(f"the direction at {site!r} of layer {layer} is zero, which has no unit; leave it out")
-        units = {place: (d / d.abs().max()) / (d / d.abs().max()).norm() for place, d in self.directions.items()}
+        """Every direction at length 1; a zero one stays."""
+        units = {place: d / d.norm().clamp_min(1e-30) for place, d in self.directions.items()}
         return SteeringVector(units, self._told(calibration=None))
 
     def random_like(self, seed: int) -> "SteeringVector":

@@ -35,7 +35,8 @@ def run(written, tmp_path):
 def test_a_run_goes_on_from_its_newest_checkpoint(run):
     model, folder = run
     assert checkpoint_to_resume(folder, IDENTITY, model).endswith("checkpoint-2")
-    assert checkpoint_to_resume(folder, {**IDENTITY, "max_steps": 9, "output_dir": "x"}, model).endswith("checkpoint-2")
+    longer = {**IDENTITY, "max_steps": 9, "output_dir": "x"}
+    assert checkpoint_to_resume(folder, longer, model).endswith("checkpoint-2")
     assert checkpoint_to_resume(folder / "nowhere", IDENTITY, model) is None
 
 
