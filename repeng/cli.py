@@ -30,6 +30,7 @@ from repeng.data.files import nearest
 from repeng.data.kinds import Folder
 from repeng.data.paths import WANTED, steerable
 from repeng.data.schema import refuse_unknown
+from repeng.data.trust import check_followed, own_config, say_model
 from repeng.data.words import LINE, name_of, read_words
 from repeng.serve.limits import Limits
 from repeng.serve.names import named_paths
@@ -312,10 +313,16 @@ def measure(argv: list[str]) -> None:
     configs, rest = split_configs(words[1:])
     on_the_line = read_words(rest, hints, defaults_of(kinds))
     path = steerable(words[0])
+    own = configs is None
     if configs is None:
-        configs = [str(path / "config.yaml")] if (path / "config.yaml").is_file() else []
-    given = read_configs(configs, hints, aside=lambda name: True) | on_the_line
-    arguments, task_args = built(kinds, given)
+        found = own_config(path)
+        configs = [] if found is None else [str(found)]
+    in_files = read_configs(configs, hints, aside=lambda name: True)
+    if own and configs:
+        followed = {name: value for name, value in in_files.items() if name not in on_the_line}
+        check_followed(followed, Path(configs[0]))
+        say_model(followed, Path(configs[0]))
+    arguments, task_args = built(kinds, in_files | on_the_line)
     if on_the_line.get("bf16") and not task_args.load_in_4bit:
         raise ValueError("bf16 has no effect without load_in_4bit: the base keeps its own precision; leave it out")
 

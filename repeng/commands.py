@@ -9,18 +9,21 @@ from typing import Any, NamedTuple, cast
 import torch
 import yaml
 from accelerate import PartialState
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from repeng import tiny
+from repeng.control.adapter_folder import CONFIG, AdapterFolder
 from repeng.control.lora import lora_names, scale_weights
 from repeng.control.steer import steer
 from repeng.data.arguments import TaskArguments
 from repeng.data.files import cache_folder, write_json
 from repeng.data.pairs import ContrastPair
 from repeng.data.paths import check_output
+from repeng.data.schema import checked
 from repeng.data.task import Task, make_task, read_pairs, split_pairs
+from repeng.data.trust import own_config, say_model
 from repeng.eval.calibrate import KLBudget, kl_spender, set_units
 from repeng.eval.calibrate import calibrate as find_calibration
 from repeng.eval.compare import compare
@@ -35,6 +38,7 @@ from repeng.export.vectors import control_vector_name, is_vector
 from repeng.model.loading import load_base, load_tokenizer
 from repeng.model.sources import find_source, gguf_path, name_of_folder
 from repeng.model.types import CausalLM
+from repeng.model.whole import check_vocabulary
 from repeng.serve.limits import Limits
 from repeng.train.adapter_files import save_adapter
 from repeng.vectors.vector import SteeringVector, read_vector
@@ -81,9 +85,11 @@ def evaluate(
         Path(output) if output else path / "evaluation" if path.is_dir() else path.with_name(f"{path.stem}-report")
     )
     check_output(folder, "output")
+    steering = _read(path)
     base = _load_task_model(task_args, seed, use_cpu, bf16)
+    steering.check(base.model)
     task = make_task(task_args, base.model, base.tokenizer, base.pairs, seed=seed, own=base.own)
-    loaded = _load_dial(path, base.model)
+    loaded = _put_on(steering, base.model)
     comparison = compare(loaded.model, base.tokenizer, task, loaded.dial, OWN, cache=cache_folder())
     print_doses(comparison.reports[OWN][0], f"{path}: {task.behaviour}")
     print_table(comparison)
@@ -117,14 +123,16 @@ def calibrate(
             f"what is calibrated of a GGUF file is stored as {target}, which exists: move it, or calibrate that file"
         )
     budget = KLBudget(nats, percentile, sequences=sequences)
+    steering = _read(path)
     base = _load_task_model(task_args, seed, use_cpu, bf16)
+    steering.check(base.model)
     pairs, _ = split_pairs(task_args, base.pairs, base.own)
     prompts = _training_prompts(pairs, has_template=bool(base.tokenizer.chat_template))
     if len(prompts) < 2:
         raise ValueError(
             f"the pairs have {len(prompts)} prompt to continue; a calibration and its check need two or more"
         )
-    model, dial, vector = _load_dial(path, base.model)
+    model, dial, vector = _put_on(steering, base.model)
     chosen, checked = prompts[::2], prompts[1::2]
     largest = LARGEST if vector is None else 8.0
     calibration = find_calibration(model, base.tokenizer, dial, chosen, budget, largest=largest)
@@ -182,8 +190,9 @@ def export(
     if path.is_file():
         _export_vector(SteeringVector.load(path), output, beside)
         return
+    adapter = AdapterFolder.read(path)
     name, gguf_file = (model_name_or_path, gguf_file) if model_name_or_path else _base_of(path)
-    model = PeftModel.from_pretrained(load_base(name, gguf_file=gguf_file), path)
+    model = adapter.load(load_base(name, gguf_file=gguf_file))
     # A single coefficient is a place of its own, several are places in a folder.
     wanted = [1.0] if coefficients is None else coefficients
     one_or_all = wanted if len(wanted) > 1 else wanted[0]
@@ -243,8 +252,10 @@ def serve(
             told = ", ".join(f"{name}: {base}" for name, (base, _) in bases.items())
             raise ValueError(f"the adapters are of different bases ({told}); give --model_name_or_path")
         model_name_or_path, gguf_file = next(iter(bases.values()))
-    dials = load_dials(load_base(model_name_or_path, _device(use_cpu), gguf_file=gguf_file), paths)
     tokenizer = load_tokenizer(model_name_or_path, gguf_file)
+    base = load_base(model_name_or_path, _device(use_cpu), gguf_file=gguf_file)
+    check_vocabulary(base, tokenizer)
+    dials = load_dials(base, paths)
     allowed = ("*",) if api_key else ("127.0.0.1", "localhost", "[::1]")
     served = Path(model_name_or_path)
     name = served.name if served.exists() else model_name_or_path
@@ -274,16 +285,23 @@ def _with_ending(path: Path) -> Path:
 
 
 def _base_of(folder: Path) -> tuple[str, str | None]:
-    """Name and GGUF file of the base, from the configuration of the run or that of the adapter."""
+    """Name and GGUF file of the base, from the configuration of the run or that of the adapter; says which it is."""
     keys: dict[str, Any] = {}
-    if (folder / "config.yaml").is_file():
+    found = own_config(folder)
+    if found is not None:
         try:
-            keys = dict(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {})
+            keys = dict(yaml.safe_load(found.read_text(encoding="utf-8")) or {})
         except (yaml.YAMLError, TypeError, ValueError) as error:
-            raise ValueError(f"{folder / 'config.yaml'} holds no keys and values ({error})") from error
-    name = keys.get("model_name_or_path") or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-    if not name:
+            raise ValueError(f"{found} holds no keys and values ({error})") from error
+    for name in ("model_name_or_path", "gguf_file"):
+        checked(str | None, keys.get(name), f"{found}: {name}")
+    if not keys.get("model_name_or_path"):
+        found = folder / CONFIG
+        keys = {"model_name_or_path": AdapterFolder.read(folder).config.base_model_name_or_path}
+    if not keys["model_name_or_path"]:
         raise ValueError(f"{folder} does not say of which base it is; give --model_name_or_path")
+    say_model(keys, cast(Path, found))
+    name = keys["model_name_or_path"]
     return name_of_folder(name) or name, keys.get("gguf_file")
 
 
@@ -303,17 +321,24 @@ def _load_task_model(task_args: TaskArguments, seed: int, use_cpu: bool, bf16: b
         load_in_4bit=task_args.load_in_4bit,
         compute_dtype=torch.bfloat16 if bf16 else torch.float32,
     )
+    check_vocabulary(model, tokenizer)
     return Base(model, tokenizer, pairs, own)
 
 
-def _load_dial(path: Path, model: PreTrainedModel) -> Loaded:
-    """What lies at `path`, on this model."""
+def _read(path: Path) -> AdapterFolder | SteeringVector:
+    """What lies at `path`, checked before any model is loaded."""
     if path.is_dir():
-        adapted = PeftModel.from_pretrained(model, path)
+        return AdapterFolder.read(path)
+    return read_vector(path)
+
+
+def _put_on(steering: AdapterFolder | SteeringVector, model: PreTrainedModel) -> Loaded:
+    """A model with what steers it."""
+    if isinstance(steering, AdapterFolder):
+        adapted = steering.load(model)
         return Loaded(adapted, partial(steer, adapted), None)
-    vector = read_vector(path)
-    vector.check(model)
-    return Loaded(model, partial(steer, model, vector=vector), vector)
+    steering.check(model)
+    return Loaded(model, partial(steer, model, vector=steering), steering)
 
 
 def _training_prompts(pairs: Sequence[ContrastPair], *, has_template: bool) -> list[str]:

@@ -23,6 +23,8 @@ from transformers import (
 )
 
 from repeng.model.sources import WAYS, Source, find_source, name_of_folder
+from repeng.model.templates import check_template
+from repeng.model.whole import check_folder, check_loaded, check_vocabulary
 
 # Attribute of a layer in 4 bits: whether bitsandbytes repacks its weight on some CPUs in the first evaluation, for a
 # kernel without gradients.
@@ -36,11 +38,13 @@ def model_name(model: PreTrainedModel) -> str:
 
 
 def load_tokenizer(name_or_path: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model; see `load_base`."""
+    """The tokenizer of a model, whose chat template, if there is one, works; see `load_base`."""
     source = find_source(name_or_path, gguf_file)
     _check_reachable(source)
     with _named(name_or_path, "tokenizer"):
-        return AutoTokenizer.from_pretrained(source.path, **_gguf_option(source))
+        tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=False, **_gguf_option(source))
+    check_template(tokenizer)
+    return tokenizer
 
 
 def load_shape(name_or_path: str, gguf_file: str | None = None) -> PreTrainedModel | None:
@@ -52,10 +56,11 @@ def load_shape(name_or_path: str, gguf_file: str | None = None) -> PreTrainedMod
     source = find_source(name_or_path, gguf_file)
     if source.gguf_file is not None:
         return None
+    check_folder(source.path)
     with _named(name_or_path, "configuration"):
-        config = AutoConfig.from_pretrained(source.path)
+        config = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def _check_reachable(source: Source) -> None:
@@ -78,9 +83,20 @@ def _named(name: str, part: str) -> Iterator[None]:
     """Say in one sentence, with the model's name, what transformers finds wrong with a part of it."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError, SafetensorError) as error:
-        why = " ".join(str(error).split())[:200]
-        raise ValueError(f"model_name_or_path: the {part} of {name!r} cannot be read ({why}); give {WAYS}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        SafetensorError,
+    ) as e:
+        why = " ".join(str(e).split())[:200]
+        raise ValueError(f"model_name_or_path: the {part} of {name!r} cannot be read ({why}); give {WAYS}") from e
 
 
 def check_bits(source: Source) -> None:
@@ -101,6 +117,8 @@ def load_base(
 ) -> PreTrainedModel:
     """The base model on a device. A GGUF file is dequantised to float32, and the model is a plain one.
 
+    No code that lies beside a model is run.
+
     Args:
         name_or_path: an embedded model ("tiny"), one in a package ("smollm2"), a folder, a GGUF file, or a hub id.
         device: where it goes.
@@ -109,7 +127,7 @@ def load_base(
         compute_dtype: of the matrix products of a model in 4 bits.
 
     Raises:
-        ValueError: a package is missing, or options do not go together.
+        ValueError: a package is missing, options do not go together, or the model is not whole.
         FileNotFoundError: the folder has no such GGUF file.
     """
     source, device = find_source(name_or_path, gguf_file), torch.device(device)
@@ -126,8 +144,13 @@ def load_base(
         )
     if source.gguf_file is not None:
         options["dtype"] = torch.float32
+    if source.gguf_file is None:
+        check_folder(source.path)
     with _named(name_or_path, "model"):
-        model = AutoModelForCausalLM.from_pretrained(source.path, **options)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source.path, trust_remote_code=False, output_loading_info=True, **options
+        )
+    check_loaded(model, report, name_or_path)
     if source.gguf_file is not None:
         model = _plain(model)
     for module in model.modules():
@@ -140,7 +163,10 @@ def load_model(
     name_or_path: str, *, gguf_file: str | None = None, device: torch.device | str = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model and its tokenizer, by everything that `model_name_or_path` takes; see `load_base`."""
-    return load_base(name_or_path, device, gguf_file=gguf_file), load_tokenizer(name_or_path, gguf_file)
+    tokenizer = load_tokenizer(name_or_path, gguf_file)
+    model = load_base(name_or_path, device, gguf_file=gguf_file)
+    check_vocabulary(model, tokenizer)
+    return model, tokenizer
 
 
 def _gguf_option(source: Source) -> dict[str, Any]:

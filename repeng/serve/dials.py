@@ -1,6 +1,5 @@
 """Adapters and vectors by the names that requests use."""
 
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import chain
@@ -8,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from repeng.control.adapter_folder import AdapterFolder
 from repeng.control.steer import steer
 from repeng.vectors.vector import SteeringVector, read_vector
 
@@ -73,23 +72,21 @@ def load_dials(model: PreTrainedModel, paths: Mapping[str, Path]) -> Dials:
     Raises:
         ValueError: what lies at a path does not fit the model.
     """
-    folders = {name: path for name, path in paths.items() if path.is_dir()}
+    folders = {name: AdapterFolder.read(path) for name, path in paths.items() if path.is_dir()}
+    vectors = {name: read_vector(path) for name, path in paths.items() if path.is_file()}
     called = {name: f"dial-{name}" for name in folders}  # PEFT mixes up names that are part of "lora_"
-    by_kind: dict[Any, dict[str, Path]] = {}
-    for name, path in folders.items():
-        kind = PeftConfig.from_pretrained(str(path)).peft_type
-        by_kind.setdefault(kind, {})[name] = path
+    by_kind: dict[Any, list[str]] = {}
+    for name, folder in folders.items():
+        folder.check(model)
+        by_kind.setdefault(folder.config.peft_type, []).append(name)
+    for vector in vectors.values():
+        vector.check(model)
     for of_kind in by_kind.values():
-        (first, path), *others = ((called[name], path) for name, path in of_kind.items())
-        with warnings.catch_warnings():
-            # One kind of adapter around another is meant here.
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-            adapted = PeftModel.from_pretrained(model, path, adapter_name=first)
-        for name, other in others:
-            adapted.load_adapter(str(other), adapter_name=name)
+        adapted: nn.Module = model
+        for name in of_kind:
+            adapted = folders[name].load(adapted, called[name])
         tuner: Any = adapted.base_model
         tuner.set_adapter([called[name] for name in of_kind])
-    vectors = {name: read_vector(path) for name, path in paths.items() if path.is_file()}
     model.requires_grad_(False)
     return Dials(model.eval(), called, vectors)
 

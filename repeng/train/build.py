@@ -21,6 +21,7 @@ from repeng.data.word_questions import word_questions
 from repeng.model.loading import check_bits, load_base, load_shape, load_tokenizer, model_name
 from repeng.model.sites import RESIDUAL, decoder_layers, eval_mode, layers_of, site_module, site_widths
 from repeng.model.sources import find_source
+from repeng.model.whole import check_vocabulary
 from repeng.train.arguments import SteeringArguments
 from repeng.train.collator import Example, tokenize_examples
 from repeng.train.recipe import layer_request
@@ -123,6 +124,7 @@ def build(
             load_in_4bit=task_args.load_in_4bit,
             compute_dtype=torch.bfloat16 if args.bf16 else torch.float32,
         )
+    check_vocabulary(model, tokenizer)
     sites = _check_sizes(args, model, len(pairs))
     validation, validation_texts = None, []
     with eval_mode(model):

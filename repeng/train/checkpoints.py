@@ -1,12 +1,9 @@
 """Checkpoints that are written whole or not at all, and those that a run can go on from."""
 
-import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
-from peft import PeftConfig
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
@@ -37,26 +34,6 @@ def publish(staging: Path, folder: Path, args: TrainingArguments, best: str | No
     os.replace(written, place)
     shutil.rmtree(staging, ignore_errors=True)
     rotate_checkpoints(str(folder), args.save_total_limit, best_model_checkpoint=best, use_mtime=True)
-
-
-def check_same_kind(folder: str | Path, config: PeftConfig) -> None:
-    """Raise ValueError, naming what differs, unless a checkpoint's adapter has kind, rank and sites of `config`."""
-    saved = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
-    own = config.to_dict()
-    different = [
-        f"{key} {_comparable(saved.get(key))} there and {_comparable(own.get(key))} here"
-        for key in ("peft_type", "r", "target_modules", "layers_to_transform")
-        if _comparable(saved.get(key)) != _comparable(own.get(key))
-    ]
-    if different:
-        raise ValueError(
-            f"{folder} holds another adapter: {'; '.join(different)}. Resume with the keys that it was trained with, "
-            "or train into another output_dir"
-        )
-
-
-def _comparable(value: Any) -> str:
-    return str(sorted(value) if isinstance(value, list | set) else getattr(value, "value", value))
 
 
 def newest(folder: str | Path) -> str | None:

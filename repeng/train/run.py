@@ -11,11 +11,14 @@ from peft import PeftModel
 from repeng import tiny
 from repeng.data.paths import check_output
 from repeng.eval.report.tables import print_table
+from repeng.model.identity import model_key
 from repeng.train.arguments import DEFAULT_CONFIG, SteeringArguments, parse_arguments
 from repeng.train.build import build
 from repeng.train.callbacks import DivergedError, NonFiniteError
-from repeng.train.checkpoints import CheckpointError, check_same_kind, newest
-from repeng.train.run_folder import finish
+from repeng.train.checkpoints import CheckpointError
+from repeng.train.reference_cache import reference_key
+from repeng.train.resume import check_checkpoint, checkpoint_to_resume
+from repeng.train.run_folder import as_config, finish
 from repeng.train.trainer import StartError, SteeringTrainer
 from repeng.tuner import SvdSteeringModel
 
@@ -35,6 +38,16 @@ def _describe(model: PeftModel) -> str:
     return f"LoRA on {len(names)} modules, {trained:,} parameters: {names[0]} … {names[-1]}"
 
 
+def _checkpoint(args: SteeringArguments, identity: dict[str, Any], model: PeftModel) -> str | None:
+    """The checkpoint that the run is to go on from, checked; None to begin anew."""
+    whole = not args.fsdp and args.deepspeed is None
+    if args.resume:
+        return checkpoint_to_resume(args.output_dir, identity, model, whole)
+    if args.resume_from_checkpoint:
+        check_checkpoint(args.resume_from_checkpoint, identity, model, whole)
+    return args.resume_from_checkpoint
+
+
 def main(argv: Sequence[str]) -> None:
     """Train an adapter, save it, and print what it does; exits with a sentence on bad input."""
     try:
@@ -42,9 +55,13 @@ def main(argv: Sequence[str]) -> None:
         check_output(str(args.output_dir), "output_dir")
         use_all_cores(args)
         run = build(task_args, args, tiny.task(task_args, args.seed))
-        checkpoint = newest(args.output_dir) if args.resume else args.resume_from_checkpoint
-        if checkpoint:
-            check_same_kind(checkpoint, run.model.peft_config["default"])
+        identity = {
+            **as_config(task_args, args, run),
+            "weights_and_tokenizer": model_key(run.model, run.tokenizer),
+            "pairs": reference_key(run.examples, run.model, run.tokenizer),
+            "world_size": args.world_size,
+        }
+        checkpoint = _checkpoint(args, identity, run.model)
         if args.process_index == 0:
             print(_describe(run.model))
             if run.doubt:
@@ -57,6 +74,7 @@ def main(argv: Sequence[str]) -> None:
             eval_dataset=run.validation,
             neutral_texts=run.validation_texts,
         )
+        trainer.identity = identity
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     try:

@@ -21,6 +21,7 @@ from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
 from repeng.control.steer import steer
+from repeng.data.files import write_json
 from repeng.data.questions import Question
 from repeng.eval.eval_report import ARMS
 from repeng.eval.evaluate import ADAPTER_COEFFICIENTS, evaluate
@@ -42,6 +43,7 @@ from repeng.train.inner_contrastive_loss import (
 from repeng.train.learning_rate import peak_learning_rate, way_to_target
 from repeng.train.reference import add_reference, gap, persona_gap, preference_direction
 from repeng.train.reference_cache import cached_reference
+from repeng.train.resume import RUN, plain
 
 REFERENCE_SIZE = 4  # pairs at a time for each pair of training: nothing is kept for backward
 START_KL = 1e-3  # nats; kernels need not be bitwise reproducible
@@ -91,6 +93,7 @@ class SteeringTrainer(Trainer):
     way: float | None
     peak: float  # learning rate
     control: TrainerControl
+    identity: dict[str, Any] | None  # what run it is, for its checkpoints
 
     def __init__(
         self,
@@ -107,6 +110,7 @@ class SteeringTrainer(Trainer):
     ) -> None:
         self._terms: dict[str, list[Tensor]] = defaultdict(list)
         self._last_inputs: dict[str, Tensor] | None = None
+        self.identity = None
         self._staging: Path | None = None  # where a checkpoint is written before it is moved to its place
         self.stop = StopOnSignal()
         self.way_back = WayBack()
@@ -386,6 +390,8 @@ class SteeringTrainer(Trainer):
             if self.args.should_save:
                 staged = self._staging / f"checkpoint-{self.state.global_step}"
                 self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+                if self.identity is not None:
+                    write_json(staged / RUN, plain(self.identity))
                 publish(self._staging, folder, self.args, self.state.best_model_checkpoint)
             self.accelerator.wait_for_everyone()
         except (OSError, SafetensorError, RuntimeError) as error:

@@ -2,9 +2,12 @@
 
 import re
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 from peft import PeftConfig
+
+from repeng.tuner.fields import check_expression, check_fields
 
 PEFT_TYPE = "SVD_STEERING"
 PREFIX = "svd_steering_"
@@ -85,29 +88,20 @@ class SvdSteeringConfig(PeftConfig):
     format_version: int = field(default=1, metadata={"help": "Version of the adapter's files; 2 has additive_scale."})
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type: str | None = PEFT_TYPE
-        if not isinstance(self.format_version, int) or self.format_version > FORMAT_VERSION:
+        if isinstance(self.format_version, int) and self.format_version > FORMAT_VERSION:
             raise ValueError(
                 f"this adapter has file format {self.format_version!r} and this version of repeng reads formats up to "
                 f"{FORMAT_VERSION}: install a newer repeng to load it"
             )
+        self._make_plain()
+        check_fields(vars(self))
+        super().__post_init__()
+        self.peft_type: str | None = PEFT_TYPE
         if self.additive_scale:
             self.format_version = 2  # version 1 would read λ as a log-gain
-        if isinstance(self.target_modules, str) and re.fullmatch(r"[\w-]+", self.target_modules):
-            self.target_modules = {self.target_modules}  # one name, such as "residual" or "all-linear"
-        if isinstance(self.target_modules, list | tuple):
-            self.target_modules = set(self.target_modules)
-        if isinstance(self.exclude_modules, str) and re.fullmatch(r"[\w-]+", self.exclude_modules):
-            self.exclude_modules = {self.exclude_modules}
-        if isinstance(self.exclude_modules, list | tuple):
-            self.exclude_modules = set(self.exclude_modules)
-        if self.layers_to_transform is not None and not isinstance(self.layers_to_transform, int | str):
-            self.layers_to_transform = list(self.layers_to_transform)  # a range cannot be saved
-        if not isinstance(self.r, int) or self.r < 2:
-            raise ValueError(f"r must be an integer of at least 2 (one direction cannot turn); got {self.r!r}")
-        if self.svd_niter < 0:
-            raise ValueError(f"svd_niter must be 0 (exact) or positive; got {self.svd_niter}")
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), str):
+                check_expression(name, getattr(self, name), from_file=not self.init_bases)
         if not (self.rotate_input or self.rotate_output or self.scale or self.shift):
             raise ValueError("nothing to learn: set at least one of rotate_input, rotate_output, scale, shift")
         if self.additive_scale and not self.scale:
@@ -117,6 +111,24 @@ class SvdSteeringConfig(PeftConfig):
                 f"layers_to_transform={self.layers_to_transform} has no effect when target_modules is a regular "
                 f"expression ({self.target_modules!r}); give a list of names, or put the layers into the expression"
             )
+
+    def _make_plain(self) -> None:
+        """Write fields in the one form that is saved: names as a set, indices as a list of int."""
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, str) and re.fullmatch(r"[\w-]+", value):
+                value = [value]  # one name, such as "residual" or "all-linear"
+            if isinstance(value, list | tuple) and all(isinstance(one, str) for one in value):
+                value = set(value)
+            setattr(self, name, value)
+        if isinstance(self.layers_to_transform, list | tuple | range | set):
+            self.layers_to_transform = [
+                int(one) if isinstance(one, Integral) and not isinstance(one, bool) else one
+                for one in self.layers_to_transform
+            ]
+        for name in ("modules_to_save", "layers_pattern"):
+            if isinstance(getattr(self, name), tuple | set):
+                setattr(self, name, list(getattr(self, name)))
 
     @property
     def turns(self) -> bool:

@@ -36,6 +36,15 @@ def _sample(linear: nn.Module) -> list[float]:
     return entries(linear, *(torch.linspace(0, d - 1, ENTRIES).long() for d in (d_out, d_in))).tolist()
 
 
+def require_fingerprint(config: SvdSteeringConfig) -> None:
+    """Raise ValueError if an adapter's configuration does not tell its base model."""
+    if config.fingerprint is None and not config.allow_other_base:
+        raise ValueError(
+            "this adapter's configuration has no fingerprint, by which its base model would be recognised: take the "
+            "adapter from where it was saved again, or pass allow_other_base=True to PeftModel.from_pretrained"
+        )
+
+
 def check_same_base(model: nn.Module, config: SvdSteeringConfig, names: list[str]) -> None:
     """Raise ValueError if the adapted weights of `model` are not those that the adapter was made for."""
     if config.allow_other_base or not config.fingerprint:

@@ -17,9 +17,10 @@ from tqdm.auto import tqdm
 from repeng.tuner.base import is_linear
 from repeng.tuner.coefficients import Coefficients
 from repeng.tuner.config import PEFT_TYPE, PREFIX, SvdSteeringConfig
-from repeng.tuner.fingerprint import check_same_base, take_fingerprint
+from repeng.tuner.fingerprint import check_same_base, require_fingerprint, take_fingerprint
 from repeng.tuner.layer import Linear, SvdSteeringLayer
 from repeng.tuner.residual import CHILD, Residual, attach, detach
+from repeng.tuner.stored import check_numbers, check_tensors
 from repeng.tuner.targets import RESIDUAL, last, resolve
 
 
@@ -61,7 +62,9 @@ class SvdSteeringModel(BaseTuner):
         if config.init_bases or config.resolved_modules is None:
             config.resolved_modules = resolve(model, config)
         else:
+            require_fingerprint(config)
             require_modules(model, config.resolved_modules)
+            require_same_targets(model, config)
         if config.init_bases:
             config.fingerprint = take_fingerprint(model, config.resolved_modules)
             config.calibration = None
@@ -216,6 +219,7 @@ class SvdSteeringModel(BaseTuner):
         expected = {key.removesuffix(f".{adapter_name}") for key in _adapter_keys(model, adapter_name)}
         stored = {key for key in state_dict if not _is_auxiliary(key)}
         check_keys(expected, stored, adapter_name)
+        _check_stored(model, _of_this_method(config), adapter_name, state_dict)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
@@ -246,6 +250,22 @@ def require_modules(model: nn.Module, names: list[str]) -> None:
         )
 
 
+def require_same_targets(model: nn.Module, config: SvdSteeringConfig) -> None:
+    """Raise ValueError if the modules that a saved configuration names are not those that it asks for.
+
+    A regular expression of a file is not matched.
+    """
+    if isinstance(config.target_modules, str) or not config.target_modules:
+        return
+    asked, named = set(resolve(model, config)), set(config.resolved_modules or ())
+    for one, there in ((asked - named, "resolved_modules lacks"), (named - asked, "resolved_modules adds")):
+        if one:
+            raise ValueError(
+                f"target_modules, layers_to_transform and exclude_modules here ask for {len(asked)} modules"
+                f" and {there} {min(one)!r}: one was changed; take adapter_config.json from where it was saved again"
+            )
+
+
 def _adapter_keys(model: nn.Module, adapter_name: str) -> list[str]:
     """State-dict keys of this method's tensors for one adapter, with its name at the end."""
     return [key for key in model.state_dict() if f".{PREFIX}" in key and key.endswith(f".{adapter_name}")]
@@ -255,6 +275,22 @@ def _is_auxiliary(key: str) -> bool:
     """Whether PEFT itself may have put `key` into the file: modules_to_save, or an embedding of a grown vocabulary."""
     parts = key.split(".")
     return "modules_to_save" in parts or any(name in parts for name in EMBEDDING_LAYER_NAMES)
+
+
+def _check_stored(model: nn.Module, config: SvdSteeringConfig, adapter_name: str, stored: dict[str, Tensor]) -> None:
+    """Raise ValueError, naming a tensor, unless those of a file can be used and have the shapes of this model."""
+    own = {key: tensor for key, tensor in stored.items() if not _is_auxiliary(key)}
+    for key in stored.keys() - own.keys():
+        check_numbers(key, stored[key])
+    check_tensors(own, config)
+    here = model.state_dict()
+    for key, tensor in own.items():
+        wanted = here[f"{key}.{adapter_name}"].shape
+        if tensor.shape != wanted:
+            raise ValueError(
+                f"{key} has shape {tuple(tensor.shape)} and {type(model).__name__} needs {tuple(wanted)}; load the "
+                "base model that the adapter was made for"
+            )
 
 
 def check_keys(expected: set[str], given: set[str], adapter_name: str) -> None:

@@ -1,8 +1,9 @@
 """What EasySteer (ZJU-REAL/EasySteer) says of its control vectors beside what llama.cpp reads."""
 
-import json
 from pathlib import Path
 from typing import Any
+
+from repeng.model.strict_json import parse_json
 
 
 def check_place(reader: Any, path: str | Path) -> None:
@@ -14,8 +15,8 @@ def check_place(reader: Any, path: str | Path) -> None:
     """
     own, method = (reader.get_field(f"controlvector.{key}") for key in ("easysteer", "method"))
     try:
-        told = json.loads(own.contents()) if own else {"version": 1}
-    except (TypeError, json.JSONDecodeError):
+        told = parse_json(own.contents(), str(path)) if own else {"version": 1}
+    except (TypeError, ValueError):
         told = None
     if not isinstance(told, dict) or told.get("version") != 1:
         raise ValueError(f"{path} holds metadata of EasySteer in an unknown version; 1 is read: export it with that")

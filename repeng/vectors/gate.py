@@ -4,9 +4,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
-from safetensors import SafetensorError, safe_open
+from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -14,13 +15,18 @@ from transformers import PreTrainedTokenizerBase
 
 from repeng.data.files import written_whole
 from repeng.data.pairs import ContrastPair
+from repeng.data.schema import checked, shown
 from repeng.data.word_questions import without_persona
 from repeng.model.sites import Place, capture, eval_mode, site_modules
+from repeng.model.strict_json import parse_json
+from repeng.model.tensor_files import read_tensors
 from repeng.model.tokens import Encoded, encode_text, pad_rows
 from repeng.model.types import CausalLM
+from repeng.vectors.stored import check_directions, place_of
 from repeng.vectors.vector import SteeringVector
 
 KEY = "repeng-gate"  # of the JSON text in a file's safetensors metadata
+PLACES = Annotated[list[Annotated[list[str | int], Field(min_length=2, max_length=2)]], Field(min_length=1)]
 RIDGE = 1e-2  # share of the states' mean variance
 
 
@@ -59,17 +65,18 @@ class Gate:
             FileNotFoundError: there is no such file.
             ValueError: the file is no gate.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"there is no file {str(path)!r}")
-        try:
-            with safe_open(path, "pt") as file:
-                places = [(str(site), int(layer)) for site, layer in json.loads((file.metadata() or {})[KEY])]
-                both = [file.get_tensor(str(index)) for index in range(len(places))]
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not a gate that `Gate.save` has written") from error
-        if not all(tensor.ndim == 1 and tensor.isfinite().all() for tensor in both):
-            raise ValueError(f"{path}: a probe holds values that are not finite, or has another shape than (d + 1,)")
-        return cls({place: (tensor[:-1], tensor[-1]) for place, tensor in zip(places, both, strict=True)})
+        tensors, texts = read_tensors(path)
+        if KEY not in texts:
+            raise ValueError(f"{path} is not a gate that `Gate.save` has written: its metadata lack the key {KEY!r}")
+        listed = checked(PLACES, parse_json(texts[KEY], f"{path}: the text of its header"), f"{path}: its places")
+        places = [place_of(f"{layer}.{site}", str(path)) for site, layer in listed]
+        if set(tensors) != {str(index) for index in range(len(places))} or len({*places}) < len(places):
+            raise ValueError(f"{path} lists {len(places)} places and holds the tensors {shown(sorted(tensors))}")
+        both = {place: tensors[str(index)] for index, place in enumerate(places)}
+        check_directions(both, str(path))
+        if min(map(len, both.values())) < 2:
+            raise ValueError(f"{path} holds a probe of another shape than (d + 1,), for a state of width d")
+        return cls({place: (tensor[:-1], tensor[-1]) for place, tensor in both.items()})
 
 
 @torch.no_grad()

@@ -5,16 +5,19 @@ people and for `read_control_vector`; llama.cpp leaves them aside.
 """
 
 import math
+import re
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from repeng.data.files import written_whole
+from repeng.model.gguf_header import check_gguf
 from repeng.vectors.easysteer import check_place
 
 ARCHITECTURE = "controlvector"
@@ -77,7 +80,11 @@ def read_control_vector(path: str | Path) -> tuple[dict[int, Tensor], dict[str, 
     gguf = gguf_package()
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {str(path)!r}")
-    reader = gguf.GGUFReader(str(path))
+    check_gguf(path)
+    try:
+        reader = gguf.GGUFReader(str(path))
+    except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
+        raise ValueError(f"{path} is no whole GGUF file ({type(error).__name__}: {error})") from error
     architecture = reader.get_field("general.architecture")
     kind = architecture.contents() if architecture else "nothing that is named"
     hint = reader.get_field(MODEL_HINT)
@@ -88,14 +95,15 @@ def read_control_vector(path: str | Path) -> tuple[dict[int, Tensor], dict[str, 
     directions = {}
     for tensor in reader.tensors:
         name, _, layer = tensor.name.partition(".")
-        if name != "direction" or not layer.isdigit():
+        if name != "direction" or not re.fullmatch("0|[1-9][0-9]{0,5}", layer, re.ASCII):
             raise ValueError(f"{path} holds {tensor.name!r}; a control vector holds direction.LAYER only")
         if tensor.tensor_type not in read:
             raise ValueError(f"{path} holds {tensor.name!r} as {tensor.tensor_type.name}; F16, F32 and F64 are read")
         if tensor.data.ndim != 1:
             raise ValueError(f"{path} holds {tensor.name!r} with {tensor.data.ndim} dimensions; a direction has one")
         # A copy, since the reader maps the file into memory.
-        directions[int(layer)] = torch.tensor(tensor.data.astype("float32"))
+        with np.errstate(over="ignore"):  # infinity is refused below
+            directions[int(layer)] = torch.tensor(tensor.data.astype("float32"))
     if not directions:
         raise ValueError(f"{path} holds no directions")
     return directions, {"model_hint": hint.contents(), **_told(reader, path, sorted(directions))}

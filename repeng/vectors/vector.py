@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -9,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from repeng.data.files import written_whole
 from repeng.model.sites import RESIDUAL, Place, site_widths
 from repeng.model.sources import name_of_folder
+from repeng.model.tensor_files import read_tensors
+from repeng.vectors.stored import check_directions, checked_metadata, idle, parse_header, place_of
 
 FORMAT_VERSION = 1
 KEY = "repeng"  # of the JSON text in a file's safetensors metadata
@@ -29,7 +31,7 @@ PICKLED = (
 
 @dataclass(frozen=True, eq=False)
 class SteeringVector:
-    """One direction `(d)`, float32, for each (site, layer); + is toward chosen. `metadata` tells how it was made.
+    """One direction `(d)`, finite float32, for each (site, layer); + is toward chosen. `metadata` tells its making.
 
     Vectors add, subtract, and take factors: `(a + b) / 2`, `-a`. A place that one summand lacks counts as zero. What
     is computed from a calibrated vector is not calibrated.
@@ -37,6 +39,14 @@ class SteeringVector:
 
     directions: dict[Place, Tensor] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        broken = next((place for place, d in self.directions.items() if not torch.isfinite(d).all()), None)
+        if broken is not None:
+            raise ValueError(
+                f"the direction at {broken[0]!r} of layer {broken[1]} holds NaN or infinite values: what it was made "
+                "of is broken, or a factor is too large"
+            )
 
     @property
     def sites(self) -> list[str]:
@@ -95,7 +105,7 @@ class SteeringVector:
         return {place: direction.norm().item() for place, direction in self.directions.items()}
 
     def normalize(self) -> "SteeringVector":
-        """Every direction at length 1."""
+        """Every direction at length 1; a zero one stays."""
         units = {place: d / d.norm().clamp_min(1e-30) for place, d in self.directions.items()}
         return SteeringVector(units, self._told(calibration=None))
 
@@ -141,6 +151,8 @@ class SteeringVector:
     def __mul__(self, factor: float) -> "SteeringVector":
         if not isinstance(factor, Real):
             return NotImplemented
+        if not math.isfinite(factor):
+            raise ValueError(f"a vector takes a finite factor; got {factor}")
         scaled = {place: float(factor) * d for place, d in self.directions.items()}
         metadata = self._told(calibration=None, accuracy=self.metadata.get("accuracy") if factor > 0 else None)
         return SteeringVector(scaled, metadata)
@@ -148,7 +160,11 @@ class SteeringVector:
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float) -> "SteeringVector":
-        return self * (1 / divisor) if isinstance(divisor, Real) else NotImplemented
+        if not isinstance(divisor, Real):
+            return NotImplemented
+        if divisor == 0 or not math.isfinite(1 / divisor):
+            raise ValueError(f"a vector is divided by a number other than 0; got {divisor}")
+        return self * (1 / divisor)
 
     def __neg__(self) -> "SteeringVector":
         return self * -1.0
@@ -218,13 +234,19 @@ class SteeringVector:
 
         Raises:
             OSError: the file cannot be written.
-            ValueError: the metadata hold something that JSON does not know.
+            ValueError: the metadata hold something that JSON does not know, or the directions are not finite or all
+                zero.
         """
+        check_directions(self.directions, f"{path} is not written")
+        for site, layer in self.directions:
+            place_of(f"{layer}.{site}", f"{path} is not written: it")
         tensors = {f"{layer}.{site}": d.contiguous().clone() for (site, layer), d in self.directions.items()}
         try:
-            text = json.dumps({"format_version": FORMAT_VERSION, "metadata": self.metadata}, default=_as_json)
-        except TypeError as error:
+            told = {"format_version": FORMAT_VERSION, "metadata": self.metadata}
+            text = json.dumps(told, default=_as_json, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"the metadata cannot be written as JSON: {error}") from error
+        parse_header(text, FORMAT_VERSION, f"{path} is not written")  # what could not be read again
         with written_whole(path) as place:
             save_file(tensors, place, metadata={KEY: text})
 
@@ -236,31 +258,23 @@ class SteeringVector:
             FileNotFoundError: there is no such file.
             ValueError: it holds no steering vector, or one of a newer format.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"there is no file {str(path)!r}")
-        try:
-            with safe_open(path, framework="pt") as file:
-                text = (file.metadata() or {}).get(KEY)
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
-        except SafetensorError as error:
-            with open(path, "rb") as start:
-                pickled = start.read(4).startswith((b"PK\x03\x04", b"\x80"))
-            hint = PICKLED if pickled else "for GGUF use load_gguf"
-            raise ValueError(f"{path} is not a safetensors file ({error}); {hint}") from error
-        if text is None:
+        tensors, texts = read_tensors(path, PICKLED)
+        if KEY not in texts:
             raise ValueError(f"{path} holds no steering vector: its metadata lack the key {KEY!r}")
-        written = json.loads(text)
-        version = written["format_version"]
-        if version > FORMAT_VERSION:
-            raise ValueError(
-                f"{path} has format {version} and this version of repeng reads formats up to {FORMAT_VERSION}: "
-                "install a newer repeng"
-            )
-        directions = {}
-        for key, tensor in tensors.items():
-            layer, site = key.split(".", 1)
-            directions[site, int(layer)] = tensor
-        return cls(directions, written["metadata"])
+        metadata = parse_header(texts[KEY], FORMAT_VERSION, str(path))
+        if not tensors:
+            raise ValueError(f"{path} holds no direction; make the vector again")
+        directions = {place_of(key, str(path)): tensor for key, tensor in tensors.items()}
+        check_directions(directions, str(path), dict(zip(directions, tensors, strict=True)))
+        return cls(directions, metadata)._warned(path)
+
+    def _warned(self, path: str | Path) -> "SteeringVector":
+        """The vector; warns of directions that do nothing."""
+        nothing = idle(self.directions)
+        if nothing:
+            listed = ", ".join(f"{site} of layer {layer}" for site, layer in nothing[:3])
+            warnings.warn(f"{path}: {len(nothing)} directions are zero and do nothing: {listed}", stacklevel=3)
+        return self
 
     def save_gguf(self, path: str | Path) -> None:
         """Write a llama.cpp control vector: tensors `direction.LAYER` of the residual stream, to be added.
@@ -270,8 +284,10 @@ class SteeringVector:
 
         Raises:
             ImportError: the package gguf is not installed.
-            ValueError: directions at other sites, or at layer 0, which llama.cpp cannot apply; no model type is known.
+            ValueError: directions at other sites, or at layer 0, which llama.cpp cannot apply; no model type is known;
+                directions that are not finite, or all zero.
         """
+        check_directions(self.directions, f"{path} is not written")
         from repeng.vectors.gguf import write_control_vector
 
         others = [site for site in self.sites if site != RESIDUAL]
@@ -301,7 +317,9 @@ class SteeringVector:
 
         directions, metadata = read_control_vector(path)
         # Writers differ in what they call a model, so that their hint tells and only our own model_type decides.
-        return cls({(RESIDUAL, layer): d for layer, d in directions.items()}, metadata)
+        found = {(RESIDUAL, layer): d for layer, d in directions.items()}
+        check_directions(found, str(path), {(RESIDUAL, layer): f"direction.{layer}" for layer in directions})
+        return cls(found, checked_metadata(metadata, str(path)))._warned(path)
 
 
 def read_vector(path: Path) -> SteeringVector:

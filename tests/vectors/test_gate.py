@@ -91,10 +91,10 @@ def test_a_gate_is_saved_and_loaded(gate, tmp_path):
     with pytest.raises(FileNotFoundError):
         Gate.load(tmp_path / "none")
     (tmp_path / "text").write_text("no")
-    with pytest.raises(ValueError, match="not a gate"):
+    with pytest.raises(ValueError, match="not a safetensors file"):
         Gate.load(tmp_path / "text")
     Gate({PLACE: (torch.full((3,), torch.nan), torch.tensor(0.0))}).save(tmp_path / "nan")
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match="holds NaN or infinite"):
         Gate.load(tmp_path / "nan")
 
 

@@ -1,0 +1,39 @@
+"""Tensor files of others: read by safetensors alone, never by unpickling."""
+
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
+
+def read_tensors(path: str | Path, pickle_hint: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file, and the texts of its header.
+
+    Args:
+        path: of the file.
+        pickle_hint: what to do about a pickle.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is another kind of file, damaged, or of a dtype that PyTorch lacks.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {str(path)!r}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file ({error}); {_hint(path, pickle_hint)}") from None
+    except (TypeError, AttributeError, KeyError, RuntimeError, MemoryError) as error:
+        raise ValueError(f"{path} holds a tensor that cannot be read ({type(error).__name__}: {error})") from None
+
+
+def _hint(path: Path, pickle_hint: str) -> str:
+    with open(path, "rb") as file:
+        start = file.read(4)
+    if start.startswith(PICKLES):
+        return pickle_hint or "it is a pickle, which can run code when it is read, and so it is not"
+    return "it is a GGUF file" if start == b"GGUF" else "take it from where it was saved again"

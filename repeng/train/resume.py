@@ -1,0 +1,213 @@
+"""Whether a run can go on from a checkpoint: whose run it is of, and whether it is whole."""
+
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from pydantic import Field
+from torch import Tensor, nn
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import safe_globals
+
+from repeng.data.schema import checked, shown
+from repeng.model.strict_json import read_json
+from repeng.model.tensor_files import read_tensors
+from repeng.train.adapter_files import adapter_state
+from repeng.tuner.stored import check_numbers
+
+RUN = "run.json"  # in a checkpoint: what the run is
+WEIGHTS = "adapter_model.safetensors"
+# Keys of a run that may change in between: where it writes, how often, and how long it goes on.
+FREE = {
+    "output_dir",
+    "resume",
+    "resume_from_checkpoint",
+    "require_steering",
+    "max_steps",
+    "logging_steps",
+    "logging_strategy",
+    "save_steps",
+    "save_strategy",
+    "save_total_limit",
+    "report_to",
+    "run_name",
+    "disable_tqdm",
+    "use_cpu",
+    "dataloader_num_workers",
+}
+
+
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run is, as it comes back from a file."""
+    return json.loads(json.dumps(values, default=str))
+
+
+def checkpoint_to_resume(
+    folder: str | Path, run: Mapping[str, Any], model: PeftModel, whole: bool = True
+) -> str | None:
+    """The newest whole checkpoint in a run's folder; None if there is none at all. Says which ones are broken.
+
+    Args:
+        folder: of the run.
+        run: what this run is.
+        model: with its adapter.
+        whole: whether a checkpoint holds all of the optimizer, as it does without sharding.
+
+    Raises:
+        ValueError: the newest is of another run, or none is whole.
+    """
+    found = sorted(Path(folder).glob("checkpoint-*"), key=_written, reverse=True)
+    for path in found:
+        try:
+            check_checkpoint(path, run, model, whole)
+        except BrokenError as error:
+            warnings.warn(f"this checkpoint is left aside: {error}", stacklevel=2)
+            continue
+        return str(path)
+    if found:
+        raise ValueError(f"no checkpoint in {folder} is whole; train without resume, into another output_dir")
+    return None
+
+
+class BrokenError(ValueError):
+    """A checkpoint is damaged."""
+
+
+def check_checkpoint(path: str | Path, run: Mapping[str, Any], model: PeftModel, whole: bool = True) -> None:
+    """Raise ValueError unless a run can go on from a checkpoint; see `checkpoint_to_resume`.
+
+    Raises:
+        BrokenError: it is damaged.
+        ValueError: it is of another run, or there is none.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"there is no checkpoint {str(path)!r}: give a folder such as outputs/x/checkpoint-60")
+    _check_same_run(path, run)
+    try:
+        step = _check_state(path)
+        _check_adapter(path / WEIGHTS, model)
+        if whole:
+            _check_optimizer(path / OPTIMIZER_NAME, model)
+            _unpickled(path / SCHEDULER_NAME)
+            for numbers in [*path.glob("rng_state*.pth")] or [path / "rng_state.pth"]:
+                _unpickled(numbers)
+    except (ValueError, OSError) as error:
+        raise BrokenError(str(error)) from None
+    most = run.get("max_steps")
+    if isinstance(most, int) and 0 < most < step:
+        raise ValueError(f"{path} is of step {step}, beyond max_steps: {most}; give more, or another output_dir")
+
+
+def _check_same_run(path: Path, run: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming what differs, if a checkpoint is of another run."""
+    try:
+        there = checked(dict[str, Any], read_json(path / RUN), str(path / RUN))
+    except FileNotFoundError:
+        if not (path / TRAINER_STATE_NAME).is_file():
+            raise BrokenError(f"{path} holds neither {RUN} nor {TRAINER_STATE_NAME}") from None
+        raise ValueError(
+            f"{path} has no {RUN}, which says whose run it is of: an older version or another program wrote it. Train "
+            "without resume, into another output_dir"
+        ) from None
+    except (ValueError, OSError) as error:
+        raise BrokenError(str(error)) from None
+    here = plain(run)
+    different = [
+        f"{key} {shown(there.get(key))} there and {shown(here.get(key))} here"
+        for key in sorted((there.keys() | here.keys()) - FREE)
+        if there.get(key) != here.get(key)
+    ]
+    if different:
+        raise ValueError(
+            f"{path} is of another run: {'; '.join(different[:4])}{' …' if len(different) > 4 else ''}. Resume with "
+            "the keys that it was trained with, or train into another output_dir"
+        )
+
+
+def _check_state(path: Path) -> int:
+    """The step of a checkpoint; raises ValueError unless the trainer's state is one, of the folder's step."""
+    where = path / TRAINER_STATE_NAME
+    state = checked(dict[str, Any], _read_json(where), str(where))
+    hints: dict[str, Any] = {
+        "global_step": Annotated[int, Field(ge=1)],
+        "max_steps": Annotated[int, Field(ge=1)],
+        "epoch": Annotated[float, Field(ge=0)],
+        "log_history": list[dict[str, Any]],
+    }
+    for key, hint in hints.items():
+        checked(hint, state.get(key), f"{where}: {key}")
+    step = path.name.rpartition("-")[2]
+    if step.isdigit() and int(step) != state["global_step"]:
+        raise ValueError(f"{where}: global_step is {state['global_step']}, and the folder is called {path.name}")
+    return state["global_step"]
+
+
+def _read_json(path: Path) -> Any:
+    """JSON as `Trainer` writes it: a log may hold NaN."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON ({error}); the checkpoint is damaged") from None
+
+
+def _check_adapter(path: Path, model: PeftModel) -> None:
+    """Raise ValueError unless the file holds the tensors of this model's adapter, finite."""
+    stored, _ = read_tensors(path)
+    expected = get_peft_model_state_dict(model, state_dict=adapter_state(model))
+    wrong = stored.keys() ^ expected.keys()
+    if wrong:
+        raise ValueError(f"{path} holds other tensors than this adapter: {min(wrong)}")
+    for key, tensor in stored.items():
+        if tensor.shape != expected[key].shape:
+            raise ValueError(f"{path}: {key} has shape {tuple(tensor.shape)}, not {tuple(expected[key].shape)}")
+        try:
+            check_numbers(key, tensor)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+def _check_optimizer(path: Path, model: nn.Module) -> None:
+    """Raise ValueError unless the optimizer's state is of the parameters that are trained, in their order, finite."""
+    state = _unpickled(path)
+    shapes = [p.shape for p in model.parameters() if p.requires_grad]
+    groups = state.get("param_groups") if isinstance(state, dict) else None
+    moments = state.get("state") if isinstance(state, dict) else None
+    if not isinstance(groups, list) or not isinstance(moments, dict):
+        raise ValueError(f"{path} holds no state of an optimizer")
+    count = sum(len(group.get("params", ())) for group in groups if isinstance(group, dict))
+    if count != len(shapes):
+        raise ValueError(f"{path} is of {count} parameters, and this run trains {len(shapes)}")
+    by_size = sorted(tuple(shape) for shape in shapes)
+    own = [one for one in moments.values() if isinstance(one, dict)]
+    firsts = [next((t for t in one.values() if isinstance(t, Tensor) and t.ndim), None) for one in own]
+    if len(own) == len(shapes) and all(t is not None for t in firsts):
+        if sorted(tuple(t.shape) for t in firsts if t is not None) != by_size:
+            raise ValueError(f"{path} is of parameters of other shapes than this run trains")
+    for index, one in moments.items():
+        for name, value in one.items() if isinstance(one, dict) else ():
+            if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
+                raise ValueError(f"{path} holds NaN or infinite values at {index}, {name}")
+
+
+def _unpickled(path: Path) -> Any:
+    """What `torch.save` wrote, without running any code of the file's."""
+    if not path.is_file():
+        raise ValueError(f"{path.parent} holds no {path.name}")
+    try:
+        with warnings.catch_warnings(), safe_globals():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever unpickling of a damaged file may raise
+        told = " ".join(str(error).split())[:120]
+        raise ValueError(f"{path} cannot be read as tensors alone ({type(error).__name__}: {told})") from None
+
+
+def _written(path: Path) -> int:
+    """When a checkpoint was written, in ns; an earlier run may have gone further in steps."""
+    state = path / TRAINER_STATE_NAME
+    return (state if state.is_file() else path).stat().st_mtime_ns
