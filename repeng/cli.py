@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 
+from repeng import _command
 from repeng.data.arguments import TaskArguments
 from repeng.data.configuration import (
     add_keys,
@@ -72,6 +73,7 @@ EXPORTS = ("lora", "dial", "merged", "gguf")
 TRAIN_USAGE = "repeng train [--config NAME_OR_FILE ...] [--KEY VALUE ...] [FLAGS OF accelerate launch]"
 
 
+@_command.command()
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: exits with a sentence on bad input."""
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -84,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             serve(argv)
         else:
             _measure(argv)
+    except BrokenPipeError:
+        raise  # nobody reads on
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
 

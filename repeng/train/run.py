@@ -3,19 +3,24 @@
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
 
 from repeng import tiny
-from repeng.data.files import check_writable
+from repeng._command import Stopped
+from repeng.data.arguments import TaskArguments
+from repeng.data.files import WriteError
+from repeng.data.folders import claimed
+from repeng.eval.comparison import Comparison
 from repeng.eval.report.tables import print_table
 from repeng.train.arguments import SteeringArguments, parse_arguments
-from repeng.train.build import build
+from repeng.train.build import Run, build
 from repeng.train.callbacks import DivergedError, NonFiniteError
 from repeng.train.checkpoints import CheckpointError, check_same_kind, newest
-from repeng.train.run_folder import finish
+from repeng.train.run_folder import check_older_run, finish
 from repeng.train.trainer import StartError, SteeringTrainer
 from repeng.tuner import SvdSteeringModel
 
@@ -38,40 +43,55 @@ def _describe(model: PeftModel) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Train an adapter, save it, and print what it does; exits with a sentence on bad input."""
-    try:
-        task_args, args = parse_arguments(argv, DEFAULT_CONFIG)
-        check_writable(args.output_dir)
-        use_all_cores(args)
-        run = build(task_args, args, tiny.task(task_args, args.seed))
-        checkpoint = newest(args.output_dir) if args.resume else args.resume_from_checkpoint
-        if checkpoint:
-            check_same_kind(checkpoint, run.model.peft_config["default"])
+    """Train an adapter, save it, and print what it does; exits with a sentence on bad input.
+
+    Raises:
+        Stopped: a signal has ended the training, behind a checkpoint.
+    """
+    with ExitStack() as held:
+        try:
+            task_args, args = parse_arguments(argv, DEFAULT_CONFIG)
+            if args.process_index == 0:
+                held.enter_context(claimed(args.output_dir, "output_dir"))
+                check_older_run(args.output_dir, task_args, args)
+            run, trainer, checkpoint = _prepare(task_args, args)
+        except (ValueError, OSError) as error:
+            sys.exit(f"error: {error}")
         if args.process_index == 0:
             print(_describe(run.model))
             if run.doubt:
                 print(f"warning: {run.doubt}")
-        trainer = SteeringTrainer(
-            run.model,
-            args,
-            run.examples,
-            run.tokenizer,
-            eval_dataset=run.validation,
-            neutral_texts=run.validation_texts,
-        )
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    except (NonFiniteError, DivergedError, CheckpointError, StartError) as error:
-        sys.exit(f"error: {error}")
-    if trainer.stop.received:
-        sys.exit(f"stopped by SIGTERM after step {trainer.state.global_step}; continue with --resume true")
-    comparison = finish(task_args, args, run, trainer)
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+            if trainer.stop.received:
+                raise Stopped(trainer.stop.number, f" after step {trainer.state.global_step}")
+            comparison = finish(task_args, args, run, trainer)
+        except WriteError as error:
+            sys.exit(f"error: {error}. Make room, then continue with --resume true")
+        except (NonFiniteError, DivergedError, CheckpointError, StartError) as error:
+            sys.exit(f"error: {error}")
     if comparison is not None:
-        print_table(comparison)
-        print(comparison.verdict)
-        print(f"adapter and report: {args.output_dir} (open report.html)")
-        failed = comparison.shortcomings()
-        if failed and args.require_steering:
-            sys.exit("error: this adapter does not steer: " + "; ".join(failed))
+        _tell(comparison, args)
+
+
+def _prepare(task_args: TaskArguments, args: SteeringArguments) -> tuple[Run, SteeringTrainer, str | None]:
+    """The run, its trainer, and the checkpoint from which it goes on."""
+    use_all_cores(args)
+    run = build(task_args, args, tiny.task(task_args, args.seed))
+    checkpoint = newest(args.output_dir) if args.resume else args.resume_from_checkpoint
+    if checkpoint:
+        check_same_kind(checkpoint, run.model.peft_config["default"])
+    trainer = SteeringTrainer(
+        run.model, args, run.examples, run.tokenizer, eval_dataset=run.validation, neutral_texts=run.validation_texts
+    )
+    return run, trainer, checkpoint
+
+
+def _tell(comparison: Comparison, args: SteeringArguments) -> None:
+    """Print what was found; exits with a sentence if the adapter does not steer although it must."""
+    print_table(comparison)
+    print(comparison.verdict)
+    print(f"adapter and report: {args.output_dir} (open report.html)")
+    failed = comparison.shortcomings()
+    if failed and args.require_steering:
+        sys.exit("error: this adapter does not steer: " + "; ".join(failed))
