@@ -46,7 +46,7 @@ def check_older_run(folder: str | Path, task_args: TaskArguments, args: Steering
         older = yaml.safe_load((place / CONFIG).read_text(encoding="utf-8"))
         different = _differences(dict(older or {}), {**asdict(task_args), "adapter": args.adapter})
     except (yaml.YAMLError, TypeError, ValueError) as error:
-        raise ValueError(f"{place / CONFIG} is not what a run has written ({error}). {advice}") from error
+        raise ValueError(f"output_dir {folder}: {CONFIG} holds no keys and values of a run. {advice}") from error
     if different:
         raise ValueError(f"output_dir {folder} holds the files of another run: {'; '.join(different)}. {advice}")
 

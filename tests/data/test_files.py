@@ -4,13 +4,13 @@ import signal
 
 import pytest
 import torch
+from comparisons import comparison
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from repeng import EvalReport, SteeringVector
+from repeng import SteeringVector
 from repeng.data import files
 from repeng.data.files import WriteError, staged, write_json, write_text, written_whole
-from repeng.eval.comparison import Comparison
 from repeng.eval.report.folder import write_report
 from repeng.eval.report.page import write_page
 from repeng.eval.report.tables import write_csv
@@ -20,24 +20,6 @@ from repeng.train.reference_cache import _write_part
 from repeng.vectors.gguf import write_control_vector
 
 VECTOR = SteeringVector({("residual", 1): torch.ones(4)}, {"model_type": "llama"})
-
-
-def report():
-    return EvalReport(
-        [-1.0, 0.0, 1.0],
-        torch.tensor([[-1.0], [0.0], [1.0]]),
-        torch.ones(3, 1),
-        torch.zeros(3, 1),
-        torch.zeros(3, 1),
-        torch.zeros(3, 1),
-        torch.ones(1),
-        torch.tensor([[0.1], [0.0], [0.1]]),
-        torch.tensor([[0.1], [0.0], [0.1]]),
-    )
-
-
-def comparison():
-    return Comparison({name: [report()] for name in ("this adapter", "random direction")}, "this adapter")
 
 
 EXAMPLE = {**{name: torch.zeros(2) for name in STACKED}, "ref_logp": [torch.zeros(1)] * 3}
