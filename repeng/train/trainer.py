@@ -197,7 +197,7 @@ class SteeringTrainer(Trainer):
             plugin = cast(FullyShardedDataParallelPlugin, self.accelerator.state.fsdp_plugin)
             plugin.mixed_precision_policy = None
 
-    def _run_epoch(self, **kwargs: Any) -> None:
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Not even one step more where a run that had ended goes on from its last checkpoint."""
         patience, callbacks = self.args.early_stopping_patience, self.callback_handler.callbacks
         stoppers = [one for one in callbacks if isinstance(one, EarlyStoppingCallback)]
@@ -205,7 +205,7 @@ class SteeringTrainer(Trainer):
         if lost or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
-            super()._run_epoch(**kwargs)
+            super()._run_epoch(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
         base = self.accelerator.unwrap_model(model)
