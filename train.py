@@ -7,9 +7,7 @@ accelerate launch train.py --help
 `repeng train` does the same from an installed package.
 """
 
-import sys
-
-from repeng.train.run import main
+from repeng.train.__main__ import main
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.timing import seconds
 from repeng import SvdSteeringConfig
+from repeng._command import command
 from repeng.tuner.base import dense_weight
 from repeng.tuner.layer import Linear
 
@@ -95,4 +96,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command():
+        main()

@@ -9,6 +9,7 @@ from functools import partial
 
 from benchmarks.training import train
 from repeng import Budget, KLBudget, calibrate, evaluate, extract, steer, tiny
+from repeng._command import command
 from repeng.eval.calibrate import kl_spender
 from repeng.eval.report.tables import markdown
 from repeng.tiny import lexicon
@@ -61,4 +62,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command():
+        main()

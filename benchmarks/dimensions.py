@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.training import ranges_row, trained_report
+from repeng._command import command
 from repeng.eval.report.tables import markdown
 from repeng.train.arguments import SteeringArguments
 from repeng.train.build import Run
@@ -72,4 +73,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command():
+        main()

@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.timing import seconds
 from repeng import ContrastPair, extract, tiny
+from repeng._command import command
 
 THEIRS = """
 import json, sys, time
@@ -104,4 +105,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command():
+        main()

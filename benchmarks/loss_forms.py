@@ -16,6 +16,7 @@ from einops import einsum, rearrange, reduce
 from torch import Tensor
 
 from benchmarks.training import ranges_row, trained_report
+from repeng._command import command
 from repeng.eval.report.tables import markdown, percent
 from repeng.train.inner_contrastive_loss import (
     InnerContrastiveLoss,
@@ -154,4 +155,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command():
+        main()

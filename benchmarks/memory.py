@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.training import CONFIG
 from repeng import tiny
+from repeng._command import command
 from repeng.eval.report.tables import markdown
 from repeng.train.arguments import parse_arguments
 from repeng.train.build import build
@@ -101,4 +102,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command():
+        main()

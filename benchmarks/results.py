@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from repeng._command import command
 from repeng.eval.compare import ADAPTER, MEAN_DIFF, PROMPTS, RANDOM
 from repeng.eval.comparison import Comparison
 from repeng.eval.curves import FIXED_COSTS
@@ -141,4 +142,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command():
+        main()

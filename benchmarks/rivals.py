@@ -22,6 +22,7 @@ from torch import nn
 from benchmarks import baselines
 from benchmarks.training import train
 from repeng import EvalReport, SteeringVector, extract, fit_gate, steer, tiny
+from repeng._command import command
 from repeng.data.pairs import PLACEHOLDER, ContrastPair
 from repeng.data.task import Task, make_task, read_pairs
 from repeng.data.word_questions import without_persona
@@ -251,4 +252,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command():
+        main()

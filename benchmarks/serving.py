@@ -17,6 +17,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedM
 
 from benchmarks.steps import SHAPES, random_model
 from repeng import load_model
+from repeng._command import command
 from repeng.eval.report.tables import markdown
 from repeng.serve import Batching, Dials, Limits
 from repeng.serve.sampling import Sampling
@@ -138,4 +139,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command():
+        main()

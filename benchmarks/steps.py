@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from benchmarks.timing import seconds
 from benchmarks.training import CONFIG
 from repeng import tiny
+from repeng._command import command
 from repeng.eval.report.tables import markdown
 from repeng.train.arguments import parse_arguments
 from repeng.train.build import build
@@ -115,4 +116,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command():
+        main()

@@ -12,6 +12,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from repeng import EvalReport, SteeringVector, evaluate, extract, steer, tiny
+from repeng._command import command
 from repeng.eval.evaluate import VECTOR_COEFFICIENTS
 from repeng.eval.measure import prompt_dial
 from repeng.eval.report.tables import markdown, percent
@@ -85,4 +86,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command():
+        main()

@@ -16,6 +16,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from benchmarks.results import ROOT
+from repeng._command import command
 from repeng.data.files import write_json
 from repeng.data.pairs import PLACEHOLDER
 from repeng.data.probes import some_suffixes, trait_arguments, trait_pairs
@@ -117,4 +118,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command():
+        main()

@@ -15,6 +15,7 @@ from typing import Annotated, NoReturn
 
 from pydantic import Field
 
+from repeng import _command
 from repeng.data.arguments import TaskArguments
 from repeng.data.configuration import (
     add_keys,
@@ -98,6 +99,7 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; {self.prog} --help says what is taken")
 
 
+@_command.command()
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: exits with a sentence on bad input."""
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -114,6 +116,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             measure(argv)
         else:
             make_parser().parse_args(argv)
+    except BrokenPipeError:
+        raise  # nobody reads on
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
 

@@ -1,7 +1,9 @@
 """What the commands do with the folder of an adapter, or the file of a vector."""
 
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -18,18 +20,18 @@ from repeng.control.adapter_folder import CONFIG, AdapterFolder
 from repeng.control.lora import lora_names, scale_weights
 from repeng.control.steer import steer
 from repeng.data.arguments import TaskArguments
-from repeng.data.files import cache_folder, write_json
+from repeng.data.files import cache_folder
+from repeng.data.folders import check_writable, claimed
 from repeng.data.pairs import ContrastPair
-from repeng.data.paths import check_output
 from repeng.data.schema import checked
 from repeng.data.task import Task, make_task, read_pairs, split_pairs
 from repeng.data.trust import own_config, say_model
-from repeng.eval.calibrate import KLBudget, kl_spender, set_units
+from repeng.eval.calibrate import Calibration, KLBudget, kl_spender, set_units
 from repeng.eval.calibrate import calibrate as find_calibration
 from repeng.eval.compare import compare
 from repeng.eval.eval_report import ARMS
 from repeng.eval.measure import Dial
-from repeng.eval.report.folder import write_report
+from repeng.eval.report.folder import EVALUATION, write_report
 from repeng.eval.report.tables import print_doses, print_table
 from repeng.export import export_dial, export_gguf, export_gguf_dial, export_lora, export_merged, vector_of
 from repeng.export.factors import check_new
@@ -40,11 +42,10 @@ from repeng.model.sources import find_source, gguf_path, name_of_folder
 from repeng.model.types import CausalLM
 from repeng.model.whole import check_vocabulary
 from repeng.serve.limits import Limits
-from repeng.train.adapter_files import save_adapter
+from repeng.train.adapter_files import CALIBRATION, save_adapter
 from repeng.vectors.vector import SteeringVector, read_vector
 
 OWN = "this dial"
-CALIBRATION = "calibration.json"  # beside a LoRA, whose own files have no place for it
 LARGEST = 4.0  # coefficient of an adapter, which is trained at 1: far beyond, effects fade while costs may not
 TOLERANCE = 0.1
 
@@ -81,19 +82,17 @@ def evaluate(
     Raises:
         SystemExit: steering is required, and this does not steer.
     """
-    folder = (
-        Path(output) if output else path / "evaluation" if path.is_dir() else path.with_name(f"{path.stem}-report")
-    )
-    check_output(folder, "output")
     steering = _read(path)
-    base = _load_task_model(task_args, seed, use_cpu, bf16)
-    steering.check(base.model)
-    task = make_task(task_args, base.model, base.tokenizer, base.pairs, seed=seed, own=base.own)
-    loaded = _put_on(steering, base.model)
-    comparison = compare(loaded.model, base.tokenizer, task, loaded.dial, OWN, cache=cache_folder())
+    beside = path / EVALUATION if path.is_dir() else path.with_name(f"{path.stem}-report")
+    with claimed(output or beside, "--output") as folder:
+        base = _load_task_model(task_args, seed, use_cpu, bf16)
+        steering.check(base.model)
+        task = make_task(task_args, base.model, base.tokenizer, base.pairs, seed=seed, own=base.own)
+        loaded = _put_on(steering, base.model)
+        comparison = compare(loaded.model, base.tokenizer, task, loaded.dial, OWN, cache=cache_folder())
+        write_report(comparison, folder, title=f"{path.name}: {task.behaviour}")
     print_doses(comparison.reports[OWN][0], f"{path}: {task.behaviour}")
     print_table(comparison)
-    write_report(comparison, folder, title=f"{path.name}: {task.behaviour}")
     print(comparison.verdict)
     print(f"report: {folder / 'report.html'}")
     failed = comparison.shortcomings()
@@ -124,51 +123,62 @@ def calibrate(
         )
     budget = KLBudget(nats, percentile, sequences=sequences)
     steering = _read(path)
-    base = _load_task_model(task_args, seed, use_cpu, bf16)
-    steering.check(base.model)
-    pairs, _ = split_pairs(task_args, base.pairs, base.own)
-    prompts = _training_prompts(pairs, has_template=bool(base.tokenizer.chat_template))
-    if len(prompts) < 2:
-        raise ValueError(
-            f"the pairs have {len(prompts)} prompt to continue; a calibration and its check need two or more"
-        )
-    model, dial, vector = _put_on(steering, base.model)
-    chosen, checked = prompts[::2], prompts[1::2]
-    largest = LARGEST if vector is None else 8.0
-    calibration = find_calibration(model, base.tokenizer, dial, chosen, budget, largest=largest)
-    stored, at = f"stored: {target}", {sign: float(sign) for _, sign in ARMS}
-    if vector is None and lora_names(cast(nn.Module, model)):
-        if max(calibration.spent.values()) < 1 - TOLERANCE:
+    with claimed(path, "PATH") if path.is_dir() else nullcontext():
+        base = _load_task_model(task_args, seed, use_cpu, bf16)
+        steering.check(base.model)
+        pairs, _ = split_pairs(task_args, base.pairs, base.own)
+        prompts = _training_prompts(pairs, has_template=bool(base.tokenizer.chat_template))
+        if len(prompts) < 2:
             raise ValueError(
-                f"no coefficient up to {LARGEST:g} spends {nats:g} nats: the adapter is left as it is; ask for fewer"
+                f"the pairs have {len(prompts)} prompt to continue; a calibration and its check need two or more"
             )
-        factor = min(calibration.plus, calibration.minus)
-        scale_weights(cast(nn.Module, model), factor)
-        save_adapter(cast(PeftModel, model), target)
-        write_json(target / CALIBRATION, {"weights_times": factor, **calibration.to_dict()})
-        stored += f". A LoRA has one scale: its weights are now {factor:.3g} times what they were, for both arms"
-        at = {sign: sign * getattr(calibration, arm) / factor for arm, sign in ARMS}
-    elif vector is None:
-        set_units(model, calibration)
-        save_adapter(cast(PeftModel, model), target)
-    else:
-        vector = vector.calibrated(calibration.to_dict())
-        vector.save(target)
-        dial = partial(steer, model, vector=vector)
-    spend = kl_spender(model, base.tokenizer, dial, checked, budget)
+        loaded = _put_on(steering, base.model)
+        largest = LARGEST if loaded.vector is None else 8.0
+        calibration = find_calibration(
+            loaded.model, base.tokenizer, loaded.dial, prompts[::2], budget, largest=largest
+        )
+        dial, at = _store(loaded, calibration, target, nats)
+    spend = kl_spender(loaded.model, base.tokenizer, dial, prompts[1::2], budget)
     for arm, sign in ARMS:
         spent = budget.nats * spend(at[sign])
         now = f" is now {getattr(calibration, arm):.3g} of the former unit" if abs(at[sign]) == 1 else ""
         print(
-            f"c = {at[sign]:+.3g}{now}. On {len(checked)} other prompts, percentile {budget.percentile:g} of the KL "
-            f"per token is {spent:.3g} nats; the budget is {budget.nats:g}"
+            f"c = {at[sign]:+.3g}{now}. On {len(prompts[1::2])} other prompts, percentile {budget.percentile:g} of "
+            f"the KL per token is {spent:.3g} nats; the budget is {budget.nats:g}"
         )
         if calibration.spent[arm] < 1 - TOLERANCE:
             print(
                 f"  this arm does not spend the whole budget at any coefficient that was tried: "
                 f"{calibration.spent[arm]:.0%}"
             )
-    print(stored)
+    print(f"stored: {target}")
+
+
+def _store(loaded: Loaded, calibration: Calibration, target: Path, nats: float) -> tuple[Dial, dict[int, float]]:
+    """Write what was calibrated; its dial, and where on it the calibration is, by the sign of the arm.
+
+    Raises:
+        ValueError: a LoRA spends less on both arms, whatever its scale.
+    """
+    model, vector, at = loaded.model, loaded.vector, {sign: float(sign) for _, sign in ARMS}
+    if vector is not None:
+        vector = vector.calibrated(calibration.to_dict())
+        vector.save(target)
+        return partial(steer, model, vector=vector), at
+    if not lora_names(cast(nn.Module, model)):
+        set_units(model, calibration)
+        save_adapter(cast(PeftModel, model), target)
+        return loaded.dial, at
+    if max(calibration.spent.values()) < 1 - TOLERANCE:
+        raise ValueError(
+            f"no coefficient up to {LARGEST:g} spends {nats:g} nats: the adapter is left as it is; ask for fewer"
+        )
+    factor = min(calibration.plus, calibration.minus)
+    scale_weights(cast(nn.Module, model), factor)
+    told = json.dumps({"weights_times": factor, **calibration.to_dict()}, indent=1) + "\n"
+    save_adapter(cast(PeftModel, model), target, more={CALIBRATION: told})
+    print(f"a LoRA has one scale: its weights are now {factor:.3g} times what they were, for both arms")
+    return loaded.dial, {sign: sign * getattr(calibration, arm) / factor for arm, sign in ARMS}
 
 
 def export(
@@ -186,7 +196,7 @@ def export(
         FileExistsError: something lies there already.
     """
     beside = path.resolve()
-    check_output(output.parent if output else beside.parent, "output")
+    check_writable(output.parent if output else beside.parent, "the folder of --output")
     if path.is_file():
         _export_vector(SteeringVector.load(path), output, beside)
         return

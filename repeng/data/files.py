@@ -9,6 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+from repeng._command import undisturbed
+
+STAGING = ".saving-"  # begins the names of folders in which files are written before they move to their places
+
 
 def load_texts(path: str | Path) -> list[str]:
     """Texts from JSON Lines (strings, or objects with `text`) or, for any other file name, one text a line.
@@ -70,23 +76,41 @@ def give_usual_mode(files: Iterable[Path], beside: Path) -> None:
         os.chmod(file, probe.stat().st_mode)
 
 
+class WriteError(OSError):
+    """Files could not be written; what lay in their places before does so still."""
+
+
 @contextmanager
-def staged(folder: str | Path, names: Iterable[str]) -> Iterator[Path]:
+def staged(folder: str | Path, names: Iterable[str], stale: Iterable[Path] = ()) -> Iterator[Path]:
     """A temporary folder inside `folder`; files of these names move from it to their places if the block ends well.
 
     Otherwise nothing changes. Each file takes the place of an older one in one step, so that no reader finds half of
     it, even after a kill.
 
+    Args:
+        folder: where the files will lie.
+        names: of the files, in the order in which they move.
+        stale: files that speak of what the new ones replace; they go before the first one comes.
+
     Raises:
-        OSError: the folder cannot be made or written.
+        WriteError: the folder cannot be made, or a file cannot be written.
     """
-    folder, names = Path(folder), list(names)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
-        yield Path(temporary)
-        give_usual_mode((Path(temporary) / name for name in names), Path(temporary))
-        for name in names:
-            os.replace(Path(temporary) / name, folder / name)
+    folder, names, temporary = Path(folder), list(names), ""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=STAGING) as temporary:
+            yield Path(temporary)
+            give_usual_mode((Path(temporary) / name for name in names), Path(temporary))
+            with undisturbed():
+                for path in stale:
+                    path.unlink(missing_ok=True)
+                for name in names:
+                    os.replace(Path(temporary) / name, folder / name)
+    except (OSError, SafetensorError) as error:
+        told = str(error)
+        if not isinstance(error, WriteError):  # which one of several files has raised
+            told = f"{folder}: {' and '.join(names)} could not be written: {getattr(error, 'strerror', None) or error}"
+        raise WriteError(told.replace(temporary or str(folder), str(folder))) from error
 
 
 @contextmanager
@@ -112,16 +136,3 @@ def cache_folder() -> Path:
     """Where what can be measured again is kept: `$REPENG_CACHE`, or `repeng` in the user's cache folder."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("REPENG_CACHE") or Path(home) / "repeng")
-
-
-def check_writable(folder: str | Path) -> None:
-    """Raise OSError, before any work, if `folder` cannot be made or written; it is not made yet."""
-    folder = Path(folder)
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        with staged(folder, ()):
-            pass
-    finally:
-        for path in new:
-            if path.is_dir() and not any(path.iterdir()):
-                path.rmdir()

@@ -1,8 +1,7 @@
-"""What a command is pointed at: what it reads, told by a glance, and where it writes."""
+"""What a command is pointed at: the folder of an adapter or the file of a vector, told by a glance."""
 
 from pathlib import Path
 
-from repeng.data.files import check_writable
 from repeng.data.schema import shown
 
 WANTED = "give the folder of an adapter, which training writes, or the file of a vector (.safetensors, .gguf)"
@@ -28,12 +27,3 @@ def steerable(word: str) -> Path:
     elif path.suffix not in (".safetensors", ".gguf") or not path.is_file():
         raise ValueError(f"PATH: {word!r} is no file of a vector; {WANTED}")
     return path
-
-
-def check_output(folder: str | Path, key: str) -> None:
-    """Raise ValueError, naming the key, if nothing can be written into a folder; it is not made yet."""
-    try:
-        check_writable(folder)
-    except OSError as error:
-        what = f"{key}: {str(folder)!r} cannot be written"
-        raise ValueError(f"{what} ({error.strerror}); name another folder") from None

@@ -29,6 +29,17 @@ from repeng.model.whole import check_folder, check_loaded, check_vocabulary
 # Attribute of a layer in 4 bits: whether bitsandbytes repacks its weight on some CPUs in the first evaluation, for a
 # kernel without gradients.
 REPACKED_ON_CPU = "support_avx512bf16_for_cpu"
+# What libraries raise of files that they cannot read.
+UNREADABLE = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    SafetensorError,
+)
 
 
 def model_name(model: PreTrainedModel) -> str:

@@ -2,6 +2,16 @@
 
 import sys
 
-from repeng.train.run import main
+from repeng._command import command
 
-main(sys.argv[1:])
+
+def main() -> None:
+    """Train as the command line says."""
+    with command("continue with --resume true"):
+        from repeng.train.run import main as train  # slow to import
+
+        train(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    main()

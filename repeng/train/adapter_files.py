@@ -1,5 +1,7 @@
 """Adapters as files: gathered from all processes, written whole, read back, loaded."""
 
+import filecmp
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,22 +16,39 @@ from repeng.model.sharded import whole
 from repeng.tuner.config import PREFIX
 from repeng.tuner.model import check_keys
 
+ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
+CALIBRATION = "calibration.json"  # beside a LoRA, whose own files have no place for it
 
-def save_adapter(model: PeftModel, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
+
+def save_adapter(
+    model: PeftModel,
+    folder: str | Path,
+    state: dict[str, Tensor] | None = None,
+    *,
+    more: Mapping[str, str] | None = None,
+    stale: Iterable[Path] = (),
+) -> None:
     """Write the adapter whole or not at all: beside its place, read back and compared, then moved.
 
     Args:
         model: the PEFT model.
         folder: where to.
         state: what `adapter_state` gave, which all processes of a sharded model must have called.
+        more: texts that belong to the adapter, by the names of their files; they lie there before it does.
+        stale: files that speak of the adapter that lies there; they go if this is another one.
 
     Raises:
-        OSError: the folder cannot be written, or what was written differs from the adapter.
+        WriteError: the folder cannot be written, or what was written differs from the adapter.
     """
-    state = adapter_state(model) if state is None else state
-    with staged(folder, ("adapter_model.safetensors", "adapter_config.json")) as temporary:
+    state, more, going = adapter_state(model) if state is None else state, more or {}, list[Path]()
+    with staged(folder, (*more, *ADAPTER), going) as temporary:
         model.save_pretrained(str(temporary), state_dict=state)
         check_saved(model, temporary, state)
+        for name, text in more.items():
+            (temporary / name).write_text(text, encoding="utf-8")
+        places = [Path(folder) / name for name in ADAPTER]
+        tensors, config = (not p.is_file() or not filecmp.cmp(p, temporary / p.name, shallow=False) for p in places)
+        going += [*stale, *places[1:]] if tensors and config else stale if tensors else []
 
 
 def check_saved(model: PeftModel, folder: str | Path, state: dict[str, Tensor]) -> None:

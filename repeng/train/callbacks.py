@@ -2,7 +2,6 @@
 
 import logging
 import signal
-import threading
 from statistics import mean
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from repeng._command import handle, restore
 from repeng.model.sharded import local
 
 WINDOW = 4  # steps over which losses are compared
@@ -94,18 +94,21 @@ def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 class StopOnSignal(TrainerCallback):
-    """On SIGTERM, in any process, all finish the step that runs and write a checkpoint before training ends."""
+    """On SIGTERM or SIGINT, in any process, all finish the step that runs and write a checkpoint before training ends.
+
+    A second SIGINT goes to whoever got it before.
+    """
 
     def __init__(self) -> None:
         self.received: bool = False
+        self.number: int = signal.SIGTERM
+        self._before: dict[int, Any] = {}
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        if threading.current_thread() is threading.main_thread():  # no other may set handlers
-            self._before = signal.signal(signal.SIGTERM, self._remember)
+        self._before = handle(self._remember)
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
-        if hasattr(self, "_before"):
-            signal.signal(signal.SIGTERM, self._before)
+        restore(self._before)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -117,5 +120,9 @@ class StopOnSignal(TrainerCallback):
         if self.received:
             control.should_save = control.should_training_stop = True
 
-    def _remember(self, *_: Any) -> None:
-        self.received = True
+    def _remember(self, number: int, _: Any) -> None:
+        if self.received and number == signal.SIGINT:
+            restore(self._before)
+            signal.raise_signal(number)
+        elif not self.received:
+            self.received, self.number = True, number

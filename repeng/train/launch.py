@@ -2,14 +2,17 @@
 
 import argparse
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from subprocess import CalledProcessError
 from tempfile import TemporaryDirectory
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import psutil
 import yaml
 
+from repeng._command import Stopped, handle, restore
 from repeng.data.arguments import TaskArguments
 from repeng.data.configuration import CONFIGS, names_of
 from repeng.data.files import nearest
@@ -27,9 +30,10 @@ def launch(argv: Sequence[str]) -> None:
 
     Raises:
         ValueError: neither knows a flag.
-        SystemExit: the training failed.
+        SystemExit: the training failed, or was stopped by a signal.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     from repeng.train.arguments import SteeringArguments, check_arguments
@@ -43,10 +47,38 @@ def launch(argv: Sequence[str]) -> None:
         if arguments.config_file is not None:
             _check_config_file(arguments.config_file)
             arguments.config_file = accelerate_config(arguments.config_file, Path(folder))
-        try:
-            launch_command(arguments)
-        except (CalledProcessError, ChildFailedError):
-            sys.exit(1)  # the processes have said why
+        with _passed_on() as came:
+            try:
+                launch_command(arguments)
+            except SignalException as error:  # of several processes, which got it as well
+                came.append(error.sigval)
+            except (CalledProcessError, ChildFailedError, SystemExit):
+                sys.exit(128 + came[0] if came else 1)  # the processes have said why
+        if came:
+            sys.exit(128 + came[0])
+
+
+@contextmanager
+def _passed_on() -> Iterator[list[int]]:
+    """Signals that would end this process; its children get each as SIGTERM, and it waits for them.
+
+    Ctrl-C in a terminal reaches them as well, and a second one insists.
+    """
+    came: list[int] = []
+
+    def pass_on(number: int, _: Any) -> None:
+        children = psutil.Process().children()
+        if not children:
+            raise Stopped(number)
+        came.append(number)
+        for child in children:
+            child.terminate()
+
+    before = handle(pass_on)
+    try:
+        yield came
+    finally:
+        restore(before)
 
 
 def _refuse(message: str) -> NoReturn:

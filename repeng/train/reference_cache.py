@@ -1,7 +1,6 @@
 """What the base gives on the training examples, kept in files: computed once an example, shared by all processes."""
 
 import itertools
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast, overload
@@ -112,8 +111,6 @@ def cached_reference(
         _write_part(compute(examples[rank::world]), paths[rank])
     accelerator.wait_for_everyone()
     if rank == 0:
-        for left_behind in Path(folder).glob(".saving-*"):  # by a run that was killed
-            shutil.rmtree(left_behind, ignore_errors=True)
         for stale in set(Path(folder).glob("reference-*-of-*.safetensors")) - set(paths):
             stale.unlink()
     return ReferenceExamples(examples, paths)

@@ -3,22 +3,27 @@
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
 
 from repeng import tiny
-from repeng.data.paths import check_output
+from repeng._command import Stopped
+from repeng.data.arguments import TaskArguments
+from repeng.data.files import WriteError
+from repeng.data.folders import claimed
+from repeng.eval.comparison import Comparison
 from repeng.eval.report.tables import print_table
 from repeng.model.identity import model_key
 from repeng.train.arguments import DEFAULT_CONFIG, SteeringArguments, parse_arguments
-from repeng.train.build import build
+from repeng.train.build import Run, build
 from repeng.train.callbacks import DivergedError, NonFiniteError
 from repeng.train.checkpoints import CheckpointError
 from repeng.train.reference_cache import reference_key
 from repeng.train.resume import check_checkpoint, checkpoint_to_resume
-from repeng.train.run_folder import as_config, finish
+from repeng.train.run_folder import as_config, check_older_run, finish
 from repeng.train.trainer import StartError, SteeringTrainer
 from repeng.tuner import SvdSteeringModel
 
@@ -49,45 +54,60 @@ def _checkpoint(args: SteeringArguments, identity: dict[str, Any], model: PeftMo
 
 
 def main(argv: Sequence[str]) -> None:
-    """Train an adapter, save it, and print what it does; exits with a sentence on bad input."""
-    try:
-        task_args, args = parse_arguments(argv, DEFAULT_CONFIG)
-        check_output(str(args.output_dir), "output_dir")
-        use_all_cores(args)
-        run = build(task_args, args, tiny.task(task_args, args.seed))
-        identity = {
-            **as_config(task_args, args, run),
-            "weights_and_tokenizer": model_key(run.model, run.tokenizer),
-            "pairs": reference_key(run.examples, run.model, run.tokenizer),
-            "world_size": args.world_size,
-        }
-        checkpoint = _checkpoint(args, identity, run.model)
+    """Train an adapter, save it, and print what it does; exits with a sentence on bad input.
+
+    Raises:
+        Stopped: a signal has ended the training, behind a checkpoint.
+    """
+    with ExitStack() as held:
+        try:
+            task_args, args = parse_arguments(argv, DEFAULT_CONFIG)
+            if args.process_index == 0:
+                held.enter_context(claimed(args.output_dir, "output_dir"))
+                check_older_run(args.output_dir, task_args, args)
+            run, trainer, checkpoint = _prepare(task_args, args)
+        except (ValueError, OSError) as error:
+            sys.exit(f"error: {error}")
         if args.process_index == 0:
             print(_describe(run.model))
             if run.doubt:
                 print(f"warning: {run.doubt}")
-        trainer = SteeringTrainer(
-            run.model,
-            args,
-            run.examples,
-            run.tokenizer,
-            eval_dataset=run.validation,
-            neutral_texts=run.validation_texts,
-        )
-        trainer.identity = identity
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    except (NonFiniteError, DivergedError, CheckpointError, StartError) as error:
-        sys.exit(f"error: {error}")
-    if trainer.stop.received:
-        sys.exit(f"stopped by SIGTERM after step {trainer.state.global_step}; continue with --resume true")
-    comparison = finish(task_args, args, run, trainer)
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+            if trainer.stop.received:
+                raise Stopped(trainer.stop.number, f" after step {trainer.state.global_step}")
+            comparison = finish(task_args, args, run, trainer)
+        except WriteError as error:
+            sys.exit(f"error: {error}. Make room, then continue with --resume true")
+        except (NonFiniteError, DivergedError, CheckpointError, StartError) as error:
+            sys.exit(f"error: {error}")
     if comparison is not None:
-        print_table(comparison)
-        print(comparison.verdict)
-        print(f"adapter and report: {args.output_dir} (open report.html)")
-        failed = comparison.shortcomings()
-        if failed and args.require_steering:
-            sys.exit("error: this adapter does not steer: " + "; ".join(failed))
+        _tell(comparison, args)
+
+
+def _prepare(task_args: TaskArguments, args: SteeringArguments) -> tuple[Run, SteeringTrainer, str | None]:
+    """The run, its trainer, and the checkpoint from which it goes on."""
+    use_all_cores(args)
+    run = build(task_args, args, tiny.task(task_args, args.seed))
+    identity = {
+        **as_config(task_args, args, run),
+        "weights_and_tokenizer": model_key(run.model, run.tokenizer),
+        "pairs": reference_key(run.examples, run.model, run.tokenizer),
+        "world_size": args.world_size,
+    }
+    checkpoint = _checkpoint(args, identity, run.model)
+    trainer = SteeringTrainer(
+        run.model, args, run.examples, run.tokenizer, eval_dataset=run.validation, neutral_texts=run.validation_texts
+    )
+    trainer.identity = identity
+    return run, trainer, checkpoint
+
+
+def _tell(comparison: Comparison, args: SteeringArguments) -> None:
+    """Print what was found; exits with a sentence if the adapter does not steer although it must."""
+    print_table(comparison)
+    print(comparison.verdict)
+    print(f"adapter and report: {args.output_dir} (open report.html)")
+    failed = comparison.shortcomings()
+    if failed and args.require_steering:
+        sys.exit("error: this adapter does not steer: " + "; ".join(failed))

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import platform
 import time
 from dataclasses import asdict, fields
@@ -12,19 +13,52 @@ import yaml
 from transformers import Trainer
 
 from repeng.data.arguments import TaskArguments
-from repeng.data.files import cache_folder, write_text, written_whole
+from repeng.data.configuration import default_of
+from repeng.data.files import cache_folder, staged, write_text, written_whole
 from repeng.eval.compare import compare
 from repeng.eval.comparison import Comparison
 from repeng.eval.report import figures
-from repeng.eval.report.folder import write_report
+from repeng.eval.report.folder import EVALUATION, FILES, report_files, write_report
 from repeng.model.sharded import is_sharded
-from repeng.train.adapter_files import adapter_state, save_adapter
+from repeng.train.adapter_files import ADAPTER, CALIBRATION, adapter_state, save_adapter
 from repeng.train.arguments import SteeringArguments
 from repeng.train.build import Run
 from repeng.train.learning_curve import learning_curve
 from repeng.train.recipe import Recipe
 
+CONFIG, LOG, CURVE, CARD = "config.yaml", "training_log.jsonl", "learning_curve.png", "README.md"
+ABOUT = (LOG, CURVE, CARD, *FILES)  # what speaks of the adapter beside it
+LATER = (CALIBRATION, *(f"{EVALUATION}/{name}" for name in FILES))  # what other commands write of it
+AIM = ("model_name_or_path", "gguf_file", "pairs_file", "positive", "negative", "adapter")  # what a run is for
 PACKAGES = ("repeng", "torch", "transformers", "peft", "accelerate")
+
+
+def check_older_run(folder: str | Path, task_args: TaskArguments, args: SteeringArguments) -> None:
+    """Raise ValueError, saying how to go on, if `folder` holds files that no run to the same aim has written."""
+    place = Path(folder)
+    there = [name for name in (CONFIG, *ADAPTER, *ABOUT) if os.path.lexists(place / name)]
+    if not there:
+        return
+    advice = "Give another output_dir, or move them away"
+    if CONFIG not in there or not all((place / name).is_file() for name in there):
+        raise ValueError(f"output_dir {folder} holds {', '.join(there)}, which no whole run has written. {advice}")
+    try:
+        older = yaml.safe_load((place / CONFIG).read_text(encoding="utf-8"))
+        different = _differences(dict(older or {}), {**asdict(task_args), "adapter": args.adapter})
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        raise ValueError(f"output_dir {folder}: {CONFIG} holds no keys and values of a run. {advice}") from error
+    if different:
+        raise ValueError(f"output_dir {folder} holds the files of another run: {'; '.join(different)}. {advice}")
+
+
+def _differences(older: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """In words, what two runs do not have in common of their aims."""
+    default = {one.name: default_of(one) for kind in (TaskArguments, Recipe) for one in fields(kind)}
+    return [
+        f"{name} {older.get(name, default[name])!r} there, {now[name]!r} here"
+        for name in AIM
+        if older.get(name, default[name]) != now[name]
+    ]
 
 
 def finish(task_args: TaskArguments, args: SteeringArguments, run: Run, trainer: Trainer) -> Comparison | None:
@@ -32,9 +66,9 @@ def finish(task_args: TaskArguments, args: SteeringArguments, run: Run, trainer:
     model = trainer.accelerator.unwrap_model(trainer.model)
     first, sharded, state = trainer.is_world_process_zero(), is_sharded(model), adapter_state(model)
     if first:
-        save_adapter(model, args.output_dir, state)
         config = yaml.safe_dump(as_config(task_args, args, run), sort_keys=False)
-        write_text(Path(args.output_dir) / "config.yaml", config)
+        older = [Path(args.output_dir) / name for name in (*ABOUT, *LATER)]
+        save_adapter(model, args.output_dir, state, more={CONFIG: config}, stale=older)
     comparison, start = None, time.perf_counter()
     if sharded:  # what the processes hold together they can only run together
         comparison = compare(run.model, run.tokenizer, run.task)
@@ -49,12 +83,8 @@ def finish(task_args: TaskArguments, args: SteeringArguments, run: Run, trainer:
 
 def _write_folder(args: SteeringArguments, run: Run, trainer: Trainer, comparison: Comparison, seconds: float) -> None:
     """The training log, the learning curve, the report as JSON, CSV, PNG and HTML, and README.md."""
-    folder, history = Path(args.output_dir), trainer.state.log_history
-    write_text(folder / "training_log.jsonl", "".join(json.dumps(row) + "\n" for row in history))
+    history, names = trainer.state.log_history, [LOG, CARD, *report_files()]
     curve = learning_curve(history) if figures.available() else None
-    if curve is not None:
-        with written_whole(folder / "learning_curve.png") as place:
-            curve.savefig(place, dpi=110)
     about = {
         "seed": args.seed,
         "optimizer_steps": trainer.state.global_step,
@@ -64,8 +94,13 @@ def _write_folder(args: SteeringArguments, run: Run, trainer: Trainer, compariso
         "trainable_parameters": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
         "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
     }
-    write_report(comparison, folder, title=f"Steering adapter: {run.task.behaviour}", about=about)
-    write_text(folder / "README.md", _model_card(run, args.output_dir, comparison.verdict, figures.available()))
+    with staged(args.output_dir, names if curve is None else [*names, CURVE]) as folder:
+        write_text(folder / LOG, "".join(json.dumps(row) + "\n" for row in history))
+        if curve is not None:
+            with written_whole(folder / CURVE) as place:
+                curve.savefig(place, dpi=110)
+        write_report(comparison, folder, title=f"Steering adapter: {run.task.behaviour}", about=about)
+        write_text(folder / CARD, _model_card(run, args.output_dir, comparison.verdict, figures.available()))
 
 
 def _training_seconds(history: list[dict[str, Any]]) -> float | None:

@@ -201,6 +201,16 @@ class SteeringTrainer(Trainer):
             plugin = cast(FullyShardedDataParallelPlugin, self.accelerator.state.fsdp_plugin)
             plugin.mixed_precision_policy = None
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Not even one step more where a run that had ended goes on from its last checkpoint."""
+        patience, callbacks = self.args.early_stopping_patience, self.callback_handler.callbacks
+        stoppers = [one for one in callbacks if isinstance(one, EarlyStoppingCallback)]
+        lost = patience is not None and any(one.early_stopping_patience_counter >= patience for one in stoppers)
+        if lost or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
         base = self.accelerator.unwrap_model(model)
         # A hook inside a checkpointed layer would capture hidden states without a graph, or recomputed ones.
@@ -402,6 +412,8 @@ class SteeringTrainer(Trainer):
                 f"is {newest(folder) or 'none'}. Make room, then continue with --resume true"
             ) from error
         finally:
+            if self.args.should_save:
+                shutil.rmtree(self._staging, ignore_errors=True)
             self._staging = None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -1,13 +1,16 @@
 """Files are written whole or not at all, whoever writes them."""
 
+import signal
+
 import pytest
 import torch
+from comparisons import comparison
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from repeng import EvalReport, SteeringVector
+from repeng import SteeringVector
 from repeng.data import files
-from repeng.data.files import check_writable, staged, write_json, write_text, written_whole
-from repeng.eval.comparison import Comparison
+from repeng.data.files import WriteError, staged, write_json, write_text, written_whole
 from repeng.eval.report.folder import write_report
 from repeng.eval.report.page import write_page
 from repeng.eval.report.tables import write_csv
@@ -17,24 +20,6 @@ from repeng.train.reference_cache import _write_part
 from repeng.vectors.gguf import write_control_vector
 
 VECTOR = SteeringVector({("residual", 1): torch.ones(4)}, {"model_type": "llama"})
-
-
-def report():
-    return EvalReport(
-        [-1.0, 0.0, 1.0],
-        torch.tensor([[-1.0], [0.0], [1.0]]),
-        torch.ones(3, 1),
-        torch.zeros(3, 1),
-        torch.zeros(3, 1),
-        torch.zeros(3, 1),
-        torch.ones(1),
-        torch.tensor([[0.1], [0.0], [0.1]]),
-        torch.tensor([[0.1], [0.0], [0.1]]),
-    )
-
-
-def comparison():
-    return Comparison({name: [report()] for name in ("this adapter", "random direction")}, "this adapter")
 
 
 EXAMPLE = {**{name: torch.zeros(2) for name in STACKED}, "ref_logp": [torch.zeros(1)] * 3}
@@ -99,9 +84,63 @@ def test_only_named_files_leave_the_staging_folder(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_what_cannot_be_written_is_refused_and_nothing_is_left(tmp_path):
-    check_writable(tmp_path / "new")
-    assert list((tmp_path / "new").iterdir()) == []
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file"):
-        check_writable(tmp_path / "file" / "out")
+FULL = OSError(28, "No space left on device")
+
+
+def test_a_full_disk_is_told_with_the_file_and_the_folder(tmp_path):
+    """Not with the name of the temporary folder; also where one of several files fails."""
+    for raised in (FULL, SafetensorError("I/O error: No space left on device (os error 28)")):
+        with pytest.raises(WriteError, match="No space left") as told, written_whole(tmp_path / "file.txt"):
+            raise raised
+        assert str(tmp_path) in str(told.value) and "file.txt" in str(told.value)
+    with (
+        pytest.raises(WriteError, match=f"^{tmp_path}: b could not be written: No space left on device$"),
+        staged(tmp_path, ["a", "b"]) as folder,
+        written_whole(folder / "b"),
+    ):
+        raise FULL
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("failing", ["report.json", "report.csv", "report.html", "report.png"])
+def test_a_report_is_written_whole_or_not_at_all(failing, tmp_path, monkeypatch):
+    for name in ("report.json", "report.csv", "report.html", "report.png"):
+        (tmp_path / name).write_text("old")
+    replace = files.os.replace
+
+    def full(source, place):
+        if place.name == failing:
+            raise FULL
+        replace(source, place)
+
+    monkeypatch.setattr(files.os, "replace", full)
+    with pytest.raises(WriteError, match=f"^{tmp_path}: {failing} .*No space left"):
+        write_report(comparison(), tmp_path, title="t")
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"old"} and len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_signal_waits_until_all_files_have_moved(tmp_path, monkeypatch):
+    replace = files.os.replace
+
+    def interrupted(source, place):
+        signal.raise_signal(signal.SIGINT)
+        replace(source, place)
+
+    monkeypatch.setattr(files.os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt), staged(tmp_path, ["a", "b"]) as folder:
+        (folder / "a").touch()
+        (folder / "b").touch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_what_speaks_of_an_older_adapter_goes_with_it(tmp_path, steered):
+    """And stays where the same adapter is written again."""
+    card = tmp_path / "card"
+    save_adapter(steered, tmp_path)
+    for number, there in ((0, True), (1, False)):
+        card.touch()
+        with torch.no_grad():
+            for parameter in (p for p in steered.parameters() if p.requires_grad):
+                parameter += number
+        save_adapter(steered, tmp_path, stale=[card], more={"about": str(number)})
+        assert card.exists() == there and (tmp_path / "about").read_text() == str(number)

@@ -10,6 +10,20 @@ from repeng.train.trainer import SteeringTrainer
 # By name, its parameters in the versions of transformers that pyproject.toml allows.
 PRIVATE = {
     "_get_train_sampler": ["self", "train_dataset"],
+    "_run_epoch": [
+        "self",
+        "model",
+        "epoch",
+        "train_dataloader",
+        "steps_in_epoch",
+        "num_update_steps_per_epoch",
+        "trial",
+        "ignore_keys_for_eval",
+        "start_time",
+        "resume_from_checkpoint",
+        "epochs_trained",
+        "steps_trained_in_current_epoch",
+    ],
     "_get_output_dir": ["self", "trial"],
     "_save_checkpoint": ["self", "model", "trial"],
     "_save": ["self", "output_dir", "state_dict"],

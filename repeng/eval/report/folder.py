@@ -3,20 +3,33 @@
 from pathlib import Path
 from typing import Any
 
-from repeng.data.files import write_json, written_whole
+from repeng.data.files import staged, write_json, written_whole
 from repeng.eval.comparison import Comparison
 from repeng.eval.report import figures
 from repeng.eval.report.page import write_page
 from repeng.eval.report.tables import write_csv
 
+FILES = ("report.json", "report.csv", "report.html", "report.png")
+EVALUATION = "evaluation"  # in the folder of an adapter: where its report lies by default
+
 
 def write_report(comparison: Comparison, folder: Path, *, title: str, about: dict[str, Any] | None = None) -> None:
-    """report.json, report.csv, report.html and, with matplotlib, report.png; `about` goes into the first."""
-    write_json(folder / "report.json", {**comparison.to_dict(), **(about or {})})
-    write_csv(comparison, folder / "report.csv")
-    if figures.available():
-        with written_whole(folder / "report.png") as place:
-            figures.effect_and_cost(comparison).savefig(place, dpi=130)
-    else:
+    """report.json, report.csv, report.html and, with matplotlib, report.png; `about` goes into the first.
+
+    Raises:
+        WriteError: one cannot be written; then none of them is.
+    """
+    with staged(folder, report_files(), stale=[folder / name for name in FILES]) as place:
+        write_json(place / "report.json", {**comparison.to_dict(), **(about or {})})
+        write_csv(comparison, place / "report.csv")
+        write_page(comparison, place / "report.html", title=title)
+        if figures.available():
+            with written_whole(place / "report.png") as picture:
+                figures.effect_and_cost(comparison).savefig(picture, dpi=130)
+    if not figures.available():
         print("report.png was not drawn: matplotlib is not installed (pip install 'repeng[plot]')")
-    write_page(comparison, folder / "report.html", title=title)
+
+
+def report_files() -> tuple[str, ...]:
+    """Names of the files of a report: without matplotlib no picture is drawn."""
+    return tuple(name for name in FILES if figures.available() or not name.endswith(".png"))
