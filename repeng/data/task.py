@@ -18,7 +18,7 @@ from repeng.data.configuration import data_file
 from repeng.data.files import cache_folder, load_texts, write_json
 from repeng.data.pairs import PLACEHOLDER, ContrastPair, load_pairs, make_pairs, require_sound
 from repeng.data.probes import Probe, other_traits, robustness
-from repeng.data.questions import Question, choice_ids, load_questions
+from repeng.data.questions import Question, choice_tokens, load_questions
 from repeng.data.word_questions import (
     NEUTRAL_REQUEST,
     persona_sentences,
@@ -146,7 +146,7 @@ def make_task(
                 "to ask. Use other personas or suffixes, or give questions_file"
             )
     for question in questions:
-        choice_ids(tokenizer, question)  # raises now what the evaluation would drop after the training
+        choice_tokens(tokenizer, question)  # raises now what the evaluation would drop after the training
     neutral, unseen = neutral_texts(args, model, tokenizer, seed=seed, own=own)
     words = (args.positive, args.negative) if args.positive and args.negative else None
     openings = personas(args, pairs, own)
