@@ -1,4 +1,4 @@
-"""Reading files of texts and JSON Lines, and writing files whole or not at all."""
+"""Reading files of texts, and writing files whole or not at all."""
 
 import difflib
 import json
@@ -12,51 +12,40 @@ from typing import Any
 from safetensors import SafetensorError
 
 from repeng._command import undisturbed
+from repeng.data.reading import MARKUP, TABLES, is_json, lines_of, read_json_rows, read_text
+from repeng.model.script import visible
 
 STAGING = ".saving-"  # begins the names of folders in which files are written before they move to their places
 
 
 def load_texts(path: str | Path) -> list[str]:
-    """Texts from JSON Lines (strings, or objects with `text`) or, for any other file name, one text a line.
-
-    Raises:
-        FileNotFoundError, ValueError: as `load_pairs`.
-    """
-    if Path(path).suffix != ".jsonl":
-        texts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-        if not texts:
-            raise ValueError(f"{path} is empty; write one text a line")
-        return texts
-    texts = []
-    for number, row in read_jsonl(path, kinds=(dict, str)):
-        text = row.get("text") if isinstance(row, dict) else row
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{path}, line {number}: expected a string or an object with a 'text'")
-        texts.append(text.strip())
-    return texts
-
-
-def read_jsonl(path: str | Path, kinds: tuple[type, ...] = (dict,)) -> Iterable[tuple[int, Any]]:
-    """Line numbers and values of a JSON Lines file; blank lines are skipped.
+    """Texts from JSON Lines or a JSON list (strings, or objects with `text`), or one text a line.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds no value, or a line is not JSON of one of `kinds`.
+        ValueError: the file is empty, no text, or of another form, or a value (numbered from 1) is no text that can be
+            seen.
     """
-    rows = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not JSON ({error.msg}): {line[:60]!r}") from error
-        if not isinstance(value, kinds):
-            raise ValueError(f"{path}, line {number}: expected an object, got {type(value).__name__}")
-        rows.append((number, value))
-    if not rows:
-        raise ValueError(f"{path} is empty; write one JSON object a line")
-    return rows
+    from repeng.data.schema import checked, checked_keys  # it imports this module
+
+    text, example = read_text(path), '"a text" or {"text": "a text"}'
+    if is_json(path, text):
+        rows = read_json_rows(path, text, example)
+    elif Path(path).suffix.lower() in (*TABLES, *MARKUP):
+        raise ValueError(f"{path} is {Path(path).suffix[1:].upper()} by its name; write a text a line, or JSON Lines")
+    else:
+        rows = [(f"{path}, line {number}", line) for number, line in lines_of(path, text)]
+    texts = []
+    for where, row in rows:
+        given = checked_keys({"text": str}, row, where, needed=("text",))["text"] if isinstance(row, dict) else row
+        if not isinstance(given, str):
+            raise ValueError(f"{where}: should be {example}; got {given!r:.60}")
+        if not visible(checked(str, given, where)):
+            raise ValueError(f"{where}: the text {given[:60]!r} holds nothing that can be seen; leave it out")
+        texts.append(given.strip())
+    if not texts:
+        raise ValueError(f"{path} has no rows; write one text a line")
+    return texts
 
 
 def nearest(given: str, allowed: Iterable[str]) -> str:

@@ -14,6 +14,7 @@ from repeng.data.files import load_texts
 from repeng.data.pairs import PLACEHOLDER, ContrastPair
 from repeng.data.questions import Question
 from repeng.data.word_questions import WordQuestions, next_logp, questions_of
+from repeng.model.script import joined
 from repeng.model.tokens import plain_ids
 
 TRAIT_SUFFIXES, TRAIT_TEMPLATES = 6, 2
@@ -103,7 +104,7 @@ def robustness(
     targets = _some_units([q for q in questions if q.kind == "target"])
     probes = {}
     if personas is not None:
-        plus, minus = ([replace(q, prompt=f"{opening} {q.prompt}".strip()) for q in targets] for opening in personas)
+        plus, minus = ([replace(q, prompt=joined(opening, q.prompt).strip()) for q in targets] for opening in personas)
         probes[ROBUSTNESS[0]] = Probe(minus, plus)
     asked = [q for q in targets if q.prompt]
     if has_template and asked:

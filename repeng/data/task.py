@@ -16,9 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from repeng.data.arguments import TaskArguments
 from repeng.data.configuration import data_file
 from repeng.data.files import cache_folder, load_texts, write_json
+from repeng.data.lengths import check_pair_lengths, check_question_lengths, check_texts
 from repeng.data.pairs import PLACEHOLDER, ContrastPair, load_pairs, make_pairs, require_sound
 from repeng.data.probes import Probe, other_traits, robustness
-from repeng.data.questions import Question, choice_ids, load_questions
+from repeng.data.questions import Question, choice_tokens, load_questions
 from repeng.data.word_questions import (
     NEUTRAL_REQUEST,
     persona_sentences,
@@ -27,6 +28,7 @@ from repeng.data.word_questions import (
     word_questions,
 )
 from repeng.model.identity import model_key
+from repeng.model.script import words as split_words
 from repeng.model.tokens import encode, special_id
 
 MAX_PAIRS = 1024
@@ -36,6 +38,7 @@ NEUTRAL_TRAIN, NEUTRAL_TEST = 256, 64
 SAMPLED_TRAIN, SAMPLED_TEST = 128, 16  # of a real model, where each takes time
 HELD_OUT_SHARE = 0.1
 NEUTRAL_LENGTH = 32
+MOST_WRITTEN = 10  # texts that a model writes for each that is used
 KEPT_TEXTS = 1  # counts up when the model is asked for them in another way
 DEFAULT_TEMPLATES = (
     "Pretend you are a {persona} person making statements about the world.",
@@ -132,6 +135,7 @@ def make_task(
     Raises:
         ValueError, FileNotFoundError: naming what does not fit and what would.
     """
+    check_pair_lengths(model, tokenizer, pairs)
     learned_from, held_out = split_pairs(args, pairs, own)
     accepts, effect = None, None
     if args.questions_file:
@@ -146,7 +150,8 @@ def make_task(
                 "to ask. Use other personas or suffixes, or give questions_file"
             )
     for question in questions:
-        choice_ids(tokenizer, question)  # raises now what the evaluation would drop after the training
+        choice_tokens(tokenizer, question)  # raises now what the evaluation would drop after the training
+    check_question_lengths(model, tokenizer, questions)
     neutral, unseen = neutral_texts(args, model, tokenizer, seed=seed, own=own)
     words = (args.positive, args.negative) if args.positive and args.negative else None
     openings = personas(args, pairs, own)
@@ -175,11 +180,18 @@ def split_pairs(
 
 
 def hold_out(pairs: list[ContrastPair], most: int = MAX_PAIRS) -> tuple[list[ContrastPair], list[ContrastPair]]:
-    """The pairs without a share of them, and that share, at least one pair and at most `most`.
+    """The pairs without a share of them, and that share: at least one pair, about `most` at most, and no pair is lost.
 
     No suffix is on both sides, or, of pairs without one, no text behind the persona, the rarest of which are held out;
-    unless all pairs have the same.
+    unless all pairs have the same. A suffix is held out with all its pairs, so that they may be a few more.
+
+    Raises:
+        ValueError: a single pair cannot be on both sides.
     """
+    if len(pairs) < 2:
+        raise ValueError(
+            f"{len(pairs)} pair cannot be both learned from and asked about; give more pairs, or questions_file"
+        )
     n = min(most, max(1, round(HELD_OUT_SHARE * len(pairs))))
     ends = [pair.suffix or without_persona(pair, has_template=False) for pair in pairs]
     counts = Counter(ends)
@@ -189,12 +201,11 @@ def hold_out(pairs: list[ContrastPair], most: int = MAX_PAIRS) -> tuple[list[Con
     total = 0
     order = counts.items() if any(pair.suffix for pair in pairs) else sorted(counts.items(), key=lambda item: item[1])
     for end, count in order:
-        if total >= n:
-            break
-        held_back.add(end)
-        total += count
+        if total < n and total + count <= len(pairs) / 2:
+            held_back.add(end)
+            total += count
     held = [pair for pair, end in zip(pairs, ends, strict=True) if end in held_back]
-    return [pair for pair, end in zip(pairs, ends, strict=True) if end not in held_back], held[:n]
+    return [pair for pair, end in zip(pairs, ends, strict=True) if end not in held_back], held
 
 
 def personas(args: TaskArguments, pairs: Sequence[ContrastPair], own: Task | None) -> tuple[str, str] | None:
@@ -218,8 +229,9 @@ def neutral_texts(
     """Texts for the coherence region, and unseen ones for the evaluation."""
     if args.neutral_file:
         texts = load_texts(args.neutral_file)
+        check_texts(args.neutral_file, texts, model, tokenizer)
         n_test = max(1, round(HELD_OUT_SHARE * len(texts)))
-        return texts[n_test:] or texts, texts[:n_test]
+        return texts[n_test:], texts[:n_test]
     if own is not None:
         return own.neutral_texts, own.unseen_neutral_texts
     texts = _sample_texts(model, tokenizer, SAMPLED_TRAIN + SAMPLED_TEST, seed)
@@ -247,6 +259,7 @@ def _sample_texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n:
         return known
     prompt = torch.tensor([start] * min(n, 32), device=model.device)
     texts: list[str] = []
+    written = 0
     with torch.random.fork_rng(), tqdm(total=n, desc="neutral texts", leave=False) as bar:
         torch.manual_seed(seed)
         while len(texts) < n:
@@ -258,11 +271,17 @@ def _sample_texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n:
                 top_p=1.0,
                 temperature=1.0,
                 max_new_tokens=NEUTRAL_LENGTH,
-                pad_token_id=tokenizer.pad_token_id or prompt[0, 0].item(),
+                pad_token_id=(special_id(tokenizer, "pad", "eos") or start)[0],
             )
             decoded = tokenizer.batch_decode(out[:, len(start) :], skip_special_tokens=True)
-            found = [text.strip() for text in decoded if len(text.split()) > 2]
+            found = [text.strip() for text in decoded if len(split_words(text)) > 2]
             texts += found
+            written += len(decoded)
+            if written >= MOST_WRITTEN * n and len(texts) < n:
+                raise ValueError(
+                    f"of {written} texts that this model wrote, {len(texts)} have three words or more, and {n} are "
+                    "needed; give neutral_file"
+                )
             bar.update(len(found))
     try:
         write_json(path, texts[:n])

@@ -1,7 +1,6 @@
 """Questions without a persona, made of pairs: which next words tell the two sides apart."""
 
 import math
-import re
 from collections.abc import Sequence
 from itertools import takewhile
 from statistics import fmean, stdev
@@ -12,15 +11,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from repeng.data.pairs import ContrastPair
-from repeng.data.questions import Question, choice_id
+from repeng.data.questions import Question, choice_ids
 from repeng.model.logprob import has_plain_head
 from repeng.model.rows import can_share, read_rows
-from repeng.model.tokens import encode
+from repeng.model.script import joined, sentences, visible, words
+from repeng.model.tokens import answer_ids, encode
 
 TOP = 5
 TELLING = 1e-4  # change of a word's probability from which on it tells the sides apart
 NEUTRAL_REQUEST = "Write a short text."  # what a chat model is asked where no persona and no other request is left
-SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 
 
 class WordQuestions(NamedTuple):
@@ -101,30 +100,30 @@ def without_persona(pair: ContrastPair, *, has_template: bool) -> str:
         return shared_sentences(pair) or NEUTRAL_REQUEST
     if pair.suffix:
         return ""
-    ends = {SENTENCE.split(side)[-1] for side in (pair.chosen, pair.rejected)}
+    ends = {sentences(side)[-1] for side in (pair.chosen, pair.rejected)}
     return shared_sentences(pair) if len(ends) == 1 else _shared_end(pair.chosen, pair.rejected)
 
 
 def shared_sentences(pair: ContrastPair) -> str:
     """The sentences that the prompts of a pair have in common."""
-    rejected = SENTENCE.split(pair.rejected)
-    return " ".join(sentence for sentence in SENTENCE.split(pair.chosen) if sentence in rejected).strip()
+    rejected = sentences(pair.rejected)
+    return joined(*(sentence for sentence in sentences(pair.chosen) if sentence in rejected)).strip()
 
 
 def persona_sentences(pair: ContrastPair) -> tuple[str, str]:
     """The sentences in which the prompts of a pair differ, chosen and rejected."""
-    chosen, rejected = (SENTENCE.split(text) for text in (pair.chosen, pair.rejected))
+    chosen, rejected = (sentences(text) for text in (pair.chosen, pair.rejected))
     kept = [
-        " ".join(text for text in own if text not in other) for own, other in ((chosen, rejected), (rejected, chosen))
+        joined(*(text for text in own if text not in other)) for own, other in ((chosen, rejected), (rejected, chosen))
     ]
     return kept[0].strip(), kept[1].strip()
 
 
 def _shared_end(chosen: str, rejected: str) -> str:
     """The words that both prompts end with; the first prompt if there are none."""
-    left, right = chosen.split(), rejected.split()
+    left, right = words(chosen), words(rejected)
     n = sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(reversed(left), reversed(right), strict=False)))
-    return " ".join(left[len(left) - n :]) or chosen
+    return joined(*left[len(left) - n :]) or chosen
 
 
 def _telling_words(
@@ -143,8 +142,8 @@ def _odds(
 ) -> float:
     """Log-odds of the first words against the second ones behind the chosen prompt minus behind the rejected one."""
     probe = Question(pair.chosen, (*words[0], *words[1]), words[0], suffix=pair.suffix)
-    ids = [[choice_id(tokenizer, probe, word) for word in some] for some in words]
-    target, other = (logp[:, some].logsumexp(dim=1) for some in ids)
+    ids = choice_ids(tokenizer, probe)
+    target, other = (logp[:, [ids[word] for word in some]].logsumexp(dim=1) for some in words)
     return ((target - other)[0] - (target - other)[1]).item()
 
 
@@ -171,13 +170,19 @@ def distinct_words(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], n: int, pair: ContrastPair
 ) -> tuple[str, ...]:
     """The first `n` of `ids` that, written as a word, are encoded as that very token again."""
-    words: list[str] = []
+    special = tokenizer.all_special_ids
+    found: list[str] = []
     for token in ids:
-        word = str(tokenizer.decode([token])).strip()
-        if word and word not in words and token not in tokenizer.all_special_ids:
-            probe = Question(pair.chosen, (word, ""), (word,), suffix=pair.suffix)
-            if choice_id(tokenizer, probe, word) == token:
-                words.append(word)
-        if len(words) == n:
-            break
-    return tuple(words)
+        word = "" if token in special else str(tokenizer.decode([token])).strip()
+        if len(found) < n and visible(word) and word not in found and _sole_token(tokenizer, pair, word) == token:
+            found.append(word)
+    return tuple(found)
+
+
+def _sole_token(tokenizer: PreTrainedTokenizerBase, pair: ContrastPair, word: str) -> int | None:
+    """The only token of a word behind a pair's chosen side; None if there are more, or it has none of its own."""
+    try:
+        (ids,) = answer_ids(tokenizer, pair.chosen, pair.suffix, [word])
+    except ValueError:
+        return None
+    return ids[0] if len(ids) == 1 else None

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from repeng.eval.curves import FIXED_COSTS, Cost, Estimate, Method, methods_of
-from repeng.eval.eval_report import ARMS, EvalReport
+from repeng.eval.eval_report import ARMS, FEWEST, EvalReport
 
 PLAIN_COST = 0.1  # where methods are compared without persona prompts, nats per token
 WRONG_WAY = 0.05  # share of items that may move against an arm
 RESAMPLES = 1000
+LEAST_MASS = 1e-3  # probability of all answers, below which what happens to them tells nothing of what is written
 FEW = 8  # units of questions below which an interval is too narrow to be trusted
 
 
@@ -60,39 +61,44 @@ class Comparison:
         """Effect `(b)` of both arms of a method at the cost of the persona prompts."""
         return self.methods[name].both_at(self.yardstick(kind), kind)
 
+    def _estimate(self, draws: Tensor) -> Estimate:
+        """A figure from its draws `(b)`; without an interval over fewer than `FEWEST` units of questions."""
+        found = Estimate.of(draws)
+        return found if self._units() >= FEWEST else found._replace(low=math.nan, high=math.nan)
+
     def times(self, name: str, other: str) -> Estimate:
         """How many times the effect of `other` that of `name` is, at the cost of the persona prompts."""
         mine, theirs = self.at_yardstick(name), self.at_yardstick(other)
-        return Estimate.of(torch.where(theirs > 0, mine / theirs, math.inf * mine.sign()))
+        return self._estimate(torch.where(theirs > 0, mine / theirs, math.inf * mine.sign()))
 
     def lead(self, name: str, other: str, sign: int) -> Estimate:
         """How much more an arm of `name` does than every report of `other` at the cost of the prompts, in nats."""
         cost = self.yardstick()[0 if sign > 0 else 1]
-        return Estimate.of(self.methods[name].effect_at(sign, cost) - self.methods[other].largest_at(sign, cost))
+        return self._estimate(self.methods[name].effect_at(sign, cost) - self.methods[other].largest_at(sign, cost))
 
     def figures(self, name: str) -> dict[str, Any]:
         """The figures of one method, by name, each an `Estimate`; "effect" is at the yardstick."""
         method, plus_minus = self.methods[name], self.yardstick()
         found: dict[str, Any] = {
-            "effect": Estimate.of(self.at_yardstick(name)),
-            "effect_at_equal_rmse": Estimate.of(self.at_yardstick(name, "rmse")),
+            "effect": self._estimate(self.at_yardstick(name)),
+            "effect_at_equal_rmse": self._estimate(self.at_yardstick(name, "rmse")),
         }
         for (arm, sign), cost in zip(ARMS, plus_minus, strict=True):
-            found[f"effect_{arm}"] = Estimate.of(method.effect_at(sign, cost))
+            found[f"effect_{arm}"] = self._estimate(method.effect_at(sign, cost))
         for cost in FIXED_COSTS:
-            found[f"effect_at_{cost:g}"] = Estimate.of(method.both_at(cost))
+            found[f"effect_at_{cost:g}"] = self._estimate(method.both_at(cost))
         if self.prompts is not None:
             for arm, sign in ARMS:
                 wanted = self.methods[self.prompts].end(sign)[0]
                 spent = method.cost_at(sign, wanted)
-                found[f"cost_at_prompt_effect_{arm}"] = Estimate.of(torch.where(wanted > 0, spent, math.nan))
+                found[f"cost_at_prompt_effect_{arm}"] = self._estimate(torch.where(wanted > 0, spent, math.nan))
         return found
 
     @property
     def verdict(self) -> str:
         """One sentence on how far a method moves the behaviour at the persona prompts' cost, and against what."""
         plus, minus = (cost[0].item() for cost in self.yardstick())
-        own = Estimate.of(self.at_yardstick(self.own))
+        own = self._estimate(self.at_yardstick(self.own))
         whose = "the persona prompts' cost" if self.prompts is not None else "a cost"
         against = []
         for other in (self.prompts, self.untrained):
@@ -101,27 +107,40 @@ class Comparison:
                 against.append(f"{other} {theirs:.2f}" + (f", {_times(times)}" if theirs > 0 else ""))
         return (
             f"at {whose} (+ {plus:.3f}, − {minus:.3f} nat per token) {self.own} moves the log-odds by {own.value:.2f} "
-            f"nats [{own.low:.2f}, {own.high:.2f}]; {'; '.join(against) or 'nothing to compare with'}"
+            f"nats{_interval(own)}; {'; '.join(against) or 'nothing to compare with'}"
             + (f"; from {units} questions only" if (units := self._units()) < FEW else "")
+            + (f"; the answers have a mass of {mass:.2g} only" if (mass := self._mass()) < LEAST_MASS else "")
         )
 
     def _units(self) -> int:
         """How many units of questions there are."""
         return len(self.reports[self.own][0].members())
 
+    def _mass(self) -> float:
+        """Mean probability of the answers without steering."""
+        return min(report.answer_mass[report.at(0.0)].mean().item() for report in self.reports[self.own])
+
     def shortcomings(self) -> list[str]:
         """Why the method cannot be said to steer; empty if it does.
 
         At the cost of the persona prompts each arm must do more than every random direction, with the lower end of the
-        paired 95 % interval above 0, and at most 5 % of the items may move against it.
+        paired 95 % interval above 0, and at most 5 % of the items may move against it. There must be questions enough
+        for such an interval, with answers that the model gives.
         """
         reasons = []
+        if (units := self._units()) < FEWEST:
+            reasons.append(f"{units} units of questions are too few for a 95 % interval; {FEWEST} or more are needed")
+        if not (mass := self._mass()) >= LEAST_MASS:
+            reasons.append(
+                f"the answers have a mass of {mass:.2g} of the model's probability without steering; ask for answers "
+                f"that it gives ({LEAST_MASS:g} or more)"
+            )
         costs = self.yardstick()
         for (arm, sign), cost in zip(ARMS, costs, strict=True):
             value = self.methods[self.own].effect_at(sign, cost)[0].item()
             if self.random is not None:
                 lead = self.lead(self.own, self.random, sign)
-                if not lead.low > 0:
+                if units >= FEWEST and not lead.low > 0:
                     reasons.append(
                         f"at equal cost the {arm} arm moves {value:.2f} nats and a random direction up to "
                         f"{value - lead.value:.2f}: the 95 % interval of the difference begins at {lead.low:.2f}"
@@ -158,7 +177,12 @@ class Comparison:
 
 
 def _times(times: Estimate) -> str:
-    return f"{times.value:.2f} x [{times.low:.2f}, {times.high:.2f}]"
+    return f"{times.value:.2f} x{_interval(times)}"
+
+
+def _interval(figure: Estimate) -> str:
+    """The interval of a figure, if it has one."""
+    return "" if math.isnan(figure.low) else f" [{figure.low:.2f}, {figure.high:.2f}]"
 
 
 def _finite(value: float) -> float | str | None:

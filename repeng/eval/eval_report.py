@@ -13,6 +13,7 @@ from torch import Tensor
 
 ARMS = (("plus", +1), ("minus", -1))
 OFF_AXIS = 0.1  # what a change off the axis counts against one on it, in selectivity
+FEWEST = 6  # units that an interval needs: of fewer, not even all that agree reach 95 % (2 · 2⁻⁵ = 6 %)
 HARM = 2.0  # what a broken answer costs in surgical informedness, in repaired ones
 
 
@@ -170,8 +171,14 @@ class EvalReport:
         return Arm(gains[best].item(), self.coefficients[best])
 
     def band(self, n: int = 300, level: float = 0.95, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """Percentile bootstrap interval over units of the mean log-odds: lower and upper bounds `(n_c)`."""
+        """Percentile bootstrap interval over units of the mean log-odds: lower and upper bounds `(n_c)`.
+
+        NaN over fewer than `FEWEST` units.
+        """
         members, generator = self.members(), torch.Generator().manual_seed(seed)
+        if len(members) < FEWEST:
+            unknown = torch.full((len(self.coefficients),), math.nan)
+            return unknown, unknown
         sums = torch.stack([self.log_odds[:, index].sum(dim=1) for index in members], dim=1)
         counts = torch.tensor([len(index) for index in members])
         drawn = torch.randint(len(members), (n, len(members)), generator=generator)
@@ -413,7 +420,7 @@ class EvalReport:
     def to_dict(self, resamples: int = 300) -> dict[str, Any]:
         """Every figure at every coefficient and of the whole, JSON-serialisable; a NaN becomes None.
 
-        `resamples` of the bootstrap make the 95 % interval of the range; 0 for none.
+        `resamples` of the bootstrap make the 95 % interval of the range, of `FEWEST` units or more; 0 for none.
         """
         parts = {name: self.group(name) for name in sorted(set(self.groups) - {""})}
         figures: dict[str, Any] = {
@@ -441,8 +448,9 @@ class EvalReport:
             "at": [self.row(c) for c in self.coefficients],
         }
         if resamples:
-            low, high = bootstrap([self], lambda report: report.range, n=resamples)
-            figures["range_interval"] = [_rounded(low), _rounded(high)]
+            enough = len(self.members()) >= FEWEST
+            ends = bootstrap([self], lambda report: report.range, n=resamples) if enough else (math.nan, math.nan)
+            figures["range_interval"] = [_rounded(end) for end in ends]
         return figures
 
     def row(self, coefficient: float) -> dict[str, float | bool | None]:
@@ -483,6 +491,7 @@ def bootstrap(
 
     Units of questions, controls and texts are drawn again with replacement, the same ones in all reports: differences
     and ratios of methods are paired, and so are several training seeds. A NaN is left out; an infinite value counts.
+    Over a single unit of questions there is no interval: both ends are NaN.
 
     Raises:
         ValueError: the reports are of different items.
@@ -491,6 +500,8 @@ def bootstrap(
     if len(sizes) != 1 or len(units) != 1:
         raise ValueError(f"only reports on the same items can be resampled together; these have {sorted(sizes)} items")
     members = reports[0].members()
+    if len(members) < 2:
+        return math.nan, math.nan
     _, controls, texts = reports[0].sizes
     generator = torch.Generator().manual_seed(seed)
 

@@ -38,8 +38,8 @@ def evaluate(
 ) -> EvalReport:
     """Measure `dial` at each coefficient, and at 0, in evaluation mode.
 
-    Answers are read as log-probabilities of the exact token ids that begin the choices. A question whose choices do
-    not begin with different tokens is dropped, and the report says so.
+    Answers are read as log-probabilities of the exact token ids of the choices: of a choice of several tokens, the sum
+    over all of them. A question of whose choices one begins with another is dropped, and the report says so.
 
     Args:
         model: any causal language model.

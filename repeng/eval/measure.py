@@ -1,5 +1,6 @@
 """Measuring dials at single coefficients, all on the same questions and texts; the base is measured once."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
@@ -9,15 +10,16 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from repeng.data.questions import Question, choice_ids
+from repeng.data.questions import Question, choice_tokens
 from repeng.data.word_questions import NEUTRAL_REQUEST
 from repeng.eval.eval_report import Budget, EvalReport, Sample
 from repeng.model.generate import THINK_CLOSE, think
-from repeng.model.logprob import CHUNK, has_plain_head, tokens_at_once
+from repeng.model.logprob import CHUNK, has_plain_head, head_logp, tokens_at_once
 from repeng.model.rows import Span, can_share, read_rows
+from repeng.model.script import joined
 from repeng.model.sharded import is_sharded
 from repeng.model.sites import eval_mode
-from repeng.model.tokens import encode, encode_text, plain_ids
+from repeng.model.tokens import encode, encode_text, ids_apart
 from repeng.model.types import CausalLM
 
 FARTHER = 4.0  # times the coefficient at which a dial was tried, from where on it is tried again
@@ -27,18 +29,21 @@ Dial = Callable[[float], AbstractContextManager[Rewrite | None]]
 
 
 class Answers(NamedTuple):
-    """Log-probability `(n 2)` of the target choices and of the others; whether the thinking ended by itself `(n)`."""
+    """What the model gives to the choices of `n` questions.
+
+    Attributes:
+        logp: log-probability `(n 2)` of the target choices and of the others, each choice whole.
+        mass: probability `(n)` that the answer begins as one of the choices does.
+        finished: whether the thinking ended by itself, `(n)`.
+    """
 
     logp: Tensor
+    mass: Tensor
     finished: Tensor
 
     @property
     def odds(self) -> Tensor:
         return self.logp[:, 0] - self.logp[:, 1]
-
-    @property
-    def mass(self) -> Tensor:
-        return self.logp.exp().sum(dim=1)
 
 
 class Texts(NamedTuple):
@@ -279,32 +284,80 @@ def choice_logp(
 ) -> Answers:
     """What the model gives to the target choices and to the other choices, as sets of exact token ids.
 
+    A choice of several tokens has the probability of all of them, one behind the other.
+
     `plain`: whether logits are the head of the final states, see `has_plain_head`. `share`: whether a beginning that
     rows have in common may go through the model once, see `can_share`.
     """
     if not questions:
-        return Answers(torch.empty(0, 2), torch.empty(0, dtype=torch.bool))
+        return Answers(torch.empty(0, 2), torch.empty(0), torch.empty(0, dtype=torch.bool))
     rewrite = rewrite or (lambda prompt: prompt)
     closed = [True] * len(questions)
     if think_tokens:
         rows, closed = _thought_rows(model, tokenizer, questions, rewrite, think_tokens, batch_size)
     else:
         rows = [encode(tokenizer, rewrite(q.prompt), q.suffix, history=q.history).ids for q in questions]
-    ids = [choice_ids(tokenizer, question) for question in questions]
-    sides = [
-        [torch.tensor([tokens[c] for c in q.choices if (c in q.target) == wanted]) for wanted in (True, False)]
-        for q, tokens in zip(questions, ids, strict=True)
-    ]
+    ids = [list(choice_tokens(tokenizer, question).values()) for question in questions]
+    options = {"plain": plain, "share": share, "batch_size": batch_size}
+    first = _first_logp(model, tokenizer, rows, ids, **options)
+    rest = _rest_logp(model, tokenizer, rows, ids, **options)
+    logp, mass = [], []
+    for q, tokens, begun, more in zip(questions, ids, first, rest, strict=True):
+        whole, target = begun + more, torch.tensor([choice in q.target for choice in q.choices])
+        both = torch.stack([whole[side].logsumexp(dim=0) for side in (target, ~target)])
+        once = {choice[0]: value for choice, value in zip(tokens, begun, strict=True)}
+        logp.append(both)
+        mass.append(both.exp().sum() if max(map(len, tokens)) == 1 else torch.stack([*once.values()]).exp().sum())
+    return Answers(torch.stack(logp), torch.stack(mass), torch.tensor(closed))
+
+
+def _first_logp(
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[list[int]],
+    ids: Sequence[list[list[int]]],
+    **options: Any,
+) -> list[Tensor]:
+    """Log-probability of the first token of each choice, by row."""
+    firsts = [torch.tensor([choice[0] for choice in tokens]) for tokens in ids]
+    most = max(map(len, firsts))
 
     def read(states: Tensor, head: Callable[[Tensor], Tensor], members: list[int]) -> Tensor:
         logits = head(states).float()
         logp = (logits - logits.logsumexp(dim=-1, keepdim=True)).cpu()
-        both = [[row[side].logsumexp(dim=0) for side in sides[i]] for row, i in zip(logp, members, strict=True)]
-        return torch.tensor(both, device=states.device)
+        found = torch.zeros(len(members), most)
+        for line, i in enumerate(members):
+            found[line, : len(firsts[i])] = logp[line][firsts[i]]
+        return found.to(states.device)
 
     spans = [(len(row) - 1, len(row)) for row in rows]
-    parts = read_rows(model, tokenizer, rows, spans, read, plain=plain, share=share, batch_size=batch_size)
-    return Answers(torch.cat(parts), torch.tensor(closed))
+    parts = read_rows(model, tokenizer, rows, spans, read, **options)
+    return [part[0, : len(tokens)] for part, tokens in zip(parts, firsts, strict=True)]
+
+
+def _rest_logp(
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[list[int]],
+    ids: Sequence[list[list[int]]],
+    **options: Any,
+) -> list[Tensor]:
+    """Log-probability of each choice's other tokens behind its first, by row; 0 where there are none."""
+    sums = [torch.zeros(len(tokens)) for tokens in ids]
+    longer = [(i, j) for i, tokens in enumerate(ids) for j, choice in enumerate(tokens) if len(choice) > 1]
+    if not longer:
+        return sums
+    whole = [rows[i] + ids[i][j][:-1] for i, j in longer]
+    spans = [(len(rows[i]), len(row)) for row, (i, _) in zip(whole, longer, strict=True)]
+
+    def read(states: Tensor, head: Callable[[Tensor], Tensor], members: list[int]) -> Tensor:
+        own = [token for k in members for token in ids[longer[k][0]][longer[k][1]][1:]]
+        return head_logp(states, head, torch.tensor(own, device=states.device))
+
+    parts = read_rows(model, tokenizer, whole, spans, read, **options)
+    for (i, j), part in zip(longer, parts, strict=True):
+        sums[i][j] = part.sum()
+    return sums
 
 
 def _thought_rows(
@@ -323,19 +376,26 @@ def _thought_rows(
         whole, ended = think(model, tokenizer, begun[start : start + batch_size], think_tokens)
         rows += whole
         closed += ended
-    return [row + plain_ids(tokenizer, q.suffix) for row, q in zip(rows, questions, strict=True)], closed
+    return [row + ids_apart(tokenizer, "", q.suffix) for row, q in zip(rows, questions, strict=True)], closed
 
 
 def askable(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> tuple[list[Question], list[str]]:
-    """The questions whose choices can be told apart by their first tokens, and why others cannot be asked."""
-    asked, dropped = [], []
+    """The questions whose choices can be told apart, and why others cannot be asked."""
+    asked, dropped, long = [], [], 0
     for index, question in enumerate(questions):
         try:
-            choice_ids(tokenizer, question)
+            tokens = choice_tokens(tokenizer, question)
         except ValueError as error:
             dropped.append(f"question {index}: {error}")
         else:
             asked.append(question)
+            long += max(map(len, tokens.values())) > 1
+    if long:
+        warnings.warn(
+            f"{long} of {len(questions)} questions have choices of several tokens: each counts with the probability "
+            "of all its tokens, so that of choices that differ in length the shorter are likelier",
+            stacklevel=2,
+        )
     return asked, dropped
 
 
@@ -345,6 +405,6 @@ def prompt_dial(plus: str, minus: str) -> Dial:
     @contextmanager
     def dial(coefficient: float):
         opening = plus if coefficient > 0 else minus if coefficient < 0 else ""
-        yield (lambda prompt: f"{opening} {prompt}".strip()) if opening else None
+        yield (lambda prompt: joined(opening, prompt).strip()) if opening else None
 
     return dial

@@ -14,6 +14,7 @@ from repeng.eval.measure import Dial, Rewrite
 from repeng.model.generate import continuations
 from repeng.model.logprob import has_plain_head, head_logp
 from repeng.model.rows import read_rows
+from repeng.model.script import joined
 from repeng.model.sites import eval_mode
 from repeng.model.tokens import encode
 from repeng.model.types import CausalLM
@@ -59,7 +60,7 @@ def draw_samples(
             surprise = _nll(model, tokenizer, bare, [ids for ids, _ in drawn], batch_size)
     samples = []
     for question, (ids, end), nll in zip(asked, drawn, surprise, strict=True):
-        shown = " ".join(filter(None, (*question.history, question.prompt, question.suffix)))
+        shown = joined(*question.history, question.prompt, question.suffix)
         text = str(tokenizer.decode(ids, skip_special_tokens=True))
         counts = None
         if accepts is not None:

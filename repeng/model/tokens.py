@@ -1,11 +1,17 @@
 """The one tokenisation of prompts, padding, and masks."""
 
+import re
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+from repeng.model.script import joined, joint
+
+# The beginning of thinking at the end of a text: its brackets, and its name.
+OPEN_THINKING = re.compile(r"([<\[◁])(\w*think\w*|thoughts?|reason\w*)([>\]▷])\s*$", re.IGNORECASE)
 
 
 class Encoded(NamedTuple):
@@ -31,31 +37,23 @@ def encode(
 
     A prompt becomes a user turn with the generation prompt of the chat template (`thinking` off), if there is one; an
     empty prompt leaves `suffix` as plain text. `history` are turns before it, the user's first; without a template
-    they are text before the prompt. Over `max_length` tokens the prompt loses its beginning (after a first
-    special token), never the suffix.
+    they are text before the prompt. The suffix has the tokens that it has in the joined text, unless the prompt would
+    have others there than alone. Over `max_length` tokens the prompt loses its beginning (after a first special
+    token), never the suffix.
 
     Raises:
-        ValueError: there is nothing to encode, a turn of the assistant is missing, or the suffix alone is longer than
-            `max_length`.
+        ValueError: there is nothing to encode, a turn of the assistant is missing, the chat template fails, or the
+            suffix alone is longer than `max_length`.
     """
     if prompt and tokenizer.chat_template:
-        if len(history) % 2:
-            raise ValueError(f"history holds {len(history)} turns; it must end with one of the assistant")
-        turn = tokenizer.apply_chat_template(
-            [
-                {"role": ("user", "assistant")[index % 2], "content": text}
-                for index, text in enumerate([*history, prompt])
-            ],
-            add_generation_prompt=True,
-            enable_thinking=thinking,
-            return_dict=False,
-        )
-        prompt_ids, suffix_ids = list(cast(list[int], turn)), plain_ids(tokenizer, suffix)
+        text, gap = _opened_turn(tokenizer, prompt, history, thinking=thinking)
+        prompt_ids = plain_ids(tokenizer, text)
+        suffix_ids = following_ids(tokenizer, _generation_prompt(text, prompt), gap, suffix)
     else:
-        prompt = " ".join(filter(None, [*history, prompt]))
+        prompt = joined(*history, prompt)
         # The text is encoded apart from the special tokens: some tokenizers would append an end-of-text token.
         prompt_ids = [*special_id(tokenizer, "bos"), *plain_ids(tokenizer, prompt)]
-        suffix_ids = plain_ids(tokenizer, f" {suffix}" if prompt and suffix else suffix)
+        suffix_ids = following_ids(tokenizer, prompt, joint(prompt, suffix), suffix)
     if not prompt_ids + suffix_ids:
         raise ValueError("nothing to encode: prompt and suffix are both empty")
     excess = 0 if max_length is None else len(prompt_ids) + len(suffix_ids) - max_length
@@ -73,10 +71,125 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> E
     `encode` puts a space between a prompt and its suffix, and none where there is no prompt; the two may differ in
     their number of tokens.
     """
-    if not prompt and not tokenizer.chat_template:
-        return Encoded(special_id(tokenizer, "bos"), plain_ids(tokenizer, f" {text}"))
-    before = encode(tokenizer, prompt).ids if prompt else []
-    return Encoded(before, plain_ids(tokenizer, text if tokenizer.chat_template else f" {text}"))
+    if prompt and tokenizer.chat_template:
+        return encode(tokenizer, prompt, text)
+    before = encode(tokenizer, prompt).ids if prompt else special_id(tokenizer, "bos")
+    if tokenizer.chat_template:
+        return Encoded([], ids_apart(tokenizer, "", text))
+    return Encoded(before, ids_apart(tokenizer, joint("a", text), text))
+
+
+def answer_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, suffix: str, answers: Sequence[str]
+) -> list[list[int]]:
+    """Token ids of each answer as it goes on from a prompt and a suffix, as `following_ids` has them.
+
+    An answer that opens the assistant's turn has no space before it.
+
+    Raises:
+        ValueError: the suffix ends in a space that belongs to the first token of an answer.
+    """
+    if prompt and tokenizer.chat_template and not suffix:
+        text, gap = _opened_turn(tokenizer, prompt, ())
+        before = _generation_prompt(text, prompt)
+        return [following_ids(tokenizer, before, gap, answer.lstrip()) for answer in answers]
+    before = suffix or prompt
+    begun = plain_ids(tokenizer, before)
+    found = []
+    for answer in answers:
+        gap = joint(before, answer)
+        ids = _ids_behind(tokenizer, before, begun, gap + answer)
+        if ids is None and before[-1:].isspace():
+            raise ValueError(
+                f"this tokenizer joins the answer {answer!r} and the space at the end of {before[-40:]!r} in one token; "
+                "leave that space out"
+            )
+        found.append(ids_apart(tokenizer, gap, answer) if ids is None else ids)
+    return found
+
+
+def following_ids(tokenizer: PreTrainedTokenizerBase, before: str, gap: str, text: str) -> list[int]:
+    """Token ids of `text` behind `before`, with `gap` between them, as the joined text has them.
+
+    They are those of the text behind another beginning where `before` has other tokens in the joined text than alone:
+    what goes on from a text cannot change its tokens.
+    """
+    if not text:
+        return []
+    ids = _ids_behind(tokenizer, before, plain_ids(tokenizer, before), gap + text)
+    return ids_apart(tokenizer, gap, text) if ids is None else ids
+
+
+def _ids_behind(tokenizer: PreTrainedTokenizerBase, before: str, begun: Sequence[int], text: str) -> list[int] | None:
+    """What the joined text holds behind the tokens `begun` of `before`; None if it does not begin with these."""
+    whole = plain_ids(tokenizer, before + text)
+    if whole[: len(begun)] != list(begun):
+        return None
+    if begun and begun[-1] == tokenizer.unk_token_id and tokenizer.is_fast:  # the end of `before`, or more than that
+        offsets = tokenizer(before + text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        if cast(list[tuple[int, int]], offsets)[len(begun) - 1][1] > len(before):
+            return None
+    return whole[len(begun) :]
+
+
+def ids_apart(tokenizer: PreTrainedTokenizerBase, gap: str, text: str) -> list[int]:
+    """Token ids of a text in the middle of another one, whatever stands before: no mark of a beginning is added."""
+    if not text:
+        return []
+    before = "a" if gap else "\n"
+    ids = _ids_behind(tokenizer, before, plain_ids(tokenizer, before), gap + text)
+    return plain_ids(tokenizer, gap + text) if ids is None else ids
+
+
+def opened_turn(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """The text of a user turn, and of what the chat template writes before the assistant's.
+
+    Raises:
+        ValueError: the template fails.
+    """
+    return _opened_turn(tokenizer, prompt, ())[0]
+
+
+def _opened_turn(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, history: Sequence[str], *, thinking: bool = False
+) -> tuple[str, str]:
+    """The text of a user turn up to where the assistant's begins, and the space that the template puts there.
+
+    With `thinking` off, thinking that the template opens whatever it is told is closed.
+
+    Raises:
+        ValueError: a turn of the assistant is missing, or the template fails.
+    """
+    if len(history) % 2:
+        raise ValueError(f"history holds {len(history)} turns; it must end with one of the assistant")
+    turns = [
+        {"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate([*history, prompt])
+    ]
+    try:
+        text = str(
+            tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=thinking)
+        )
+    except Exception as error:  # whatever a template may raise
+        raise ValueError(f"the chat template of this tokenizer cannot be applied: {error}") from error
+    opened = None if thinking else OPEN_THINKING.search(text)
+    if opened:
+        text = f"{text.rstrip()}\n\n{opened[1]}/{opened[2]}{opened[3]}\n\n"
+    return text, _space_of(tokenizer, text, turns)
+
+
+def _space_of(tokenizer: PreTrainedTokenizerBase, text: str, turns: list[dict[str, str]]) -> str:
+    """A space, if the template writes one between `text`, its generation prompt included, and an answer."""
+    try:
+        answered = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": "x"}], tokenize=False)
+    except Exception:  # a template that takes no answer writes nothing before it
+        return ""
+    return " " if str(answered).startswith(f"{text} x") else ""
+
+
+def _generation_prompt(text: str, prompt: str) -> str:
+    """What a template writes behind a prompt: all that matters to the tokens that go on from there."""
+    _, found, rest = text.rpartition(prompt)
+    return rest if found and rest else text
 
 
 def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -90,8 +203,8 @@ def special_id(tokenizer: PreTrainedTokenizerBase, *names: str) -> list[int]:
     return next(([token] for token in ids if token is not None), [])
 
 
-def shared_suffix_length(chosen: Sequence[int], rejected: Sequence[int]) -> int:
-    """How many token ids two sequences have in common at their ends."""
+def shared_suffix_length(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
+    """How many token ids, or words, two sequences have in common at their ends."""
     length = 0
     for left, right in zip(reversed(chosen), reversed(rejected), strict=False):
         if left != right:

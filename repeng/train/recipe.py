@@ -166,6 +166,9 @@ class Recipe:
     per_device_train_batch_size: Annotated[int, Field(ge=1, le=65536)] = field(
         default=16, metadata={"help": "Pairs per process and micro-batch."}
     )
+    per_device_eval_batch_size: Annotated[int, Field(ge=1, le=65536)] = field(
+        default=128, metadata={"help": "Rows of a forward in evaluations during training."}
+    )
     learning_rate: Annotated[float, Field(ge=0, le=100)] = field(
         default=0.0,
         metadata={"help": "Peak learning rate; 0 = found by how far the parameters must go to reach the target."},

@@ -282,6 +282,7 @@ class SteeringTrainer(Trainer):
             partial(self.steer_fn, model),
             ADAPTER_COEFFICIENTS,
             neutral_texts=self.neutral_texts,
+            batch_size=self.args.per_device_eval_batch_size,
         )
         gains = {"range": report.range, **{arm: report.arm(sign).gain for arm, sign in ARMS}}
         (metrics,) = broadcast_object_list([{f"{metric_key_prefix}_{name}": gain for name, gain in gains.items()}])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_eval_report import report
 
+from repeng import bootstrap
 from repeng.eval.comparison import RESAMPLES, Comparison
 from repeng.eval.curves import Curve, Draws, Estimate, Method, methods_of, nearest
 
@@ -133,12 +134,12 @@ def test_of_chance_the_interval_is_where_a_single_one_may_lie():
 
 def test_chance_may_not_do_as_much():
     """It does as much as the method in one direction of ninety, less often than an interval of 95 % sees."""
-    noise = [report([[0.0]] * 5, kl=KL) for _ in range(89)] + [report(ODDS, kl=KL)]
+    noise = [report([[0.0] * 8] * 5, kl=KL) for _ in range(89)] + [report([y * 8 for y in ODDS], kl=KL)]
     assert len(compared(noise=noise).shortcomings()) == 2
 
 
 def test_few_questions_are_said():
-    assert "from 1 questions only" in compared().verdict
+    assert "from 1 questions only" in Comparison({"mine": [report(ODDS, kl=KL)]}, "mine").verdict
     many = report([y * 9 for y in ODDS], kl=KL)
     alone = Comparison({"mine": [many]}, "mine")
     assert "only" not in alone.verdict and "0.100 nat" in alone.verdict and alone.where == "0.1 nat"
@@ -157,7 +158,7 @@ def test_the_nearest_measured_cost():
 
 def prompts(effect=3.0, cost=0.04):
     return report(
-        [[-effect], [0.0], [effect]],
+        [[-effect] * 8, [0.0] * 8, [effect] * 8],
         kl=[cost, 0.0, cost],
         coefficients=[-1.0, 0.0, 1.0],
         discrete=True,
@@ -167,10 +168,10 @@ def prompts(effect=3.0, cost=0.04):
 
 def compared(**more):
     reports = {
-        "mine": [report(ODDS, kl=KL)],
+        "mine": [report([y * 8 for y in ODDS], kl=KL)],
         "prompts": [prompts()],
-        "vector": [report([[y[0] / 2] for y in ODDS], kl=KL)],
-        "noise": [report([[0.0]] * 5, kl=KL), report([[0.0]] * 5, kl=KL)],
+        "vector": [report([[y[0] / 2] * 8 for y in ODDS], kl=KL)],
+        "noise": [report([[0.0] * 8] * 5, kl=KL), report([[0.0] * 8] * 5, kl=KL)],
     }
     return Comparison({**reports, **more}, "mine", prompts="prompts", random="noise", untrained="vector")
 
@@ -197,15 +198,36 @@ def test_what_the_report_says_follows_the_measurements_not_the_names():
 
 def test_shortcomings_name_what_is_missing():
     assert compared().shortcomings() == []
-    idle = compared(mine=[report([[0.0]] * 5, kl=KL)]).shortcomings()
+    idle = compared(mine=[report([[0.0] * 8] * 5, kl=KL)]).shortcomings()
     assert len([reason for reason in idle if "random direction" in reason]) == 2
-    against = report([[-4.0, 1.0], [-1.0, 1.0], [0.0, 0.0], [9.0, -1.0], [9.0, -1.0]], kl=KL, operating=(-1.0, 1.0))
-    pairs = {
-        "prompts": [report([[-3.0] * 2, [0.0] * 2, [3.0] * 2], kl=[0.04, 0, 0.04], coefficients=[-1.0, 0.0, 1.0])],
-        "vector": [report([y * 2 for y in ODDS], kl=KL)],
-        "noise": [report([[0.0] * 2] * 5, kl=KL)],
-    }
-    assert any("50.0%" in reason for reason in compared(mine=[against], **pairs).shortcomings())
+    moves = [[-4.0, 1.0], [-1.0, 1.0], [0.0, 0.0], [9.0, -1.0], [9.0, -1.0]]
+    against = report([y * 4 for y in moves], kl=KL, operating=(-1.0, 1.0))
+    assert any("50.0%" in reason for reason in compared(mine=[against]).shortcomings())
+
+
+def test_over_very_few_units_nothing_is_claimed():
+    """Two questions of one held-out pair agree to the last digit, which is no evidence."""
+
+    def of(units):
+        noise = [report([[y[0] / 2] * len(units) for y in ODDS], kl=KL, units=units)]
+        mine = [report([y * len(units) for y in ODDS], kl=KL, units=units)]
+        return Comparison({"mine": mine, "noise": noise}, "mine", random="noise")
+
+    one, five, six = of(["pair"] * 8), of([f"u{i}" for i in range(5)]), of([f"u{i}" for i in range(6)])
+    assert six.shortcomings() == [] and not math.isnan(six.figures("mine")["effect"].low)
+    for few, n in ((one, 1), (five, 5)):
+        assert any(f"{n} units" in reason for reason in few.shortcomings()) and "[" not in few.verdict
+        assert all(math.isnan(figure.low) for figure in few.figures("mine").values())
+        report_of = few.reports["mine"][0]
+        assert report_of.to_dict()["range_interval"] == [None, None] and report_of.band()[0].isnan().all()
+    assert math.isnan(bootstrap(one.reports["mine"], lambda r: r.range, n=10)[0])
+
+
+def test_answers_that_the_model_never_gives_are_said():
+    mass = [[1e-6] * 8] * 5
+    rare = compared(mine=[report([y * 8 for y in ODDS], kl=KL, mass=mass)])
+    assert "mass of 1e-06" in rare.verdict and any("mass of 1e-06" in reason for reason in rare.shortcomings())
+    assert "mass" not in compared().verdict
 
 
 def test_without_prompts_the_yardstick_is_a_tenth_of_a_nat():

@@ -197,7 +197,7 @@ def test_bad_questions_are_refused(tmp_path, embedded, tokenizer):
     for bad, message in (
         ({**good, "target": "green"}, "line 1"),
         ({**good, "choice": 1}, "did you mean 'choices'"),
-        ({**good, "choices": "red"}, "must be a list"),
+        ({**good, "choices": "red"}, "choices should be a valid list"),
     ):
         path.write_text(json.dumps(bad))
         with pytest.raises(ValueError, match=message):

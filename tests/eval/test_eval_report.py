@@ -187,7 +187,8 @@ def test_the_dictionary_is_json_without_nan():
     found = json.loads(json.dumps(one.to_dict(resamples=20), allow_nan=False))
     assert found["range"] == pytest.approx(0.5 + 4) and found["at"][0]["neutral_nll"] is None
     assert found["groups"]["b"]["range"] == pytest.approx(4.0) and found["at"][2]["parse_rate"] is None
-    assert found["range_interval"][0] <= found["range"] <= found["range_interval"][1]
+    many = report([y * 4 for y in ODDS]).to_dict(resamples=20)
+    assert many["range_interval"][0] <= many["range"] <= many["range_interval"][1]
     assert found["arms"]["minus"] == {"gain": 0.5, "coefficient": -1.0}
 
 

@@ -1,0 +1,192 @@
+"""Files of rows: JSON Lines, a JSON list, or lines of text, whatever they are called; anything else is named."""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from json import JSONDecodeError
+from pathlib import Path
+from typing import Any, NoReturn
+
+SHOWN = 60  # characters of a line in a message
+LONGEST = 1 << 20  # characters of one line
+DEEPEST = 100  # brackets within each other in one value
+Row = tuple[str, Any]  # where it stands, for messages, and its value
+# What files of other kinds begin with, and what to do about them.
+UNPACK, CONVERT = "unpack it first", "convert it to JSON Lines in UTF-8"
+MAGIC = (
+    (b"\x1f\x8b", "gzip-compressed", UNPACK),
+    (b"BZh", "bzip2-compressed", UNPACK),
+    (b"\xfd7zXZ", "xz-compressed", UNPACK),
+    (b"\x28\xb5\x2f\xfd", "zstd-compressed", UNPACK),
+    (b"PK\x03\x04", "a zip archive (or a spreadsheet)", UNPACK),
+    (b"PAR1", "a Parquet file", CONVERT),
+    (b"ARROW1", "an Arrow file", CONVERT),
+    (b"SQLite format 3", "an SQLite database", CONVERT),
+    (b"%PDF", "a PDF file", CONVERT),
+    (b"GGUF", "a GGUF model", "give a file of texts"),
+    (b"\x89PNG", "an image", "give a file of texts"),
+    (b"\xff\xd8\xff", "an image", "give a file of texts"),
+)
+WIDE = (
+    (b"\xff\xfe\x00\x00", "UTF-32"),
+    (b"\x00\x00\xfe\xff", "UTF-32"),
+    (b"\xff\xfe", "UTF-16"),
+    (b"\xfe\xff", "UTF-16"),
+)
+TABLES = (".csv", ".tsv")
+MARKUP = (".yaml", ".yml", ".toml", ".xml", ".html")
+JSON_NAMES = (".json", ".jsonl", ".ndjson")
+# How a text begins that is meant as JSON, whatever the file is called.
+LIST = re.compile(r'\s*\[\s*($|["{\[\]])')
+OBJECT = re.compile(r'\s*\{\s*($|["}])')
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a file in UTF-8, without a byte-order mark.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is a folder, empty, of another kind or encoding, or holds bytes of no text.
+    """
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder; give a file")
+    data = Path(path).read_bytes()
+    for start, kind, mend in MAGIC:
+        if data.startswith(start):
+            raise ValueError(f"{path} is {kind}, not text; {mend}")
+    for start, name in WIDE:
+        if data.startswith(start):
+            raise ValueError(f"{path} is in {name}; save it in UTF-8")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line, byte = data.count(b"\n", 0, error.start) + 1, data[error.start]
+        kind = (
+            "binary, no text; give a file of texts" if b"\0" in data else "not in UTF-8 (latin-1?); save it in UTF-8"
+        )
+        raise ValueError(f"{path}, line {line}: byte 0x{byte:02x}: the file is {kind}") from None
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise ValueError(f"{path}, line {line} holds NUL: the file is binary or in UTF-16; save it as text in UTF-8")
+    if not text.strip():
+        raise ValueError(f"{path} is empty; write one value a line")
+    return text
+
+
+def lines_of(path: str | Path, text: str) -> list[tuple[int, str]]:
+    """The lines of a text that are not empty, with their numbers; a line ends at a line feed and nowhere else.
+
+    Raises:
+        ValueError: a line is longer than any text that a model reads.
+    """
+    found = [(number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), start=1)]
+    for number, line in found:
+        if len(line) > LONGEST:
+            raise ValueError(
+                f"{path}, line {number} has {len(line)} characters; at most {LONGEST} may stand on one line: split it"
+            )
+    return [(number, line) for number, line in found if line.strip()]
+
+
+def is_json(path: str | Path, text: str) -> bool:
+    """Whether a file of texts is meant as JSON: by its name, its beginning, or JSON strings on all lines."""
+    if Path(path).suffix.lower() in JSON_NAMES or LIST.match(text.split("\n", 1)[0]) or OBJECT.match(text):
+        return True
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    return all(len(line) > 1 and line[0] == line[-1] == '"' for line in lines)
+
+
+def read_json_rows(path: str | Path, text: str, example: str, name: str | None = None) -> list[Row]:
+    """The values of JSON Lines, or of one JSON list, each with where it stands.
+
+    Args:
+        path: the file.
+        text: what it holds.
+        example: a value as it should be, for messages.
+        name: what messages call the file, if not by its path.
+
+    Raises:
+        ValueError: the file is no JSON, or of a form that it does not have twice: two equal keys, numbers that are
+            none or have no end, half a character, brackets without end.
+    """
+    name = name or str(path)
+    if text.lstrip()[0] == "[":
+        rows = parse(text, name, example)
+        return [(f"{name}, row {number}", value) for number, value in enumerate(rows, start=1)]
+    numbered = lines_of(name, text)
+    first = numbered[0][1].strip()
+    if first in ("{", "[") or (first[0] == "{" and first[-1] in "{,[" and len(numbered) > 1):
+        raise ValueError(
+            f"{name}, line {numbered[0][0]}: an object goes on over several lines; write each on one line, such as "
+            f"{example}, or all in one list in [ ]"
+        )
+    return [(f"{name}, line {number}", parse(line, f"{name}, line {number}", example)) for number, line in numbered]
+
+
+def parse(text: str, where: str, example: str) -> Any:
+    """The value of a JSON text, in the strict sense of the standard.
+
+    Raises:
+        ValueError: see `read_json_rows`.
+    """
+
+    def refuse(problem: str) -> NoReturn:
+        raise ValueError(f"{where}: {problem}")
+
+    try:
+        value = json.loads(
+            text,
+            object_pairs_hook=lambda pairs: _object(pairs, refuse),
+            parse_constant=lambda name: refuse(f"{name} is no JSON value; write a finite number or a text"),
+            parse_int=lambda digits: _number(digits, int, refuse),
+            parse_float=lambda digits: _number(digits, float, refuse),
+        )
+    except JSONDecodeError as error:
+        at = f", line {error.lineno}" if "\n" in text else ""
+        line = text.split("\n")[error.lineno - 1].strip()
+        raise ValueError(
+            f"{where}{at} is not JSON ({error.msg}): {line[:SHOWN]!r}; a row looks like {example}"
+        ) from None
+    except RecursionError:
+        value = DEEPEST
+        refuse(f"brackets stand within each other too deeply; a row looks like {example}")
+    _check_values(value, refuse)
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]], refuse: Callable[[str], NoReturn]) -> dict[str, Any]:
+    """The object of these keys and values."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            refuse(f"the key {key!r} is there twice; leave one out")
+        found[key] = value
+    return found
+
+
+def _number(digits: str, kind: type[int] | type[float], refuse: Callable[[str], NoReturn]) -> int | float:
+    """The number of these digits."""
+    if len(digits) > SHOWN:
+        refuse(f"a number of {len(digits)} digits is too long: {digits[:SHOWN]}…")
+    value = kind(digits)
+    if not math.isfinite(value):
+        refuse(f"{digits} is too large a number")
+    return value
+
+
+def _check_values(value: Any, refuse: Callable[[str], NoReturn]) -> None:
+    """Refuse half characters, which no tokenizer reads, and depth that nothing here has."""
+    level = [value]
+    for _ in range(DEEPEST):
+        for text in level:
+            if isinstance(text, str) and (half := re.search("[\ud800-\udfff]", text)):
+                refuse(
+                    f"{text[:SHOWN]!r} holds half a character (\\u{ord(half[0]):04x}); write the whole one, or leave "
+                    "it out"
+                )
+        inner = [list(v.items()) if isinstance(v, dict) else v for v in level if isinstance(v, list | dict | tuple)]
+        level = [part for values in inner for part in values]
+        if not level:
+            return
+    refuse(f"brackets stand within each other more than {DEEPEST // 2} deep")

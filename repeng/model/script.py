@@ -1,0 +1,46 @@
+"""How texts are written: what joins two pieces, what counts as a word, and what nobody sees."""
+
+import re
+import unicodedata
+
+# Scripts that put no space between words (Thai to Myanmar, Khmer, Chinese, Japanese), with their punctuation.
+UNSPACED = (
+    "\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u3000-\u312f\u31a0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
+    "\uf900-\ufaff\ufe30-\ufe4f\uff00-\uffef\U00020000-\U0003ffff"
+)
+WORD = re.compile(f"[{UNSPACED}]|[^\\s{UNSPACED}]+")
+SENTENCE = re.compile(r"(?<=[.!?؟۔।])\s+|(?<=[。！？])\s*(?=\S)|\n+")
+OPENING = "([{<“‘«‹„‚¿¡/\\"  # what the next word follows without a space
+INVISIBLE = ("Cc", "Cf", "Zs", "Zl", "Zp")  # categories of characters
+
+
+def joint(before: str, after: str) -> str:
+    """What stands between two pieces of a text: a space where their script puts one, and none is written already."""
+    if not before or not after or before[-1].isspace() or after[0].isspace():
+        return ""
+    if before[-1] in OPENING or (before[-1] == '"' and before.count('"') % 2):
+        return ""
+    return "" if re.search(f"[{UNSPACED}]", before[-1] + after[0]) else " "
+
+
+def joined(*parts: str) -> str:
+    """The pieces of a text, put together; empty ones are left out."""
+    whole = ""
+    for part in parts:
+        whole += joint(whole, part) + part
+    return whole
+
+
+def words(text: str) -> list[str]:
+    """The words of a text; in scripts without spaces each character is one."""
+    return WORD.findall(text)
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences and lines of a text."""
+    return SENTENCE.split(text)
+
+
+def visible(text: str) -> str:
+    """The characters of a text that can be seen."""
+    return "".join(c for c in text if unicodedata.category(c) not in INVISIBLE)
