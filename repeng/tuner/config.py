@@ -2,11 +2,20 @@
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from enum import Enum
+from typing import Any, cast
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 
-PEFT_TYPE = "SVD_STEERING"
+
+class SteeringType(str, Enum):  # noqa: UP042 — PEFT reads the class's name in str() too
+    """The key of the method. Like a member of PEFT's own enumeration it equals, hashes as and is saved as its text."""
+
+    SVD_STEERING = "SVD_STEERING"
+
+
+# `PeftType` itself takes no new members.
+PEFT_TYPE = cast(PeftType, SteeringType.SVD_STEERING)
 PREFIX = "svd_steering_"
 FORMAT_VERSION = 2  # the newest that is read; a file names the oldest that holds all of it
 
@@ -86,7 +95,7 @@ class SvdSteeringConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type: str | None = PEFT_TYPE
+        self.peft_type = PEFT_TYPE
         if not isinstance(self.format_version, int) or self.format_version > FORMAT_VERSION:
             raise ValueError(
                 f"this adapter has file format {self.format_version!r} and this version of repeng reads formats up to "

@@ -6,11 +6,8 @@ from typing import Any, cast
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.constants import (
-    EMBEDDING_LAYER_NAMES,
-    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-)
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -18,9 +15,12 @@ from repeng.tuner.base import is_linear
 from repeng.tuner.coefficients import Coefficients
 from repeng.tuner.config import PEFT_TYPE, PREFIX, SvdSteeringConfig
 from repeng.tuner.fingerprint import check_same_base, take_fingerprint
-from repeng.tuner.layer import Linear, SvdSteeringLayer
+from repeng.tuner.keys import IN_PEFT, adapter_keys, beside_adapter, check_keys, check_shapes, is_basis, site_keys
+from repeng.tuner.layer import Linear, SvdSteeringLayer, empty
+from repeng.tuner.names import check_known, check_new
 from repeng.tuner.residual import CHILD, Residual, attach, detach
 from repeng.tuner.targets import RESIDUAL, last, resolve
+from repeng.tuner.undo import all_or_nothing, sites_of
 
 
 class SvdSteeringModel(BaseTuner):
@@ -35,16 +35,67 @@ class SvdSteeringModel(BaseTuner):
     coefficients: Coefficients
     _bar: tqdm
     _injected: str
+    _like: str | None
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        vars(self).setdefault("coefficients", Coefficients())
-        shown = self._config(adapter_name).init_bases
-        with tqdm(desc="SVD of the adapted weights", leave=False, delay=1, disable=not shown) as bar:
-            vars(self).update(_bar=bar, _injected=adapter_name)
-            try:
-                super().inject_adapter(model, adapter_name, *args, **kwargs)
-            finally:
-                del vars(self)["_bar"], vars(self)["_injected"]
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        check_new(model, adapter_name)  # before PEFT writes the new configuration over the old one's
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        *args: Any,
+        state_dict: dict[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As PEFT's own; on an error, also in the middle of it, `model` is as it was.
+
+        Raises:
+            ValueError: the name cannot be an adapter's or is taken, or the configuration does not fit the model.
+        """
+        here = next((site.coefficients for site in sites_of(model)), None)  # of an injection before this one
+        vars(self).setdefault("coefficients", here or Coefficients())
+        config = self._config(adapter_name)
+        like = self._made_with(config, adapter_name)
+        try:
+            check_new(model, adapter_name)
+            with (
+                all_or_nothing(self),
+                tqdm(
+                    desc="SVD of the adapted weights",
+                    leave=False,
+                    delay=1,
+                    disable=not config.init_bases or bool(like),
+                ) as bar,
+            ):
+                vars(self).update(_bar=bar, _injected=adapter_name, _like=like)
+                state_dict = state_dict and site_keys(state_dict)
+                super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
+                if state_dict:
+                    self._take_sites(config, adapter_name)
+        except BaseException:
+            self.peft_config.pop(adapter_name, None)
+            raise
+        finally:
+            for attribute in ("_bar", "_injected", "_like"):
+                vars(self).pop(attribute, None)
+
+    def _made_with(self, config: SvdSteeringConfig, adapter_name: str) -> str | None:
+        """Another adapter with tensors whose configuration this is, or is a copy of."""
+        for name, other in self.peft_config.items():
+            if name != adapter_name and isinstance(other, SvdSteeringConfig) and _same(config, other):
+                sites = [site for site in sites_of(self.model) if name in site.r]
+                if sites and not any(site.is_empty(name) for site in sites):
+                    return name
+        return None
+
+    def _take_sites(self, config: SvdSteeringConfig, adapter_name: str) -> None:
+        """Record what a state dict has injected, which need not be what the configuration asks for."""
+        names = [name for name in self.targeted_module_names if adapter_name in self._site(name).r]
+        if set(names) != set(config.resolved_modules or ()):
+            config.resolved_modules = names
+            config.fingerprint = take_fingerprint(self.model, names)
 
     def _config(self, adapter_name: str) -> SvdSteeringConfig:
         return _of_this_method(self.peft_config[adapter_name])
@@ -58,25 +109,33 @@ class SvdSteeringModel(BaseTuner):
                 f"adapter {', '.join(merged.merged_adapters)} is merged into the weights, of which another one would "
                 "take its bases; call unmerge_adapter() first"
             )
-        if config.init_bases or config.resolved_modules is None:
+        if self._like is not None:
+            pass  # what would be filled in is there
+        elif config.init_bases or config.resolved_modules is None:
             config.resolved_modules = resolve(model, config)
         else:
             require_modules(model, config.resolved_modules)
-        if config.init_bases:
+        if config.init_bases and self._like is None:
             config.fingerprint = take_fingerprint(model, config.resolved_modules)
             config.calibration = None
             # A configuration that was used on another base before still names that one's commit.
             commit = getattr(getattr(model, "config", None), "_commit_hash", None)
             config.revision = commit or config.revision
-        else:
+        elif not config.init_bases:
             check_same_base(model, config, config.resolved_modules)
         units = config.calibration or {"plus": 1.0, "minus": 1.0}
         self.coefficients.set_units(self._injected, units["plus"], units["minus"])
         self._bar.total = len(config.resolved_modules)
 
     @staticmethod
-    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool:
-        return key in (_of_this_method(peft_config).resolved_modules or ())
+    def _check_target_module_exists(  # pyright: ignore[reportIncompatibleMethodOverride]
+        peft_config: PeftConfig, key: str
+    ) -> bool | _ExcludedModule:
+        config = _of_this_method(peft_config)
+        if key in (config.resolved_modules or ()):
+            return True
+        # PEFT warns of an exclusion that it has not seen. One that covers nothing was refused before.
+        return _ExcludedModule() if config.exclude_modules else False
 
     def _create_and_replace(
         self,
@@ -91,14 +150,14 @@ class SvdSteeringModel(BaseTuner):
     ) -> None:
         config = _of_this_method(peft_config)
         if isinstance(target, SvdSteeringLayer):
-            target.update_layer(adapter_name, config)
+            target.update_layer(adapter_name, config, self._like)
         elif is_linear(target):
             module = Linear(target, adapter_name, config, self.coefficients)
             module.set_adapter(self.active_adapters)
             self._replace_module(parent, target_name, module, target)
         else:
             residual = attach(target, self.coefficients)
-            residual.update_layer(adapter_name, config)
+            residual.update_layer(adapter_name, config, self._like)
             residual.set_adapter(self.active_adapters)
         self._bar.update()
 
@@ -112,15 +171,37 @@ class SvdSteeringModel(BaseTuner):
         for name in ("adapter_names", "alora_offsets"):
             if kwargs.get(name) is not None:
                 raise ValueError(
-                    f"{PEFT_TYPE} does not take {name}; give each row its own coefficient: "
+                    f"{PEFT_TYPE.value} does not take {name}; give each row its own coefficient: "
                     "with repeng.steer(model, torch.tensor([…]), adapter_name=…)"
                 )
         yield
 
     def check_merge(self, adapter_names: list[str] | None) -> None:
         """Raise ValueError, before any weight is written, if one of these adapters cannot be merged."""
+        check_known(adapter_names or (), self.peft_config)
         for site in (m for m in self.model.modules() if isinstance(m, SvdSteeringLayer)):
             site.check_merge([name for name in adapter_names or site.active_adapters if name in site.r])
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        check_known([adapter_name] if isinstance(adapter_name, str) else adapter_name, self.peft_config)
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def add_weighted_adapter(self, *_args: Any, **_kwargs: Any) -> None:
+        """Refused: rotations of different bases have no weighted sum.
+
+        Raises:
+            ValueError: always; it names what does the same.
+        """
+        raise ValueError(
+            f"{PEFT_TYPE.value} adapters cannot be summed into one; let several act together with "
+            "model.base_model.set_adapter([…]), each at its own repeng.steer(model, c, adapter_name=…)"
+        )
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if not autocast_adapter_dtype:
+            for site in sites_of(self.model):
+                site.cast_to_base(adapter_name)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self.check_merge(adapter_names)
@@ -202,21 +283,40 @@ class SvdSteeringModel(BaseTuner):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
         # PEFT loads with strict=False; without this a missing base would stay NaN and a stray key would be dropped.
+        # What was learned may come alone, in part too: as an average of weights, or without what is frozen.
         for name in self.peft_config:
-            stored = {key for key in state_dict if f".{PREFIX}" in key and key.endswith(f".{name}")}
-            if stored:
-                expected = {prefix + key for key in _adapter_keys(self, name)}
-                check_keys(expected, stored, name)
+            given = {key for key in state_dict if f".{PREFIX}" in key and key.endswith(f".{name}")}
+            if given:
+                expected = {prefix + key: tensor for key, tensor in adapter_keys(self, name).items()}
+                whole = any(is_basis(key) for key in given) or any(site.is_empty(name) for site in sites_of(self))
+                check_keys(set(expected) if whole else set(expected) & given, given, name)
+                check_shapes(expected, {key: state_dict[key] for key in given})
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        if any(site.is_empty(adapter_name) for site in sites_of(model)):
+            raise ValueError(empty(adapter_name))
+        return super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        expected = {key.removesuffix(f".{adapter_name}") for key in _adapter_keys(model, adapter_name)}
-        stored = {key for key in state_dict if not _is_auxiliary(key)}
-        check_keys(expected, stored, adapter_name)
+        expected = {key.removesuffix(f".{adapter_name}") for key in adapter_keys(model, adapter_name)}
+        if not any(key.startswith(IN_PEFT) for key in expected):  # injected, without a PeftModel around
+            state_dict = {key.removeprefix(IN_PEFT): tensor for key, tensor in state_dict.items()}
+        beside = beside_adapter(model, adapter_name)
+        check_keys(expected, state_dict.keys() - beside.keys(), adapter_name)
+        check_shapes(beside, {key: tensor for key, tensor in state_dict.items() if key in beside})
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def _same(config: SvdSteeringConfig, other: SvdSteeringConfig) -> bool:
+    """Whether one is the other, or a copy of it; that it is trained or not makes no difference."""
+    return {**vars(config), "inference_mode": None} == {**vars(other), "inference_mode": None}
 
 
 def _of_this_method(config: PeftConfig) -> SvdSteeringConfig:
@@ -243,30 +343,4 @@ def require_modules(model: nn.Module, names: list[str]) -> None:
         raise ValueError(
             f"this adapter needs {len(names)} modules and {type(model).__name__} lacks {len(missing)} of them: "
             f"{', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}; load the base model that it was made for"
-        )
-
-
-def _adapter_keys(model: nn.Module, adapter_name: str) -> list[str]:
-    """State-dict keys of this method's tensors for one adapter, with its name at the end."""
-    return [key for key in model.state_dict() if f".{PREFIX}" in key and key.endswith(f".{adapter_name}")]
-
-
-def _is_auxiliary(key: str) -> bool:
-    """Whether PEFT itself may have put `key` into the file: modules_to_save, or an embedding of a grown vocabulary."""
-    parts = key.split(".")
-    return "modules_to_save" in parts or any(name in parts for name in EMBEDDING_LAYER_NAMES)
-
-
-def check_keys(expected: set[str], given: set[str], adapter_name: str) -> None:
-    """Raise ValueError, naming keys, unless the file holds exactly the tensors that the configuration calls for."""
-    problems = [
-        f"{len(keys)} {what}: {', '.join(sorted(keys)[:3])}{' …' if len(keys) > 3 else ''}"
-        for what, keys in (("missing", expected - given), ("unexpected", given - expected))
-        if keys
-    ]
-    if problems:
-        raise ValueError(
-            f"the weights of adapter {adapter_name!r} do not fit its configuration and this model "
-            f"({'; '.join(problems)}); check "
-            "that adapter_config.json and adapter_model.safetensors come from one save, for this base model"
         )
