@@ -12,7 +12,7 @@ from torch import Tensor
 from repeng.data.files import staged
 from repeng.model.sharded import whole
 from repeng.tuner.config import PREFIX
-from repeng.tuner.model import check_keys
+from repeng.tuner.keys import check_keys
 
 
 def save_adapter(model: PeftModel, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:

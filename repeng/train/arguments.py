@@ -46,6 +46,14 @@ class SteeringArguments(Recipe, TrainingArguments):  # pyright: ignore[reportInc
             for name, (value, default) in values.items()
             if value != default and (value or default not in ("", "no"))
         )
+        compiling = [
+            name for name in ("torch_compile", "torch_compile_backend", "torch_compile_mode") if vars(self)[name]
+        ]
+        if compiling:  # before it is put into the environment, where accelerate would find it
+            raise ValueError(
+                f"{compiling[0]}={vars(self)[compiling[0]]} does not go with this training, whose loss reads hidden "
+                "states by hooks that a compiled model does not call alike; leave it out"
+            )
         super().__post_init__()
         if self.n_gpu > 1:
             self._n_gpu = 1  # one process, one GPU; DataParallel would hand each replica other rows

@@ -159,9 +159,9 @@ class SvdSteeringLayer(BaseTunerLayer):
 def empty(adapter_name: str) -> str:
     """What is wrong with an adapter whose tensors never came."""
     return (
-        f"adapter {adapter_name!r} was made from a saved configuration, whose tensors come from a weights file, and "
-        "some were not loaded: use PeftModel.from_pretrained or load_adapter, or set init_bases=True in the "
-        "configuration to start anew"
+        f"adapter {adapter_name!r} was made to be filled from a weights file (from a saved configuration, or with "
+        "low_cpu_mem_usage=True), and some of its tensors were never loaded: use PeftModel.from_pretrained or "
+        "load_adapter; to start anew, set init_bases=True in the configuration and leave low_cpu_mem_usage out"
     )
 
 

@@ -4,11 +4,16 @@ PEFT and transformers put an adapter into the model before they read its file. I
 model, they leave the adapter behind without its tensors.
 """
 
+import os
 from collections.abc import Callable
 from functools import wraps
+from pickle import UnpicklingError
 from typing import Any
 
+from huggingface_hub.errors import HFValidationError
 from peft import PeftModel
+from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError
 from torch import nn
 from transformers.integrations.peft import PeftAdapterMixin
 
@@ -23,20 +28,40 @@ def make_loads_whole() -> None:
     """
     PeftModel.load_adapter = _whole(PeftModel.load_adapter)
     from_pretrained: Any = PeftModel.from_pretrained
-    PeftModel.from_pretrained = classmethod(_whole_class(from_pretrained.__func__))
+    PeftModel.from_pretrained = classmethod(_whole_from_base(from_pretrained.__func__))
     PeftAdapterMixin.load_adapter = _complete(PeftAdapterMixin.load_adapter)
 
 
 def _whole(load: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(load)
-    def load_all_or_nothing(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def load_all_or_nothing(self: nn.Module, model_id: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         with all_or_nothing(self):
-            return load(self, *args, **kwargs)
+            try:
+                return load(self, model_id, *args, **kwargs)
+            except _BROKEN as error:
+                if not sites_of(self):
+                    raise
+                folder = os.path.join(model_id, kwargs.get("subfolder") or "")
+                raise ValueError(f"the adapter in {folder} cannot be loaded: {_reason(folder, error)}") from error
 
     return load_all_or_nothing
 
 
-def _whole_class(load: Callable[..., Any]) -> Callable[..., Any]:
+# What reading a weights file raises: broken ones, absent ones, and those without a tensor of modules_to_save.
+_BROKEN = (SafetensorError, UnpicklingError, EOFError, RuntimeError, OSError, KeyError, HFValidationError)
+
+
+def _reason(folder: str, error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"its weights file lacks {error.args[0]}, which modules_to_save of adapter_config.json calls for"
+    names = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+    there = [name for name in names if os.path.exists(os.path.join(folder, name))]
+    if not there:
+        return f"it has neither {' nor '.join(names)}; copy the whole folder that save_pretrained wrote"
+    return f"{there[0]} is broken ({str(error).splitlines()[0]}); copy it anew, or save the adapter again"
+
+
+def _whole_from_base(load: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(load)
     def load_all_or_nothing(cls: type, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with all_or_nothing(model):

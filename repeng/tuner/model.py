@@ -17,7 +17,7 @@ from repeng.tuner.config import PEFT_TYPE, PREFIX, SvdSteeringConfig
 from repeng.tuner.fingerprint import check_same_base, take_fingerprint
 from repeng.tuner.keys import IN_PEFT, adapter_keys, beside_adapter, check_keys, check_shapes, is_basis, site_keys
 from repeng.tuner.layer import Linear, SvdSteeringLayer, empty
-from repeng.tuner.names import check_known, check_new
+from repeng.tuner.names import check_known, check_new, check_saved
 from repeng.tuner.residual import CHILD, Residual, attach, detach
 from repeng.tuner.targets import RESIDUAL, last, resolve
 from repeng.tuner.undo import all_or_nothing, sites_of
@@ -60,14 +60,10 @@ class SvdSteeringModel(BaseTuner):
         like = self._made_with(config, adapter_name)
         try:
             check_new(model, adapter_name)
+            quiet = like is not None or not config.init_bases
             with (
                 all_or_nothing(self),
-                tqdm(
-                    desc="SVD of the adapted weights",
-                    leave=False,
-                    delay=1,
-                    disable=not config.init_bases or bool(like),
-                ) as bar,
+                tqdm(desc="SVD of the adapted weights", leave=False, delay=1, disable=quiet) as bar,
             ):
                 vars(self).update(_bar=bar, _injected=adapter_name, _like=like)
                 state_dict = state_dict and site_keys(state_dict)
@@ -109,6 +105,7 @@ class SvdSteeringModel(BaseTuner):
                 f"adapter {', '.join(merged.merged_adapters)} is merged into the weights, of which another one would "
                 "take its bases; call unmerge_adapter() first"
             )
+        check_saved(model, config.modules_to_save or ())
         if self._like is not None:
             pass  # what would be filled in is there
         elif config.init_bases or config.resolved_modules is None:
