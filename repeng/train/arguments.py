@@ -46,13 +46,12 @@ class SteeringArguments(Recipe, TrainingArguments):  # pyright: ignore[reportInc
             for name, (value, default) in values.items()
             if value != default and (value or default not in ("", "no"))
         )
-        compiling = [
-            name for name in ("torch_compile", "torch_compile_backend", "torch_compile_mode") if vars(self)[name]
-        ]
+        keys = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
+        compiling = [key for key in keys if getattr(self, key)]
         if compiling:  # before it is put into the environment, where accelerate would find it
             raise ValueError(
-                f"{compiling[0]}={vars(self)[compiling[0]]} does not go with this training, whose loss reads hidden "
-                "states by hooks that a compiled model does not call alike; leave it out"
+                f"{compiling[0]}={getattr(self, compiling[0])} does not go with this training, whose loss reads hidden "
+                "states by hooks, which do not run in a compiled model; leave it out"
             )
         super().__post_init__()
         if self.n_gpu > 1:

@@ -58,7 +58,7 @@ def check_keys(expected: Set[str], given: Set[str], adapter_name: str) -> None:
 
 def check_shapes(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
     """Raise ValueError, naming a key, if a tensor has another shape than the one that it is to replace."""
-    for key, tensor in given.items():
+    for key, tensor in sorted(given.items()):
         if tensor.shape != expected[key].shape:
             raise ValueError(
                 f"{key} is given in shape {tuple(tensor.shape)} and has shape {tuple(expected[key].shape)} here; "

@@ -41,7 +41,7 @@ def _whole(load: Callable[..., Any]) -> Callable[..., Any]:
             except _BROKEN as error:
                 if not sites_of(self):
                     raise
-                folder = os.path.join(model_id, kwargs.get("subfolder") or "")
+                folder = os.path.join(model_id, *filter(None, [kwargs.get("subfolder")]))
                 raise ValueError(f"the adapter in {folder} cannot be loaded: {_reason(folder, error)}") from error
 
     return load_all_or_nothing
@@ -79,11 +79,11 @@ def _complete(load: Callable[..., Any]) -> Callable[..., Any]:
             info = load(self, *args, **kwargs)
             missing = [key for key in info.missing_keys if f".{PREFIX}" in key]
             strange = [key for key in info.unexpected_keys if f".{PREFIX}" in key]
-            for what, keys in (("lacks", missing), ("has no place for", strange)):
+            for what, keys in (("lacks", missing), ("holds, for no site,", strange)):
                 if keys and sites_of(self):
                     raise ValueError(
-                        f"this adapter {what} {len(keys)} tensors, such as {min(keys)}; check that its "
-                        "adapter_config.json and its weights come from one save, for this base model"
+                        f"the file of this adapter {what} {', '.join(sorted(keys)[:3])}{' …' if len(keys) > 3 else ''}; "
+                        "check that it and adapter_config.json come from one save, for this base model"
                     )
             return info
 
