@@ -50,8 +50,8 @@ class SteeringArguments(Recipe, TrainingArguments):  # pyright: ignore[reportInc
         compiling = [key for key in keys if getattr(self, key)]
         if compiling:  # before it is put into the environment, where accelerate would find it
             raise ValueError(
-                f"{compiling[0]}={getattr(self, compiling[0])} does not go with this training, whose loss reads hidden "
-                "states by hooks, which do not run in a compiled model; leave it out"
+                f"{compiling[0]}={getattr(self, compiling[0])} does not go with this training, whose loss reads "
+                "hidden states by hooks, which do not run in a compiled model; leave it out"
             )
         super().__post_init__()
         if self.n_gpu > 1:

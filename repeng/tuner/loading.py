@@ -26,9 +26,9 @@ def make_loads_whole() -> None:
 
     For adapters of other methods they stay as they are.
     """
-    PeftModel.load_adapter = _whole(PeftModel.load_adapter)
-    from_pretrained: Any = PeftModel.from_pretrained
-    PeftModel.from_pretrained = classmethod(_whole_from_base(from_pretrained.__func__))
+    peft_model: Any = PeftModel
+    peft_model.load_adapter = _whole(peft_model.load_adapter)
+    peft_model.from_pretrained = classmethod(_whole_from_base(peft_model.from_pretrained.__func__))
     PeftAdapterMixin.load_adapter = _complete(PeftAdapterMixin.load_adapter)
 
 
@@ -81,9 +81,10 @@ def _complete(load: Callable[..., Any]) -> Callable[..., Any]:
             strange = [key for key in info.unexpected_keys if f".{PREFIX}" in key]
             for what, keys in (("lacks", missing), ("holds, for no site,", strange)):
                 if keys and sites_of(self):
+                    named = ", ".join(sorted(keys)[:3]) + (" …" if len(keys) > 3 else "")
                     raise ValueError(
-                        f"the file of this adapter {what} {', '.join(sorted(keys)[:3])}{' …' if len(keys) > 3 else ''}; "
-                        "check that it and adapter_config.json come from one save, for this base model"
+                        f"the file of this adapter {what} {named}; check that it and adapter_config.json come from "
+                        "one save, for this base model"
                     )
             return info
 

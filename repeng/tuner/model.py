@@ -106,23 +106,11 @@ class SvdSteeringModel(BaseTuner):
                 "take its bases; call unmerge_adapter() first"
             )
         check_saved(model, config.modules_to_save or ())
-        if self._like is not None:
-            pass  # what would be filled in is there
-        elif config.init_bases or config.resolved_modules is None:
-            config.resolved_modules = resolve(model, config)
-        else:
-            require_modules(model, config.resolved_modules)
-        if config.init_bases and self._like is None:
-            config.fingerprint = take_fingerprint(model, config.resolved_modules)
-            config.calibration = None
-            # A configuration that was used on another base before still names that one's commit.
-            commit = getattr(getattr(model, "config", None), "_commit_hash", None)
-            config.revision = commit or config.revision
-        elif not config.init_bases:
-            check_same_base(model, config, config.resolved_modules)
+        if self._like is None:
+            _fill_in(config, model)
         units = config.calibration or {"plus": 1.0, "minus": 1.0}
         self.coefficients.set_units(self._injected, units["plus"], units["minus"])
-        self._bar.total = len(config.resolved_modules)
+        self._bar.total = len(config.resolved_modules or ())
 
     @staticmethod
     def _check_target_module_exists(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -309,6 +297,23 @@ class SvdSteeringModel(BaseTuner):
         check_keys(expected, state_dict.keys() - beside.keys(), adapter_name)
         check_shapes(beside, {key: tensor for key, tensor in state_dict.items() if key in beside})
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def _fill_in(config: SvdSteeringConfig, model: nn.Module) -> None:
+    """Record which modules are adapted, of which base; or compare with what a saved configuration says of them."""
+    if not config.init_bases and config.resolved_modules is not None:
+        require_modules(model, config.resolved_modules)
+        check_same_base(model, config, config.resolved_modules)
+        return
+    config.resolved_modules = resolve(model, config)
+    if not config.init_bases:
+        check_same_base(model, config, config.resolved_modules)
+        return
+    config.fingerprint = take_fingerprint(model, config.resolved_modules)
+    config.calibration = None
+    # A configuration that was used on another base before still names that one's commit.
+    commit = getattr(getattr(model, "config", None), "_commit_hash", None)
+    config.revision = commit or config.revision
 
 
 def _same(config: SvdSteeringConfig, other: SvdSteeringConfig) -> bool:
