@@ -443,6 +443,7 @@ def _(_folder):
             expected = logits(model)
         for twin in twins:
             same(logits(twin), expected)
+            twin.generate(input_ids=IDS, max_new_tokens=2)  # with a key-value cache
             with steer(twin, 0.0):
                 same(twin, base())
             same(logits(twin), expected)
