@@ -61,7 +61,10 @@ def _check_cache(trunk: nn.Module, _args: tuple, kwargs: dict[str, Any]) -> None
     cache = cache_of(kwargs)
     if cache is None:
         return
-    state, reuse_cache = _open[trunk][-1]
+    contexts = _open.get(trunk)
+    if not contexts:  # a copy, made inside the context together with this hook
+        return
+    state, reuse_cache = contexts[-1]
     made_in = getattr(cache, MARK, ())
     if made_in != state and not reuse_cache and cache.get_seq_length():
         raise ValueError(
@@ -76,8 +79,8 @@ def _mark_cache(trunk: nn.Module, _args: tuple, output: Any) -> None:
     if torch.compiler.is_compiling():
         return
     cache = cache_of(output) if isinstance(output, dict) else None
-    if cache is not None:
-        setattr(cache, MARK, _open[trunk][-1][0])
+    if cache is not None and _open.get(trunk):
+        setattr(cache, MARK, current(trunk))
 
 
 def cache_of(named: dict[str, Any]) -> Cache | None:

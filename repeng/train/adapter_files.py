@@ -14,7 +14,7 @@ from torch import Tensor
 from repeng.data.files import staged
 from repeng.model.sharded import whole
 from repeng.tuner.config import PREFIX
-from repeng.tuner.model import check_keys
+from repeng.tuner.keys import check_keys
 
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 CALIBRATION = "calibration.json"  # beside a LoRA, whose own files have no place for it

@@ -47,7 +47,7 @@ def check_rules(values: Mapping[str, Any], changed: Collection[str]) -> None:
     """
     for key in changed:
         if key in WITHOUT_EFFECT:
-            raise ValueError(f"{key}={values[key]!r} has no effect here, for {WITHOUT_EFFECT[key]}; leave it out")
+            raise ValueError(f"{key}={values[key]!r} has no place here, for {WITHOUT_EFFECT[key]}; leave it out")
     given = Values(values, changed)
     for rule in RULES:
         rule(given)

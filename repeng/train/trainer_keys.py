@@ -106,6 +106,7 @@ _LABELS = "the loss is made of pairs, not of labels"
 _OWN_EVALUATION = "evaluation asks questions and sees to its batches itself"
 _SCRIPT = "this training always does the same: train, then compare"
 # What nothing here reads, and why.
+_HOOKS = "the loss reads hidden states by hooks, which do not run in a compiled model"
 WITHOUT_EFFECT: dict[str, str] = {
     "label_smoothing_factor": _LABELS,
     "label_names": _LABELS,
@@ -117,12 +118,14 @@ WITHOUT_EFFECT: dict[str, str] = {
     "eval_do_concat_batches": _OWN_EVALUATION,
     "eval_use_gather_object": _OWN_EVALUATION,
     "eval_accumulation_steps": _OWN_EVALUATION,
-    "per_device_eval_batch_size": _OWN_EVALUATION,
     "bf16_full_eval": _OWN_EVALUATION,
     "fp16_full_eval": _OWN_EVALUATION,
     "length_column_name": "examples are not grouped by length",
     "do_train": _SCRIPT,
     "do_eval": _SCRIPT,
     "do_predict": _SCRIPT,
+    "torch_compile": _HOOKS,
+    "torch_compile_backend": _HOOKS,
+    "torch_compile_mode": _HOOKS,
     "parallelism_config": "a model cannot be split so here",
 }

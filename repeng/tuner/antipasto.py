@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 from repeng.tuner.base import base_of, dense_weight, is_linear
 from repeng.tuner.config import SvdSteeringConfig
 from repeng.tuner.fingerprint import QUANTISED_DISTANCE, take_fingerprint
-from repeng.tuner.model import check_keys, require_modules
+from repeng.tuner.keys import IN_PEFT, check_keys
+from repeng.tuner.model import require_modules
 
 PEFT_TYPE = "APASTOADAPTER"
-IN_PEFT = "base_model.model."  # before the names of modules
 CONFIG, WEIGHTS, BASES = "adapter_config.json", "adapter_model.safetensors", "0_svd_bases.safetensors"
 TURNS = {"v": "in", "u": "out"}  # what AntiPaSTO and this method call the sides that turn
 

@@ -2,14 +2,23 @@
 
 import re
 from dataclasses import dataclass, field
+from enum import Enum
 from numbers import Integral
-from typing import Any
+from typing import Any, cast
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 
 from repeng.tuner.fields import check_expression, check_fields
 
-PEFT_TYPE = "SVD_STEERING"
+
+class SteeringType(str, Enum):  # noqa: UP042 — PEFT reads the class's name in str() too
+    """The key of the method. Like a member of PEFT's own enumeration it equals, hashes as and is saved as its text."""
+
+    SVD_STEERING = "SVD_STEERING"
+
+
+# `PeftType` itself takes no new members.
+PEFT_TYPE = cast(PeftType, SteeringType.SVD_STEERING)
 PREFIX = "svd_steering_"
 FORMAT_VERSION = 2  # the newest that is read; a file names the oldest that holds all of it
 
@@ -96,7 +105,7 @@ class SvdSteeringConfig(PeftConfig):
         self._make_plain()
         check_fields(vars(self))
         super().__post_init__()
-        self.peft_type: str | None = PEFT_TYPE
+        self.peft_type = PEFT_TYPE
         if self.additive_scale:
             self.format_version = 2  # version 1 would read λ as a log-gain
         for name in ("target_modules", "exclude_modules"):

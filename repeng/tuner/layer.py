@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from repeng.tuner.base import base_of, dense_weight, device_of, is_quantised, linear_shape, weight_of
+from repeng.tuner.base import base_of, dense_weight, device_of, is_linear, is_quantised, linear_shape, weight_of
 from repeng.tuner.coefficients import Coefficients, repeat_rows
 from repeng.tuner.config import SvdSteeringConfig
 from repeng.tuner.svd import subspace_error, top_singular_triples
@@ -70,8 +70,12 @@ class SvdSteeringLayer(BaseTunerLayer):
         coefficients.register(self.svd_steering_in)
         coefficients.register(self.svd_steering_out)
 
-    def update_layer(self, adapter_name: str, config: SvdSteeringConfig) -> None:
-        """Add an adapter: bases by SVD (or NaN until they are loaded), parameters at zero."""
+    def update_layer(self, adapter_name: str, config: SvdSteeringConfig, like: str | None = None) -> None:
+        """Add an adapter: bases by SVD and parameters at their start; or both NaN, until they come from a file.
+
+        `like` is another adapter of the same configuration: its bases are taken instead, and if the configuration is
+        a saved one, its parameters too.
+        """
         raise NotImplementedError
 
     def select_directions(self, difference: Tensor, adapter_name: str, config: SvdSteeringConfig) -> None:
@@ -103,6 +107,42 @@ class SvdSteeringLayer(BaseTunerLayer):
         stores = [getattr(self, attribute) for attribute in self.adapter_layer_names]
         return [store[adapter_name] for store in stores if adapter_name in store]
 
+    def set_basis(self, letter: str, adapter_name: str, basis: Tensor | None, shape: tuple[int, ...]) -> None:
+        """Store a basis, or, if there is None yet, NaN of this shape in its place."""
+        basis = torch.full(shape, torch.nan) if basis is None else basis
+        getattr(self, f"svd_steering_{letter}")[adapter_name] = basis.to(self.device())
+
+    def set_start(self, learned: str, adapter_name: str, config: SvdSteeringConfig, n: int, like: str | None) -> None:
+        """Store a parameter `(n)` of a new adapter: zero or small and random; of a saved configuration that of `like`,
+        or NaN until it is loaded.
+        """
+        store = getattr(self, f"svd_steering_{learned}")
+        if config.init_bases:
+            values = torch.zeros(n) if config.init_weights else torch.randn(n) * INIT_STD
+        else:
+            values = torch.full((n,), torch.nan) if like is None else store[like].detach().clone()
+        store[adapter_name] = nn.Parameter(values.to(self.device()))
+        if store[adapter_name].is_meta or store[adapter_name].isnan().any():
+            self.awaited.add(adapter_name)
+
+    def is_empty(self, adapter_name: str) -> bool:
+        """Whether tensors of this adapter are still to come from a file."""
+        if adapter_name not in self.awaited:
+            return False
+        bases = (getattr(self, f"svd_steering_{letter}") for letter in "usv")
+        tensors = self.parameters_of(adapter_name) + [s[adapter_name] for s in bases if adapter_name in s]
+        if any(tensor.is_meta or tensor.isnan().any() for tensor in tensors):
+            return True
+        self.awaited.discard(adapter_name)
+        return False
+
+    def cast_to_base(self, adapter_name: str) -> None:
+        """Keep what one adapter learns in the dtype of the base; the bases stay as exact as they are."""
+        linear = base_of(next(m for m in base_of(self).modules() if is_linear(m)))
+        if not is_quantised(linear):
+            for parameter in self.parameters_of(adapter_name):
+                parameter.data = parameter.data.to(weight_of(linear).dtype)
+
     def working(self) -> list[str]:
         """Active adapters that this site has and that do not stand at 0.
 
@@ -111,15 +151,18 @@ class SvdSteeringLayer(BaseTunerLayer):
         """
         names = [name for name in self.active_adapters if name in self.r and not self.coefficients.is_zero(name)]
         for name in self.awaited.intersection(names):
-            basis = self.svd_steering_u[name]
-            if basis.is_meta or basis.isnan().any():
-                raise ValueError(
-                    f"adapter {name!r} was made from a saved configuration, whose bases come from a weights file, and "
-                    "none was loaded: use PeftModel.from_pretrained or load_adapter, or set init_bases=True in the "
-                    "configuration to start anew"
-                )
-            self.awaited.discard(name)
+            if self.is_empty(name):
+                raise ValueError(empty(name))
         return names
+
+
+def empty(adapter_name: str) -> str:
+    """What is wrong with an adapter whose tensors never came."""
+    return (
+        f"adapter {adapter_name!r} was made to be filled from a weights file (from a saved configuration, or with "
+        "low_cpu_mem_usage=True), and some of its tensors were never loaded: use PeftModel.from_pretrained or "
+        "load_adapter; to start anew, set init_bases=True in the configuration and leave low_cpu_mem_usage out"
+    )
 
 
 class Linear(nn.Module, SvdSteeringLayer):
@@ -142,25 +185,25 @@ class Linear(nn.Module, SvdSteeringLayer):
         # One level only, unlike PEFT's own: unloading puts back what this layer has replaced, which may be an adapter.
         return self.base_layer
 
-    def update_layer(self, adapter_name: str, config: SvdSteeringConfig) -> None:
-        r, base = config.r, base_of(self)
-        if config.init_bases:
-            weight = dense_weight(base)
+    def update_layer(self, adapter_name: str, config: SvdSteeringConfig, like: str | None = None) -> None:
+        r = config.r
+        bases: list[Tensor | None] = [None, None, None]
+        if like is not None:
+            bases = [getattr(self, f"svd_steering_{letter}")[like].clone() for letter in "usv"]
+            self.svd_error.update({adapter_name: self.svd_error[like]} if like in self.svd_error else {})
+        elif config.init_bases:
+            weight = dense_weight(base_of(self))
             u, s, v = top_singular_triples(weight, r, config.svd_niter, config.svd_seed)
             self.svd_error[adapter_name] = subspace_error(weight, u)
-        else:
-            self.awaited.add(adapter_name)
-            u, s, v = (torch.full(shape, torch.nan) for shape in ((self.out_features, r), (r,), (self.in_features, r)))
-        device = self.device()
-        for store, tensor in (("u", u), ("s", s), ("v", v)):
-            getattr(self, f"svd_steering_{store}")[adapter_name] = tensor.to(device)
+            bases = [u, s, v]
+        for letter, basis, shape in zip(
+            "usv", bases, ((self.out_features, r), (r,), (self.in_features, r)), strict=True
+        ):
+            self.set_basis(letter, adapter_name, basis, shape)
         self.r[adapter_name], self.additive[adapter_name] = r, config.additive_scale
-        if config.rotate_input:
-            self.svd_steering_in[adapter_name] = start(config, r * (r - 1) // 2, device)
-        if config.rotate_output:
-            self.svd_steering_out[adapter_name] = start(config, r * (r - 1) // 2, device)
-        if config.scale:
-            self.svd_steering_lambda[adapter_name] = start(config, r, device)
+        for learned, n in (("in", r * (r - 1) // 2), ("out", r * (r - 1) // 2), ("lambda", r)):
+            if {"in": config.rotate_input, "out": config.rotate_output, "lambda": config.scale}[learned]:
+                self.set_start(learned, adapter_name, config, n, like)
         self.set_adapter(self.active_adapters)
 
     def select_directions(self, difference: Tensor, adapter_name: str, config: SvdSteeringConfig) -> None:
@@ -282,12 +325,6 @@ class Linear(nn.Module, SvdSteeringLayer):
             weight.data = self._unmerged.to(weight)
         self._unmerged = None
         self.merged_adapters.clear()
-
-
-def start(config: SvdSteeringConfig, n: int, device: torch.device) -> nn.Parameter:
-    """A fresh parameter `(n,)`, zero or small and random."""
-    values = torch.zeros(n) if config.init_weights else torch.randn(n) * INIT_STD
-    return nn.Parameter(values.to(device))
 
 
 def largest(score: Tensor, r: int) -> Tensor:

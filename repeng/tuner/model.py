@@ -6,11 +6,8 @@ from typing import Any, cast
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.constants import (
-    EMBEDDING_LAYER_NAMES,
-    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-)
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -18,10 +15,13 @@ from repeng.tuner.base import is_linear
 from repeng.tuner.coefficients import Coefficients
 from repeng.tuner.config import PEFT_TYPE, PREFIX, SvdSteeringConfig
 from repeng.tuner.fingerprint import check_same_base, require_fingerprint, take_fingerprint
-from repeng.tuner.layer import Linear, SvdSteeringLayer
+from repeng.tuner.keys import IN_PEFT, adapter_keys, beside_adapter, check_keys, check_shapes, is_basis, site_keys
+from repeng.tuner.layer import Linear, SvdSteeringLayer, empty
+from repeng.tuner.names import check_known, check_new, check_saved
 from repeng.tuner.residual import CHILD, Residual, attach, detach
 from repeng.tuner.stored import check_numbers, check_tensors
 from repeng.tuner.targets import RESIDUAL, last, resolve
+from repeng.tuner.undo import all_or_nothing, sites_of
 
 
 class SvdSteeringModel(BaseTuner):
@@ -36,16 +36,63 @@ class SvdSteeringModel(BaseTuner):
     coefficients: Coefficients
     _bar: tqdm
     _injected: str
+    _like: str | None
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        vars(self).setdefault("coefficients", Coefficients())
-        shown = self._config(adapter_name).init_bases
-        with tqdm(desc="SVD of the adapted weights", leave=False, delay=1, disable=not shown) as bar:
-            vars(self).update(_bar=bar, _injected=adapter_name)
-            try:
-                super().inject_adapter(model, adapter_name, *args, **kwargs)
-            finally:
-                del vars(self)["_bar"], vars(self)["_injected"]
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        check_new(model, adapter_name)  # before PEFT writes the new configuration over the old one's
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        *args: Any,
+        state_dict: dict[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As PEFT's own; on an error, also in the middle of it, `model` is as it was.
+
+        Raises:
+            ValueError: the name cannot be an adapter's or is taken, or the configuration does not fit the model.
+        """
+        here = next((site.coefficients for site in sites_of(model)), None)  # of an injection before this one
+        vars(self).setdefault("coefficients", here or Coefficients())
+        config = self._config(adapter_name)
+        like = self._made_with(config, adapter_name)
+        try:
+            check_new(model, adapter_name)
+            quiet = like is not None or not config.init_bases
+            with (
+                all_or_nothing(self),
+                tqdm(desc="SVD of the adapted weights", leave=False, delay=1, disable=quiet) as bar,
+            ):
+                vars(self).update(_bar=bar, _injected=adapter_name, _like=like)
+                state_dict = state_dict and site_keys(state_dict)
+                super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
+                if state_dict:
+                    self._take_sites(config, adapter_name)
+        except BaseException:
+            self.peft_config.pop(adapter_name, None)
+            raise
+        finally:
+            for attribute in ("_bar", "_injected", "_like"):
+                vars(self).pop(attribute, None)
+
+    def _made_with(self, config: SvdSteeringConfig, adapter_name: str) -> str | None:
+        """Another adapter with tensors whose configuration this is, or is a copy of."""
+        for name, other in self.peft_config.items():
+            if name != adapter_name and isinstance(other, SvdSteeringConfig) and _same(config, other):
+                sites = [site for site in sites_of(self.model) if name in site.r]
+                if sites and not any(site.is_empty(name) for site in sites):
+                    return name
+        return None
+
+    def _take_sites(self, config: SvdSteeringConfig, adapter_name: str) -> None:
+        """Record what a state dict has injected, which need not be what the configuration asks for."""
+        names = [name for name in self.targeted_module_names if adapter_name in self._site(name).r]
+        if set(names) != set(config.resolved_modules or ()):
+            config.resolved_modules = names
+            config.fingerprint = take_fingerprint(self.model, names)
 
     def _config(self, adapter_name: str) -> SvdSteeringConfig:
         return _of_this_method(self.peft_config[adapter_name])
@@ -59,27 +106,22 @@ class SvdSteeringModel(BaseTuner):
                 f"adapter {', '.join(merged.merged_adapters)} is merged into the weights, of which another one would "
                 "take its bases; call unmerge_adapter() first"
             )
-        if config.init_bases or config.resolved_modules is None:
-            config.resolved_modules = resolve(model, config)
-        else:
-            require_fingerprint(config)
-            require_modules(model, config.resolved_modules)
-            require_same_targets(model, config)
-        if config.init_bases:
-            config.fingerprint = take_fingerprint(model, config.resolved_modules)
-            config.calibration = None
-            # A configuration that was used on another base before still names that one's commit.
-            commit = getattr(getattr(model, "config", None), "_commit_hash", None)
-            config.revision = commit or config.revision
-        else:
-            check_same_base(model, config, config.resolved_modules)
+        check_saved(model, config.modules_to_save or ())
+        if self._like is None:
+            _fill_in(config, model)
         units = config.calibration or {"plus": 1.0, "minus": 1.0}
         self.coefficients.set_units(self._injected, units["plus"], units["minus"])
-        self._bar.total = len(config.resolved_modules)
+        self._bar.total = len(config.resolved_modules or ())
 
     @staticmethod
-    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool:
-        return key in (_of_this_method(peft_config).resolved_modules or ())
+    def _check_target_module_exists(  # pyright: ignore[reportIncompatibleMethodOverride]
+        peft_config: PeftConfig, key: str
+    ) -> bool | _ExcludedModule:
+        config = _of_this_method(peft_config)
+        if key in (config.resolved_modules or ()):
+            return True
+        # PEFT warns of an exclusion that it has not seen. One that covers nothing was refused before.
+        return _ExcludedModule() if config.exclude_modules else False
 
     def _create_and_replace(
         self,
@@ -94,14 +136,14 @@ class SvdSteeringModel(BaseTuner):
     ) -> None:
         config = _of_this_method(peft_config)
         if isinstance(target, SvdSteeringLayer):
-            target.update_layer(adapter_name, config)
+            target.update_layer(adapter_name, config, self._like)
         elif is_linear(target):
             module = Linear(target, adapter_name, config, self.coefficients)
             module.set_adapter(self.active_adapters)
             self._replace_module(parent, target_name, module, target)
         else:
             residual = attach(target, self.coefficients)
-            residual.update_layer(adapter_name, config)
+            residual.update_layer(adapter_name, config, self._like)
             residual.set_adapter(self.active_adapters)
         self._bar.update()
 
@@ -115,15 +157,37 @@ class SvdSteeringModel(BaseTuner):
         for name in ("adapter_names", "alora_offsets"):
             if kwargs.get(name) is not None:
                 raise ValueError(
-                    f"{PEFT_TYPE} does not take {name}; give each row its own coefficient: "
+                    f"{PEFT_TYPE.value} does not take {name}; give each row its own coefficient: "
                     "with repeng.steer(model, torch.tensor([…]), adapter_name=…)"
                 )
         yield
 
     def check_merge(self, adapter_names: list[str] | None) -> None:
         """Raise ValueError, before any weight is written, if one of these adapters cannot be merged."""
+        check_known(adapter_names or (), self.peft_config)
         for site in (m for m in self.model.modules() if isinstance(m, SvdSteeringLayer)):
             site.check_merge([name for name in adapter_names or site.active_adapters if name in site.r])
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        check_known([adapter_name] if isinstance(adapter_name, str) else adapter_name, self.peft_config)
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def add_weighted_adapter(self, *_args: Any, **_kwargs: Any) -> None:
+        """Refused: rotations of different bases have no weighted sum.
+
+        Raises:
+            ValueError: always; it names what does the same.
+        """
+        raise ValueError(
+            f"{PEFT_TYPE.value} adapters cannot be summed into one; let several act together with "
+            "model.base_model.set_adapter([…]), each at its own repeng.steer(model, c, adapter_name=…)"
+        )
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if not autocast_adapter_dtype:
+            for site in sites_of(self.model):
+                site.cast_to_base(adapter_name)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self.check_merge(adapter_names)
@@ -205,22 +269,63 @@ class SvdSteeringModel(BaseTuner):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
         # PEFT loads with strict=False; without this a missing base would stay NaN and a stray key would be dropped.
+        # What was learned may come alone, in part too: as an average of weights, or without what is frozen.
         for name in self.peft_config:
-            stored = {key for key in state_dict if f".{PREFIX}" in key and key.endswith(f".{name}")}
-            if stored:
-                expected = {prefix + key for key in _adapter_keys(self, name)}
-                check_keys(expected, stored, name)
+            given = {key for key in state_dict if f".{PREFIX}" in key and key.endswith(f".{name}")}
+            if given:
+                expected = {prefix + key: tensor for key, tensor in adapter_keys(self, name).items()}
+                whole = any(is_basis(key) for key in given) or any(site.is_empty(name) for site in sites_of(self))
+                check_keys(set(expected) if whole else set(expected) & given, given, name)
+                check_shapes(expected, {key: state_dict[key] for key in given})
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        if any(site.is_empty(adapter_name) for site in sites_of(model)):
+            raise ValueError(empty(adapter_name))
+        return super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        expected = {key.removesuffix(f".{adapter_name}") for key in _adapter_keys(model, adapter_name)}
-        stored = {key for key in state_dict if not _is_auxiliary(key)}
-        check_keys(expected, stored, adapter_name)
-        _check_stored(model, _of_this_method(config), adapter_name, state_dict)
+        expected = {key.removesuffix(f".{adapter_name}"): t for key, t in adapter_keys(model, adapter_name).items()}
+        if not any(key.startswith(IN_PEFT) for key in expected):  # injected, without a PeftModel around
+            state_dict = {key.removeprefix(IN_PEFT): tensor for key, tensor in state_dict.items()}
+        beside = beside_adapter(model, adapter_name)
+        own = {key: tensor for key, tensor in state_dict.items() if key not in beside}
+        check_keys(expected.keys(), own.keys(), adapter_name)
+        check_tensors(own, _of_this_method(config))
+        for key in state_dict.keys() - own.keys():
+            check_numbers(key, state_dict[key])
+        check_shapes({**beside, **expected}, state_dict)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def _fill_in(config: SvdSteeringConfig, model: nn.Module) -> None:
+    """Record which modules are adapted, of which base; or compare with what a saved configuration says of them."""
+    if not config.init_bases and config.resolved_modules is not None:
+        require_fingerprint(config)
+        require_modules(model, config.resolved_modules)
+        require_same_targets(model, config)
+        check_same_base(model, config, config.resolved_modules)
+        return
+    config.resolved_modules = resolve(model, config)
+    if not config.init_bases:
+        check_same_base(model, config, config.resolved_modules)
+        return
+    config.fingerprint = take_fingerprint(model, config.resolved_modules)
+    config.calibration = None
+    # A configuration that was used on another base before still names that one's commit.
+    commit = getattr(getattr(model, "config", None), "_commit_hash", None)
+    config.revision = commit or config.revision
+
+
+def _same(config: SvdSteeringConfig, other: SvdSteeringConfig) -> bool:
+    """Whether one is the other, or a copy of it; that it is trained or not makes no difference."""
+    return {**vars(config), "inference_mode": None} == {**vars(other), "inference_mode": None}
 
 
 def _of_this_method(config: PeftConfig) -> SvdSteeringConfig:
@@ -264,45 +369,3 @@ def require_same_targets(model: nn.Module, config: SvdSteeringConfig) -> None:
                 f"target_modules, layers_to_transform and exclude_modules here ask for {len(asked)} modules"
                 f" and {there} {min(one)!r}: one was changed; take adapter_config.json from where it was saved again"
             )
-
-
-def _adapter_keys(model: nn.Module, adapter_name: str) -> list[str]:
-    """State-dict keys of this method's tensors for one adapter, with its name at the end."""
-    return [key for key in model.state_dict() if f".{PREFIX}" in key and key.endswith(f".{adapter_name}")]
-
-
-def _is_auxiliary(key: str) -> bool:
-    """Whether PEFT itself may have put `key` into the file: modules_to_save, or an embedding of a grown vocabulary."""
-    parts = key.split(".")
-    return "modules_to_save" in parts or any(name in parts for name in EMBEDDING_LAYER_NAMES)
-
-
-def _check_stored(model: nn.Module, config: SvdSteeringConfig, adapter_name: str, stored: dict[str, Tensor]) -> None:
-    """Raise ValueError, naming a tensor, unless those of a file can be used and have the shapes of this model."""
-    own = {key: tensor for key, tensor in stored.items() if not _is_auxiliary(key)}
-    for key in stored.keys() - own.keys():
-        check_numbers(key, stored[key])
-    check_tensors(own, config)
-    here = model.state_dict()
-    for key, tensor in own.items():
-        wanted = here[f"{key}.{adapter_name}"].shape
-        if tensor.shape != wanted:
-            raise ValueError(
-                f"{key} has shape {tuple(tensor.shape)} and {type(model).__name__} needs {tuple(wanted)}; load the "
-                "base model that the adapter was made for"
-            )
-
-
-def check_keys(expected: set[str], given: set[str], adapter_name: str) -> None:
-    """Raise ValueError, naming keys, unless the file holds exactly the tensors that the configuration calls for."""
-    problems = [
-        f"{len(keys)} {what}: {', '.join(sorted(keys)[:3])}{' …' if len(keys) > 3 else ''}"
-        for what, keys in (("missing", expected - given), ("unexpected", given - expected))
-        if keys
-    ]
-    if problems:
-        raise ValueError(
-            f"the weights of adapter {adapter_name!r} do not fit its configuration and this model "
-            f"({'; '.join(problems)}); check "
-            "that adapter_config.json and adapter_model.safetensors come from one save, for this base model"
-        )

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from repeng.tuner.base import base_of, device_of
 from repeng.tuner.coefficients import Coefficients, repeat_rows
 from repeng.tuner.config import SvdSteeringConfig
-from repeng.tuner.layer import CANDIDATES, SvdSteeringLayer, largest, rank_change, start
+from repeng.tuner.layer import CANDIDATES, SvdSteeringLayer, largest, rank_change
 from repeng.tuner.svd import subspace_error, top_singular_triples
 from repeng.tuner.targets import linear_modules, residual_width, writers
 
@@ -35,21 +35,22 @@ class Residual(nn.Module, SvdSteeringLayer):
     def device(self) -> torch.device:
         return device_of(base_of(next(iter(linear_modules(self.get_base_layer()).values()))))
 
-    def update_layer(self, adapter_name: str, config: SvdSteeringConfig) -> None:
-        r, device, width = config.r, self.device(), residual_width(self.get_base_layer())
+    def update_layer(self, adapter_name: str, config: SvdSteeringConfig, like: str | None = None) -> None:
+        r, width = config.r, residual_width(self.get_base_layer())
         self.r[adapter_name] = r
         if config.turns:
-            if config.init_bases:
+            basis: Tensor | None = None
+            if like is not None:
+                basis = self.svd_steering_u[like].clone()
+                self.svd_error.update({adapter_name: self.svd_error[like]} if like in self.svd_error else {})
+            elif config.init_bases:
                 weight = torch.cat(writers(self.get_base_layer()), dim=1)
                 basis = top_singular_triples(weight, r, config.svd_niter, config.svd_seed)[0]
                 self.svd_error[adapter_name] = subspace_error(weight, basis)
-            else:
-                self.awaited.add(adapter_name)
-                basis = torch.full((width, r), torch.nan)
-            self.svd_steering_u[adapter_name] = basis.to(device)
-            self.svd_steering_in[adapter_name] = start(config, r * (r - 1) // 2, device)
+            self.set_basis("u", adapter_name, basis, (width, r))
+            self.set_start("in", adapter_name, config, r * (r - 1) // 2, like)
         if config.shift:
-            self.svd_steering_shift[adapter_name] = start(config, width, device)
+            self.set_start("shift", adapter_name, config, width, like)
         self.set_adapter(self.active_adapters)
 
     def select_directions(self, difference: Tensor, adapter_name: str, config: SvdSteeringConfig) -> None:

@@ -231,3 +231,9 @@ def test_early_stopping_needs_evaluations(tmp_path):
 def test_partial_batches_are_refused(tmp_path):
     with pytest.raises(ValueError, match="dataloader_drop_last must stay true"):
         arguments(tmp_path, dataloader_drop_last="false")
+
+
+@pytest.mark.parametrize("key, value", [("torch_compile", "true"), ("torch_compile_backend", "inductor")])
+def test_compilation_is_refused_before_anything_is_built(tmp_path, key, value):
+    with pytest.raises(ValueError, match=f"^{key}="):
+        arguments(tmp_path, **{key: value})

@@ -1,0 +1,91 @@
+"""Loads that fail leave the model as it was.
+
+PEFT and transformers put an adapter into the model before they read its file. If that is missing, broken or of another
+model, they leave the adapter behind without its tensors.
+"""
+
+import os
+from collections.abc import Callable
+from functools import wraps
+from pickle import UnpicklingError
+from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from peft import PeftModel
+from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError
+from torch import nn
+from transformers.integrations.peft import PeftAdapterMixin
+
+from repeng.tuner.config import PREFIX
+from repeng.tuner.undo import all_or_nothing, sites_of
+
+
+def make_loads_whole() -> None:
+    """Let `PeftModel.from_pretrained`, its `load_adapter` and that of transformers' models load all or nothing.
+
+    For adapters of other methods they stay as they are.
+    """
+    peft_model: Any = PeftModel
+    peft_model.load_adapter = _whole(peft_model.load_adapter)
+    peft_model.from_pretrained = classmethod(_whole_from_base(peft_model.from_pretrained.__func__))
+    PeftAdapterMixin.load_adapter = _complete(PeftAdapterMixin.load_adapter)
+
+
+def _whole(load: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(load)
+    def load_all_or_nothing(self: nn.Module, model_id: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        with all_or_nothing(self):
+            try:
+                return load(self, model_id, *args, **kwargs)
+            except _BROKEN as error:
+                if not sites_of(self):
+                    raise
+                folder = os.path.join(model_id, *filter(None, [kwargs.get("subfolder")]))
+                raise ValueError(f"the adapter in {folder} cannot be loaded: {_reason(folder, error)}") from error
+
+    return load_all_or_nothing
+
+
+# What reading a weights file raises: broken ones, absent ones, and those without a tensor of modules_to_save.
+_BROKEN = (SafetensorError, UnpicklingError, EOFError, RuntimeError, OSError, KeyError, HFValidationError)
+
+
+def _reason(folder: str, error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"its weights file lacks {error.args[0]}, which modules_to_save of adapter_config.json calls for"
+    names = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+    there = [name for name in names if os.path.exists(os.path.join(folder, name))]
+    if not there:
+        return f"it has neither {' nor '.join(names)}; copy the whole folder that save_pretrained wrote"
+    return f"{there[0]} is broken ({str(error).splitlines()[0]}); copy it anew, or save the adapter again"
+
+
+def _whole_from_base(load: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(load)
+    def load_all_or_nothing(cls: type, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with all_or_nothing(model):
+            return load(cls, model, *args, **kwargs)
+
+    return load_all_or_nothing
+
+
+def _complete(load: Callable[..., Any]) -> Callable[..., Any]:
+    """Transformers reports tensors that are missing or left over, and goes on."""
+
+    @wraps(load)
+    def load_complete(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with all_or_nothing(self):
+            info = load(self, *args, **kwargs)
+            missing = [key for key in info.missing_keys if f".{PREFIX}" in key]
+            strange = [key for key in info.unexpected_keys if f".{PREFIX}" in key]
+            for what, keys in (("lacks", missing), ("holds, for no site,", strange)):
+                if keys and sites_of(self):
+                    named = ", ".join(sorted(keys)[:3]) + (" …" if len(keys) > 3 else "")
+                    raise ValueError(
+                        f"the file of this adapter {what} {named}; check that it and adapter_config.json come from "
+                        "one save, for this base model"
+                    )
+            return info
+
+    return load_complete

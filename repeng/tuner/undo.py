@@ -1,0 +1,58 @@
+"""A change to a model that happens as a whole or not at all."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from repeng.tuner.layer import SvdSteeringLayer
+
+
+def sites_of(model: nn.Module) -> list[SvdSteeringLayer]:
+    """The steering sites of a model."""
+    return [module for module in model.modules() if isinstance(module, SvdSteeringLayer)]
+
+
+@contextmanager
+def all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """If what is done inside raises, `model` has the modules, parameters, hooks and adapters that it had before.
+
+    The values of tensors are not kept. Models on which nothing of this method has been put are left alone.
+    """
+    coefficients = {id(site.coefficients): site.coefficients for site in sites_of(model)}
+    before = [_State(holder) for holder in (*model.modules(), *coefficients.values())]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        if sites_of(model):
+            for state in before:
+                state.restore()
+            for parameter, requires_grad in trained:
+                parameter.requires_grad = requires_grad
+        raise
+
+
+class _State:
+    """The attributes of an object, and what those of them that are containers hold."""
+
+    def __init__(self, holder: object) -> None:
+        self.attributes = vars(holder)
+        self.before = dict(self.attributes)
+        self.held = [(c, _held(c)) for c in self.before.values() if isinstance(c, dict | list | set)]
+
+    def restore(self) -> None:
+        _fill(self.attributes, self.before)
+        for container, held in self.held:
+            _fill(container, held)
+
+
+def _held(container: Any) -> Iterable[Any]:
+    return dict(container) if isinstance(container, dict) else list(container)
+
+
+def _fill(container: Any, held: Iterable[Any]) -> None:
+    """Make a container hold this again: others refer to it."""
+    container.clear()
+    container.extend(held) if isinstance(container, list) else container.update(held)
