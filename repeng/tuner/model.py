@@ -14,13 +14,14 @@ from tqdm.auto import tqdm
 from repeng.tuner.base import is_linear
 from repeng.tuner.coefficients import Coefficients
 from repeng.tuner.config import PEFT_TYPE, PREFIX, SvdSteeringConfig
+from repeng.tuner.decoder import RESIDUAL, last
 from repeng.tuner.fingerprint import check_same_base, require_fingerprint, take_fingerprint
 from repeng.tuner.keys import IN_PEFT, adapter_keys, beside_adapter, check_keys, check_shapes, is_basis, site_keys
 from repeng.tuner.layer import Linear, SvdSteeringLayer, empty
 from repeng.tuner.names import check_known, check_new, check_saved
 from repeng.tuner.residual import CHILD, Residual, attach, detach
 from repeng.tuner.stored import check_numbers, check_tensors
-from repeng.tuner.targets import RESIDUAL, last, resolve
+from repeng.tuner.targets import check_acting, residual_width, resolve
 from repeng.tuner.undo import all_or_nothing, sites_of
 
 
@@ -142,7 +143,7 @@ class SvdSteeringModel(BaseTuner):
             module.set_adapter(self.active_adapters)
             self._replace_module(parent, target_name, module, target)
         else:
-            residual = attach(target, self.coefficients)
+            residual = attach(target, self.coefficients, residual_width(self.model, target))
             residual.update_layer(adapter_name, config, self._like)
             residual.set_adapter(self.active_adapters)
         self._bar.update()
@@ -309,6 +310,7 @@ def _fill_in(config: SvdSteeringConfig, model: nn.Module) -> None:
     if not config.init_bases and config.resolved_modules is not None:
         require_fingerprint(config)
         require_modules(model, config.resolved_modules)
+        check_acting(model, config.resolved_modules)
         require_same_targets(model, config)
         check_same_base(model, config, config.resolved_modules)
         return
