@@ -101,7 +101,7 @@ def answer_ids(
         ids = _ids_behind(tokenizer, before, begun, gap + answer)
         if ids is None and before[-1:].isspace():
             raise ValueError(
-                f"this tokenizer joins the answer {answer!r} and the space at the end of {before[-40:]!r} in one token; "
+                f"this tokenizer joins the answer {answer!r} and the space behind {before[-40:]!r} in one token; "
                 "leave that space out"
             )
         found.append(ids_apart(tokenizer, gap, answer) if ids is None else ids)
