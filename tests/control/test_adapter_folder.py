@@ -176,7 +176,7 @@ def test_missing_and_foreign_tensors(folder, lora, base):
     with pytest.raises(ValueError, match="z_proj"):
         AdapterFolder.read(lora).check(base)
     save_file({k: t[:, :-1].contiguous() if "lora_A" in k else t for k, t in stored.items()}, lora / WEIGHTS)
-    with pytest.raises(ValueError, match="lora_A.*wide"):
+    with pytest.raises(ValueError, match=r"lora_A.*wide"):
         AdapterFolder.read(lora).check(base)
 
 
