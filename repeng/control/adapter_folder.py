@@ -245,7 +245,5 @@ def _check_lora(tensors: dict[str, Tensor], config: LoraConfig) -> bool:
         raise ValueError("no tensor is called lora_A and lora_B; take the adapter from where it was saved again")
     key = max(strengths, key=lambda one: strengths[one])
     if not strengths[key] < 1e6:
-        raise ValueError(
-            f"{key} times its lora_B reaches {strengths[key]:.3g}; up to 1e6 can be a LoRA. It is damaged"
-        )
+        raise ValueError(f"{key} times its lora_B reaches {strengths[key]:.3g}; up to 1e6 do. It is damaged")
     return strengths[key] < 1e-30
