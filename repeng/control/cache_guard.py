@@ -8,7 +8,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from transformers import Cache
+from transformers import Cache, EncoderDecoderCache
+from transformers.cache_utils import CacheLayerMixin
 
 MARK = "_steering"  # attribute of a cache; a cache without it was made without steering
 
@@ -63,7 +64,7 @@ def _check_cache(trunk: nn.Module, _args: tuple, kwargs: dict[str, Any]) -> None
         return
     state, reuse_cache = _open[trunk][-1]
     made_in = getattr(cache, MARK, ())
-    if made_in != state and not reuse_cache and cache.get_seq_length():
+    if made_in != state and not reuse_cache and columns_of(cache) != 0:
         raise ValueError(
             f"this key-value cache was made {_told(made_in)}, and the model is now steered {_told(state)}; the cache "
             "would go on acting as before. Start a new one, or say steer(…, reuse_cache=True) to mean it"
@@ -83,6 +84,15 @@ def _mark_cache(trunk: nn.Module, _args: tuple, output: Any) -> None:
 def cache_of(named: dict[str, Any]) -> Cache | None:
     """The key-value cache among arguments or outputs of a forward, whatever this version of transformers calls it."""
     return next((value for value in named.values() if isinstance(value, Cache)), None)
+
+
+def columns_of(cache: Cache) -> int | None:
+    """How many tokens a cache holds; None if it is not empty and does not tell, as that of a state-space model."""
+    if isinstance(cache, EncoderDecoderCache):
+        return columns_of(cache.self_attention_cache)
+    if any(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
+        return int(cache.get_seq_length())
+    return None if cache.layers and cache.has_previous_state() else 0
 
 
 def _told(state: State) -> str:

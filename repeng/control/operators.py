@@ -33,6 +33,16 @@ def rotate(h: Tensor, v: Tensor, c: Tensor) -> Tensor:
 OPERATORS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"add": add, "ablate": ablate, "rotate": rotate}
 
 
+def _for(output: Tensor, tokens: Tensor) -> Tensor:
+    """Which tokens are steered, `(b t)`, in the shape of an output `(b t …)`."""
+    if output.shape[:2] != tokens.shape:
+        raise ValueError(
+            f"a site gives an output of shape {tuple(output.shape)}, not (batch, tokens, …) for {tokens.shape[0]} × "
+            f"{tokens.shape[1]} tokens, so that padding is not known; steer 'residual' or another site"
+        )
+    return tokens.to(output.device).reshape(*tokens.shape, *[1] * (output.ndim - 2))
+
+
 def edit_with(
     operator: str,
     direction: Tensor,
@@ -67,7 +77,7 @@ def edit_with(
         if clamp is not None:
             norm, before = moved.norm(dim=-1, keepdim=True), h.norm(dim=-1, keepdim=True)
             moved = torch.where(norm > clamp * before, moved * (clamp * before / norm.clamp_min(TINY)), moved)
-        chosen = c != 0 if where.tokens is None else (c != 0) & where.tokens.to(output.device)[..., None]
+        chosen = c != 0 if where.tokens is None else (c != 0) & _for(output, where.tokens)
         return torch.where(chosen, moved.to(output.dtype), output)
 
     return edit

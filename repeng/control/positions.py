@@ -4,13 +4,15 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin
+from transformers import Cache, GenerationMixin
 
-from repeng.control.cache_guard import cache_of
+from repeng.control.cache_guard import cache_of, columns_of
 
+STATES = ("state", "cache_params", "mems")  # arguments with which recurrent models go on, if no cache holds it
 Positions = Literal["all", "prompt", "generated"] | slice
 
 
@@ -37,6 +39,7 @@ class TokenFilter:
         self._given: int | None = None  # columns of the prompt that `generate` was given, while it runs
         self._given_mask: Tensor | None = None  # and its mask (b t)
         self._outside: tuple[Any, ...] = ()  # the mask that the forward around the trunk's was given, if there is one
+        self._seen: WeakKeyDictionary[Cache, int] = WeakKeyDictionary()  # columns, of caches that do not tell them
         self._prompt = 0  # columns of the prompt
         self._lengths: Tensor | None = None  # real tokens of each prompt, (b,)
 
@@ -77,8 +80,8 @@ class TokenFilter:
                 f"positions={self.positions!r} is not known in continuous batching, which packs tokens of several "
                 "texts into one row; steer 'all' positions, or use generate"
             )
-        cache, t = cache_of(kwargs), inputs.shape[1]
-        past = 0 if cache is None else int(cache.get_seq_length())
+        t = inputs.shape[1]
+        past = self._past(kwargs, t)
         mask = self._mask(kwargs.get("attention_mask"), inputs.shape[0], past + t)
         self._outside = ()
         known = mask is not None
@@ -94,6 +97,30 @@ class TokenFilter:
                 lengths = whole[:, : self._prompt].sum(dim=1)
             self._lengths = lengths
         self.tokens = self._select(mask, past, lengths) if known or self.positions != "all" else None
+
+    def _past(self, kwargs: dict[str, Any], t: int) -> int:
+        """Columns before the `t` of this forward.
+
+        Raises:
+            ValueError: positions depend on it, and nothing tells.
+        """
+        cache = cache_of(kwargs)
+        state = next((name for name in STATES if kwargs.get(name) is not None), None)
+        past = columns_of(cache) if cache is not None else None if state else 0
+        if past is None:
+            masks = (kwargs.get("attention_mask"), *self._outside, self._given_mask if t > 1 else None)
+            known = [mask.shape[1] for mask in masks if isinstance(mask, Tensor) and mask.ndim == 2]
+            past = self._seen.get(cache) if cache is not None else None
+            past = max(known, default=t) - t if past is None and (known or self.positions == "all") else past
+        if past is None:
+            raise ValueError(
+                f"positions={self.positions!r} is not known where a {state or type(cache).__name__} goes on that was "
+                "made elsewhere and does not tell how many tokens it holds; pass a mask (batch, tokens) of all of "
+                "them, or steer 'all' positions"
+            )
+        if cache is not None:
+            self._seen[cache] = past + t
+        return past
 
     def _mask(self, own: Any, rows: int, columns: int) -> Tensor | None:
         """Which columns of the text so far are real, `(b columns)`; None if nothing tells of padding.

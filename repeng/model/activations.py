@@ -80,7 +80,8 @@ def collect(
     """What goes into or comes out of each tapped module, `(rows d)`, float32 on the CPU, read as `token_weights` says.
 
     What rows begin with together is computed once, if it is much and the model takes packed rows; else rows of similar
-    length share a batch. The forward ends behind `deepest`, so that no logits are computed.
+    length share a batch. The forward ends behind `deepest`, so that no logits are computed. Of a module that does not
+    run on text the tensor is empty.
     """
     parts: list[list[Tensor]] = [[] for _ in taps]
     weights = where = torch.empty(0)
@@ -118,7 +119,7 @@ def collect(
             except _Deepest:
                 pass
     back = torch.tensor(order).argsort()
-    return [torch.cat(part)[back] for part in parts]
+    return [torch.cat(part)[back] if part else torch.empty(0, 0) for part in parts]
 
 
 def hidden_states(
@@ -130,11 +131,11 @@ def hidden_states(
     tokens: Tokens = "last",
     batch_size: int = 32,
 ) -> dict[Place, Tensor]:
-    """Hidden states `(rows d)` by (site, layer), as `collect` reads them."""
+    """Hidden states `(rows d)` by (site, layer), as `collect` reads them, of those that run on text."""
     taps = [Tap(module, "output") for module in site_modules(model, places)]
     deepest = decoder_layers(model)[max(layer for _, layer in places)]
     states = collect(model, tokenizer, rows, taps, deepest, tokens=tokens, batch_size=batch_size)
-    return dict(zip(places, states, strict=True))
+    return {place: rows for place, rows in zip(places, states, strict=True) if rows.numel()}
 
 
 def persona_loss(chosen: Tensor, rejected: Tensor) -> Tensor:

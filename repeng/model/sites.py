@@ -7,9 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repeng.tuner import targets
+from repeng.tuner.base import base_of, dense_weight, is_linear, linear_shape
+from repeng.tuner.bypassed import bypassed
+from repeng.tuner.decoder import (
+    RESIDUAL,
+    check_one_stream,
+    find_decoder,
+    is_encoder_decoder,
+    last,
+    linear_modules,
+    matches,
+)
+from repeng.tuner.targets import residual_width, writers
 
-RESIDUAL = targets.RESIDUAL
 Place = tuple[str, int]  # (site, layer)
 
 
@@ -17,9 +27,14 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The decoder layers of a causal language model, adapters or not.
 
     Raises:
-        ValueError: they cannot be found.
+        ValueError: they cannot be found, or an encoder reads the prompt.
     """
-    return targets.find_decoder(model).layers
+    if is_encoder_decoder(model):
+        raise ValueError(
+            f"{type(model).__name__} reads the prompt in an encoder; steering vectors, extraction and training take "
+            "models that are a decoder only. An SvdSteeringConfig adapts its decoder, and steer(model, c) dials that"
+        )
+    return find_decoder(model).layers
 
 
 def layers_of(model: nn.Module, modules: Iterable[nn.Module]) -> list[int]:
@@ -32,25 +47,33 @@ def site_modules(model: nn.Module, places: Sequence[Place]) -> list[nn.Module]:
     """The modules whose outputs are these (site, layer): the decoder layer itself for "residual".
 
     Raises:
-        ValueError: no such layer, or the layer has no single module of that name.
+        ValueError: no such layer, the layer has no single module of that name, or one that is never called.
     """
     layers, modules = decoder_layers(model), []
     for site, layer in places:
         if not 0 <= layer < len(layers):
             raise ValueError(f"layer {layer} does not exist; this model has layers 0 to {len(layers) - 1}")
         if site == RESIDUAL:
+            check_one_stream(model)
             modules.append(layers[layer])
             continue
-        matching = [module for name, module in layers[layer].named_modules() if targets.matches(name, [site])]
+        matching = {name: module for name, module in layers[layer].named_modules() if matches(name, [site])}
         if len(matching) != 1:
-            names = list(targets.linear_modules(layers[layer]))
-            short = [targets.last(name) for name in names]
-            others = sorted(last if short.count(last) == 1 else name for name, last in zip(names, short, strict=True))
+            names = list(linear_modules(layers[layer]))
+            short = [last(name) for name in names]
+            others = sorted(end if short.count(end) == 1 else name for name, end in zip(names, short, strict=True))
             raise ValueError(
                 f"site {site!r} names {len(matching)} modules of layer {layer}; choose {RESIDUAL!r} or one of: "
                 f"{', '.join(others)}"
             )
-        modules += matching
+        for name, module in matching.items():
+            reader = bypassed(layers[layer], name)
+            if reader is not None:
+                raise ValueError(
+                    f"site {site!r} of layer {layer} has no output, always or in fused kernels, since {reader} reads "
+                    f"its weight without calling it; choose {RESIDUAL!r} or another site"
+                )
+            modules.append(module)
     return modules
 
 
@@ -68,9 +91,9 @@ def site_widths(model: nn.Module, places: Sequence[Place]) -> list[int]:
     widths = []
     for (site, _), module in zip(places, site_modules(model, places), strict=True):
         if site == RESIDUAL:
-            widths.append(targets.residual_width(module))
-        elif targets.is_linear(module):
-            widths.append(targets.linear_shape(targets.base_of(module))[1])
+            widths.append(residual_width(model, module))
+        elif is_linear(module):
+            widths.append(linear_shape(base_of(module))[1])
         else:
             raise ValueError(f"site {site!r} is a {type(module).__name__}; choose {RESIDUAL!r} or a linear module")
     return widths
@@ -80,15 +103,15 @@ def writing_basis(model: nn.Module, layer: int, site: str) -> Tensor:
     """Left singular vectors `(d r)`, on the CPU, of the weight that writes `site`; of all writers for the residual."""
     module = site_module(model, layer, site)
     if site == RESIDUAL:
-        weight = torch.cat(targets.writers(module), dim=1)
+        weight = torch.cat(writers(module, residual_width(model, module)), dim=1)
     else:
-        weight = targets.dense_weight(targets.base_of(module))
+        weight = dense_weight(base_of(module))
     return torch.linalg.svd(weight, full_matrices=False).U.cpu()
 
 
 def trunk(model: nn.Module) -> nn.Module:
     """The module that runs the decoder layers: it sees tokens, mask and cache of every forward, whoever calls it."""
-    return model.get_submodule(targets.find_decoder(model).name.rpartition(".")[0])
+    return model.get_submodule(find_decoder(model).name.rpartition(".")[0])
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from repeng.control.acting import check_sites
 from repeng.data.arguments import TaskArguments
 from repeng.data.pairs import ContrastPair
 from repeng.data.probes import traits_that_move
@@ -125,6 +126,7 @@ def build(
     config = lora_config(args, sites, model) if args.adapter == "lora" else _svd_config(args, sites)
     adapted = cast(PeftModel, get_peft_model(model, config))
     examples = tokenize_examples(tokenizer, _seen(args, task.pairs), task.neutral_texts, args.seed)
+    check_sites(adapted, torch.tensor([examples[0]["chosen_ids"]], device=adapted.device))
     if args.adapter == "svd" and args.directions == "pairs":
         differences = pair_differences(adapted, tokenizer, examples, args.last_n_tokens)
         cast(SvdSteeringModel, adapted.base_model).select_directions(differences)

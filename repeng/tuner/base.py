@@ -23,7 +23,25 @@ def base_of(module: nn.Module | BaseTunerLayer) -> nn.Module:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether the base of `module` is a layer that this method can adapt."""
-    return isinstance(base_of(module), nn.Linear | Conv1D)
+    base = base_of(module)
+    return isinstance(base, Conv1D) or (isinstance(base, nn.Linear) and _is_plain(base))
+
+
+def _is_plain(linear: nn.Linear) -> bool:
+    """Whether a layer takes `(… d_in)` to `(… d_out)`, which routers and grouped layers of this type do not.
+
+    The forward of a subclass runs once on the meta device, where nothing is computed.
+    """
+    if type(linear).forward is nn.Linear.forward or is_quantised(linear):
+        return True
+    d_in, d_out = linear_shape(linear)
+    own = {name: torch.empty_like(parameter, device="meta") for name, parameter in linear.named_parameters()}
+    x = torch.empty(1, 1, d_in, dtype=linear.weight.dtype, device="meta")
+    try:
+        y = torch.func.functional_call(linear, own, (x,))
+    except Exception:  # whatever a forward of another kind does with such an input
+        return False
+    return isinstance(y, Tensor) and y.shape == (1, 1, d_out)
 
 
 def weight_of(linear: nn.Module) -> Tensor:

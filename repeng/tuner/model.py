@@ -17,10 +17,11 @@ from tqdm.auto import tqdm
 from repeng.tuner.base import is_linear
 from repeng.tuner.coefficients import Coefficients
 from repeng.tuner.config import PEFT_TYPE, PREFIX, SvdSteeringConfig
+from repeng.tuner.decoder import RESIDUAL, last
 from repeng.tuner.fingerprint import check_same_base, take_fingerprint
 from repeng.tuner.layer import Linear, SvdSteeringLayer
 from repeng.tuner.residual import CHILD, Residual, attach, detach
-from repeng.tuner.targets import RESIDUAL, last, resolve
+from repeng.tuner.targets import check_acting, residual_width, resolve
 
 
 class SvdSteeringModel(BaseTuner):
@@ -62,6 +63,7 @@ class SvdSteeringModel(BaseTuner):
             config.resolved_modules = resolve(model, config)
         else:
             require_modules(model, config.resolved_modules)
+            check_acting(model, config.resolved_modules)
         if config.init_bases:
             config.fingerprint = take_fingerprint(model, config.resolved_modules)
             config.calibration = None
@@ -97,7 +99,7 @@ class SvdSteeringModel(BaseTuner):
             module.set_adapter(self.active_adapters)
             self._replace_module(parent, target_name, module, target)
         else:
-            residual = attach(target, self.coefficients)
+            residual = attach(target, self.coefficients, residual_width(self.model, target))
             residual.update_layer(adapter_name, config)
             residual.set_adapter(self.active_adapters)
         self._bar.update()

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from repeng.tuner.base import base_of, device_of
 from repeng.tuner.coefficients import Coefficients, repeat_rows
 from repeng.tuner.config import SvdSteeringConfig
+from repeng.tuner.decoder import linear_modules
 from repeng.tuner.layer import CANDIDATES, SvdSteeringLayer, largest, rank_change, start
 from repeng.tuner.svd import subspace_error, top_singular_triples
-from repeng.tuner.targets import linear_modules, residual_width, writers
+from repeng.tuner.targets import writers
 
 # Without the method's prefix: PEFT leaves modules under it out when it deletes an adapter.
 CHILD = "steering_residual"
@@ -23,39 +24,42 @@ class Residual(nn.Module, SvdSteeringLayer):
     stream in this layer. R is `svd_steering_in`, b is `svd_steering_shift`.
     """
 
-    def __init__(self, layer: nn.Module, coefficients: Coefficients) -> None:
+    def __init__(self, layer: nn.Module, coefficients: Coefficients, width: int) -> None:
         nn.Module.__init__(self)
         SvdSteeringLayer.__init__(self, coefficients)
         self._beside = (layer,)  # in a tuple, as a module is no child of its own child
+        self.width = width
         self._active_adapter = []
 
     def get_base_layer(self) -> nn.Module:
         return self._beside[0]
 
     def device(self) -> torch.device:
-        return device_of(base_of(next(iter(linear_modules(self.get_base_layer()).values()))))
+        for module in linear_modules(self.get_base_layer()).values():
+            return device_of(base_of(module))
+        return next(self.get_base_layer().parameters()).device
 
     def update_layer(self, adapter_name: str, config: SvdSteeringConfig) -> None:
-        r, device, width = config.r, self.device(), residual_width(self.get_base_layer())
+        r, device = config.r, self.device()
         self.r[adapter_name] = r
         if config.turns:
             if config.init_bases:
-                weight = torch.cat(writers(self.get_base_layer()), dim=1)
+                weight = torch.cat(writers(self.get_base_layer(), self.width), dim=1)
                 basis = top_singular_triples(weight, r, config.svd_niter, config.svd_seed)[0]
                 self.svd_error[adapter_name] = subspace_error(weight, basis)
             else:
                 self.awaited.add(adapter_name)
-                basis = torch.full((width, r), torch.nan)
+                basis = torch.full((self.width, r), torch.nan)
             self.svd_steering_u[adapter_name] = basis.to(device)
             self.svd_steering_in[adapter_name] = start(config, r * (r - 1) // 2, device)
         if config.shift:
-            self.svd_steering_shift[adapter_name] = start(config, width, device)
+            self.svd_steering_shift[adapter_name] = start(config, self.width, device)
         self.set_adapter(self.active_adapters)
 
     def select_directions(self, difference: Tensor, adapter_name: str, config: SvdSteeringConfig) -> None:
         if adapter_name not in self.svd_steering_u:
             return
-        weight = torch.cat(writers(self.get_base_layer()), dim=1)
+        weight = torch.cat(writers(self.get_base_layer(), self.width), dim=1)
         basis = top_singular_triples(weight, CANDIDATES * config.r, config.svd_niter, config.svd_seed)[0]
         chosen = largest((difference.to(basis) @ basis).norm(dim=0), config.r)
         self.svd_error[adapter_name] = subspace_error(weight, basis[:, chosen])
@@ -111,10 +115,10 @@ def _steer_output(layer: nn.Module, _inputs: Any, output: Any) -> Any:
     return residual(output)
 
 
-def attach(layer: nn.Module, coefficients: Coefficients) -> Residual:
-    """Give a decoder layer a `Residual`; one that it already has is kept."""
+def attach(layer: nn.Module, coefficients: Coefficients, width: int) -> Residual:
+    """Give a decoder layer whose output has this width a `Residual`; one that it already has is kept."""
     if not hasattr(layer, CHILD):
-        layer.add_module(CHILD, Residual(layer, coefficients))
+        layer.add_module(CHILD, Residual(layer, coefficients, width))
         layer.register_forward_hook(_steer_output)
     return getattr(layer, CHILD)
 

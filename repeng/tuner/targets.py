@@ -2,156 +2,66 @@
 
 import re
 from collections.abc import Iterable
-from fnmatch import fnmatch
-from numbers import Integral
-from typing import NamedTuple
 
-from peft.tuners.tuners_utils import BaseTunerLayer
+import torch
 from torch import Tensor, nn
 
 from repeng.tuner.base import base_of, dense_weight, is_linear, linear_shape, weight_of
+from repeng.tuner.bypassed import bypassed
 from repeng.tuner.config import SvdSteeringConfig
-
-RESIDUAL = "residual"
-ALL_LINEAR = "all-linear"
-# What each group stands for: Llama and its heirs, Phi-3, GPT-2, GPT-NeoX, OPT, GPT-J, MPT, Qwen3-Next, DeepSeek.
-GROUPS: dict[str, tuple[str, ...]] = {
-    "residual-writers": ("o_proj", "down_proj", "c_proj", "dense", "dense_4h_to_h", "out_proj", "fc2", "fc_out"),
-    "residual-readers": (
-        *("q_proj", "k_proj", "v_proj", "qkv_proj", "up_proj", "gate_proj", "gate_up_proj"),
-        *("c_attn", "c_fc", "query_key_value", "dense_h_to_4h", "fc1", "fc_in", "Wqkv", "in_proj_qkvz", "in_proj_ba"),
-        *("q_a_proj", "kv_a_proj_with_mqa"),
-    ),
-    "kv": ("k_proj", "v_proj"),
-}
-OTHER_MODALITIES = ("*vision*", "*visual*", "*image*", "*audio*", "*speech*")
-
-
-class Decoder(NamedTuple):
-    """The decoder layers of a model and the full name of their list."""
-
-    name: str
-    layers: nn.ModuleList
-
-    def available(self) -> str:
-        """What could be adapted, for error messages."""
-        names = sorted({last(name) for layer in self.layers for name in linear_modules(layer)})
-        return f"this model has {len(self.layers)} layers with the linear modules {', '.join(names)}, and {RESIDUAL!r}"
+from repeng.tuner.decoder import (
+    RESIDUAL,
+    Decoder,
+    check_one_stream,
+    find_decoder,
+    is_elsewhere,
+    last,
+    linear_modules,
+    matches,
+    select_layers,
+    text_config,
+)
+from repeng.tuner.groups import GROUPS, WRITERS, fused_experts, is_called, role_of, unknown, writer_names
 
 
-def find_decoder(model: nn.Module, layers_pattern: list[str] | str | None = None) -> Decoder:
-    """The decoder layers of a causal language model, adapters or not.
-
-    Found by structure: the outermost `ModuleList` as long as the text configuration's `num_hidden_layers`, towers of
-    other modalities left aside; or the one whose name is, or ends in, one of `layers_pattern`.
+def residual_width(model: nn.Module, layer: nn.Module) -> int:
+    """Width of the residual stream: what the configuration says, else what a module that writes to it puts out.
 
     Raises:
-        ValueError: there is no such list, or more than one.
+        ValueError: neither tells.
     """
-    patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    model_config = getattr(model, "config", None)
-    if patterns:
-        what = f"called {' or '.join(map(repr, patterns))}"
-        lists_here = {name: module for name, module in lists.items() if matches(name, patterns)}
-    elif model_config is None:
-        raise ValueError(
-            f"{type(model).__name__} has no config that tells its number of decoder layers; name their list with "
-            f"layers_pattern: {', '.join(lists) or 'this model has no list of modules'}"
-        )
-    else:
-        n = model_config.get_text_config(decoder=True).num_hidden_layers
-        what = f"of {n} decoder layers"
-        lists_here = {name: m for name, m in lists.items() if len(m) == n and not _is_other_modality(name)}
-    outermost: dict[str, nn.ModuleList] = {}
-    for name, module in lists_here.items():
-        if not any(name.startswith(f"{outer}.") for outer in outermost):
-            outermost[name] = module
-    if len(outermost) != 1:
-        raise ValueError(
-            f"expected one list {what} in {type(model).__name__}, found {len(outermost)}; name it with "
-            f"layers_pattern: {', '.join(lists) or 'this model has no list of modules'}"
-        )
-    return Decoder(*next(iter(outermost.items())))
-
-
-def _is_other_modality(name: str) -> bool:
-    return any(fnmatch(part, pattern) for part in name.split(".") for pattern in OTHER_MODALITIES)
-
-
-def select_layers(depth: int, layers: Iterable[int] | int | str | None) -> list[int]:
-    """Indices of decoder layers, from a list, one index, a share of the depth such as "0.3-0.7", or None for all.
-
-    A layer belongs to a share if its stretch [i/depth, (i+1)/depth) of the depth overlaps it.
-
-    Raises:
-        ValueError: an index or a share outside the model, or text that is no share.
-    """
-    if layers is None:
-        return list(range(depth))
-    if isinstance(layers, str):
-        match = re.fullmatch(r"\s*(\d+|\d*\.\d+)\s*-\s*(\d+|\d*\.\d+)\s*", layers)
-        low, high = (float(part) for part in match.groups()) if match else (1.0, 0.0)
-        if not 0 <= low < high <= 1:
-            raise ValueError(f"layers {layers!r} is no share of the depth; write for example 0.3-0.7, within 0-1")
-        return [i for i in range(depth) if (i + 1) / depth > low + 1e-9 and i / depth < high - 1e-9]
-    chosen = [int(layers)] if isinstance(layers, int | Integral) else sorted({int(layer) for layer in layers})
-    for index in chosen:
-        if not 0 <= index < depth:
-            raise ValueError(f"layer {index} does not exist; this model has layers 0 to {depth - 1}")
-    if not chosen:
-        raise ValueError("layers is empty; leave it out for all layers")
-    return chosen
-
-
-def linear_modules(root: nn.Module) -> dict[str, nn.Module]:
-    """Linear modules below `root` by name, adapted ones included and insides of adapters left out."""
-    linear: dict[str, nn.Module] = {}
-    wrapped: list[str] = []
-    for name, module in root.named_modules():
-        if any(name.startswith(f"{outer}.") for outer in wrapped):
-            continue
-        if name and is_linear(module):
-            linear[name] = module
-        if isinstance(module, BaseTunerLayer):
-            wrapped.append(name)
-    return linear
-
-
-def last(name: str) -> str:
-    return name.rsplit(".", 1)[-1]
-
-
-def _fused_experts(layer: nn.Module) -> dict[str, Tensor]:
-    """Parameters of a decoder layer that hold the weights of all experts at once, `(experts … …)`, by name."""
-    return {n: p for n, p in layer.named_parameters() if p.ndim == 3 and last(n) not in ("weight", "bias")}
-
-
-def residual_width(layer: nn.Module) -> int:
-    """Width of the residual stream: what the linear modules that write to it put out.
-
-    Raises:
-        ValueError: the decoder layer has none.
-    """
-    names, linear = GROUPS["residual-writers"], linear_modules(layer)
-    for name, module in linear.items():
-        if last(name) in names:
+    width = getattr(text_config(model), "hidden_size", None)
+    if isinstance(width, int):
+        return width
+    for name, module in linear_modules(layer).items():
+        if role_of(name) == "writes":
             return linear_shape(base_of(module))[1]
     raise ValueError(
-        f"a {type(layer).__name__} has none of the modules {', '.join(names)}, which would span the directions of "
-        f"{RESIDUAL!r}; adapt linear modules instead: {', '.join(sorted(map(last, linear)))}"
+        f"a {type(layer).__name__} has none of {WRITERS!r}, so that the width of {RESIDUAL!r} is not known; adapt "
+        f"linear modules instead: {', '.join(sorted(map(last, linear_modules(layer))))}"
     )
 
 
-def writers(layer: nn.Module) -> list[Tensor]:
-    """Weights `(width …)` in float32 that write to the residual stream in this layer, fused experts included."""
-    names, width = GROUPS["residual-writers"], residual_width(layer)
-    weights = [dense_weight(base_of(m)) for name, m in linear_modules(layer).items() if last(name) in names]
-    for name, weight in _fused_experts(layer).items():
-        if last(name) in names:
-            weight = weight.detach().float()
-            by_input = weight.mT if weight.shape[1] == width else weight  # (experts … width)
-            weights.append(by_input.flatten(0, 1).mT)
+@torch.no_grad()
+def writers(layer: nn.Module, width: int | None = None) -> list[Tensor]:
+    """Weights `(width …)` in float32 that write to the residual stream in this layer, fused experts included.
+
+    `width` is by default what the first linear one puts out.
+
+    Raises:
+        ValueError: see `writer_names`.
+    """
+    linear, fused = linear_modules(layer), fused_experts(layer)
+    if width is None:
+        width = next((linear_shape(base_of(m))[1] for name, m in linear.items() if role_of(name) == "writes"), 0)
+    weights = []
+    for name in writer_names(layer, width):
+        if name in linear:
+            weights.append(dense_weight(base_of(linear[name])))
+        else:
+            weight = fused[name].detach().float()
+            by_input = weight.mT if weight.ndim == 3 and weight.shape[1] == width else weight  # (… width)
+            weights.append(by_input.flatten(0, -2).mT)
     return [weight for weight in weights if weight.shape[0] == width]
 
 
@@ -162,14 +72,17 @@ def resolve(model: nn.Module, config: SvdSteeringConfig) -> list[str]:
         ValueError: naming the (layer, site) without a match, a module that cannot be adapted, a rank above a weight's,
             and what the model has instead.
     """
-    decoder = find_decoder(model, config.layers_pattern)
+    try:
+        decoder = find_decoder(model, config.layers_pattern)
+    except ValueError as error:
+        raise ValueError(f"{error}; name the right one with layers_pattern") from error
     if isinstance(config.target_modules, str):
         wanted = _by_expression(model, decoder, config.target_modules)
     elif config.target_modules:
         wanted = {name for target in config.target_modules for name in _by_name(model, decoder, target, config)}
     else:
         raise ValueError(f"target_modules is empty; {decoder.available()}")
-    wanted -= _excluded(model, wanted, config.exclude_modules)
+    wanted -= _excluded(model, decoder, wanted, config.exclude_modules)
     for name in sorted(wanted):
         parents = [name.rsplit(".", n)[0] for n in range(name.count(".") + 1)]
         for saved in config.modules_to_save or ():
@@ -184,7 +97,7 @@ def resolve(model: nn.Module, config: SvdSteeringConfig) -> list[str]:
     return [name for name, _ in model.named_modules() if name in wanted]
 
 
-def _excluded(model: nn.Module, wanted: set[str], patterns: Iterable[str] | str | None) -> set[str]:
+def _excluded(model: nn.Module, decoder: Decoder, wanted: set[str], patterns: Iterable[str] | str | None) -> set[str]:
     """Those of `wanted` that exclude_modules covers; raises ValueError for an entry that covers none."""
     if isinstance(patterns, str):
         patterns = [patterns]
@@ -194,7 +107,11 @@ def _excluded(model: nn.Module, wanted: set[str], patterns: Iterable[str] | str 
             pattern: {
                 name
                 for name in wanted
-                if (_is_called(name, pattern) if is_linear(model.get_submodule(name)) else pattern in (RESIDUAL, name))
+                if (
+                    is_called(_in_layer(decoder, name), pattern) or matches(name, [pattern])
+                    if is_linear(model.get_submodule(name))
+                    else pattern in (RESIDUAL, name)
+                )
             }
             for pattern in patterns or ()
         }
@@ -207,7 +124,7 @@ def _excluded(model: nn.Module, wanted: set[str], patterns: Iterable[str] | str 
 def _by_expression(model: nn.Module, decoder: Decoder, expression: str) -> set[str]:
     """Linear modules and decoder layers whose full name matches."""
     candidates = [*linear_modules(model), *(f"{decoder.name}.{i}" for i in range(len(decoder.layers)))]
-    matched = {name for name in candidates if re.fullmatch(expression, name) and not _is_other_modality(name)}
+    matched = {name for name in candidates if re.fullmatch(expression, name) and not is_elsewhere(model, name)}
     if not matched:
         others = [name for name, _ in model.named_modules() if re.fullmatch(expression, name)]
         raise ValueError(
@@ -223,29 +140,31 @@ def _by_name(model: nn.Module, decoder: Decoder, target: str, config: SvdSteerin
     indices = select_layers(len(layers), config.layers_to_transform)
     if target == RESIDUAL:
         return {f"{prefix}.{i}" for i in indices}
-    everywhere = {name for name in linear_modules(model) if not _is_other_modality(name)}
+    everywhere = {name for name in linear_modules(model) if not is_elsewhere(model, name)}
     if target in everywhere:
         return {target}
     matched: set[str] = set()
     missing: list[int] = []
     for i in indices:
-        in_layer = {name for name in linear_modules(layers[i]) if _is_called(name, target)}
+        in_layer = {name for name in linear_modules(layers[i]) if is_called(name, target)}
         matched |= {f"{prefix}.{i}.{name}" for name in in_layer}
-        fused = [name for name in _fused_experts(layers[i]) if _is_called(name, target)]
+        _check_group(model, decoder, i, target, config.exclude_modules)
+        fused = {name: weight for name, weight in fused_experts(layers[i]).items() if is_called(name, target)}
         if fused:
+            name, weight = next(iter(fused.items()))
             raise ValueError(
-                f"{target!r} takes in {prefix}.{i}.{fused[0]}, all experts in one tensor of shape "
-                f"{tuple(layers[i].get_parameter(fused[0]).shape)}, which cannot be adapted one by one; adapt "
+                f"{target!r} takes in {prefix}.{i}.{name}, all experts in one tensor of shape "
+                f"{tuple(weight.shape)}, which cannot be adapted one by one; adapt "
                 f"{RESIDUAL!r} or, by name, {', '.join(sorted({last(n) for n in linear_modules(layers[i])}))}"
             )
         if not in_layer:
             missing.append(i)
-    outside = {name for name in everywhere if _is_called(name, target) and not name.startswith(f"{prefix}.")}
-    if outside and not matched and config.layers_to_transform is None:
+    outside = {name for name in everywhere if is_called(name, target) and not name.startswith(f"{prefix}.")}
+    if outside and not matched and config.layers_to_transform is None and target not in GROUPS:
         return outside
     if missing:
         whole = f"layers {missing[0]}–{missing[-1]}" if len(missing) > 1 else f"layer {missing[0]}"
-        others = [name for name, _ in layers[missing[0]].named_modules() if _is_called(name, target)]
+        others = [name for name, _ in layers[missing[0]].named_modules() if is_called(name, target)]
         raise ValueError(
             f"target_modules {target!r} matches no linear module in {whole} ({len(missing)} of {len(indices)} layers)"
             f"{f' (but {others[0]!r}, which cannot be adapted)' if others else ''}; {decoder.available()}"
@@ -253,42 +172,73 @@ def _by_name(model: nn.Module, decoder: Decoder, target: str, config: SvdSteerin
     return matched
 
 
-def _is_called(name: str, target: str) -> bool:
-    """Whether `target`, a group or the end of a name, stands for the module of this name."""
-    if target == ALL_LINEAR:
-        return last(name) != "lm_head"
-    if target in GROUPS:
-        return last(name) in GROUPS[target]
-    return matches(name, [target])
+def _in_layer(decoder: Decoder, name: str) -> str:
+    """A full name as it is seen from the decoder layer that it lies in, if it does."""
+    return re.sub(rf"^{re.escape(decoder.name)}\.\d+\.", "", name)
 
 
-def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether `name` is, or ends in, one of the patterns."""
-    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
+def _check_group(
+    model: nn.Module, decoder: Decoder, index: int, target: str, excluded: Iterable[str] | str | None
+) -> None:
+    """Raise ValueError if a layer has a linear module of which is not known whether it belongs to the group."""
+    if target not in GROUPS:
+        return
+    layer = decoder.layers[index]
+    patterns = [] if excluded is None or isinstance(excluded, str) else list(excluded)
+    others = [name for name in unknown(layer, residual_width(model, layer)) if not matches(name, patterns)]
+    if others:
+        raise ValueError(
+            f"{target!r} does not know what {', '.join(others)} of layer {index} does; name the modules instead, or "
+            f"leave these out: exclude_modules={sorted(map(last, others))}"
+        )
 
 
 def _check_targets(model: nn.Module, config: SvdSteeringConfig, wanted: set[str]) -> None:
-    """Raise ValueError for a tied weight, a site with nothing to learn, or a rank that a weight does not have."""
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-    tied = getattr(embeddings, "weight", None)
+    """Raise ValueError for a site where an adapter would not act, would have nothing to learn or too high a rank."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
     for name in sorted(wanted):
         module = base_of(model.get_submodule(name))
         parts = ("rotate_input", "rotate_output", "scale" if is_linear(module) else "shift")
         if not any(getattr(config, part) for part in parts):
             raise ValueError(f"nothing to learn at {name!r}: set at least one of {', '.join(parts)}")
-        if is_linear(module) and tied is not None and weight_of(module) is tied:
-            raise ValueError(
-                f"{name!r} shares its weight with the input embeddings, which would change too; leave it out"
-            )
+        if is_linear(module):
+            others = [
+                other for other in owners.get(id(weight_of(module)), ()) if model.get_submodule(other) is not module
+            ]
+            if others:
+                raise ValueError(
+                    f"{name!r} shares its weight with {', '.join(others)}, which merging would change too; leave it "
+                    "out, if need be with exclude_modules"
+                )
+        else:
+            check_one_stream(model)
+            if config.turns:
+                writer_names(module, residual_width(model, module))
         limit = max_rank(model, name)
         if config.r > limit:
             raise ValueError(f"r={config.r} is above the rank of {name!r}, which is at most {limit}; give r ≤ {limit}")
+    check_acting(model, wanted)
+
+
+def check_acting(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise ValueError for a module of `names` whose weight is read past it, where an adapter does nothing."""
+    readers = {name: bypassed(model, name) for name in sorted(names)}
+    idle = {name: reader for name, reader in readers.items() if reader is not None}
+    if idle:
+        name, reader = next(iter(idle.items()))
+        raise ValueError(
+            f"{name!r} would do nothing, always or in fused kernels, since {reader} reads its weight without calling "
+            f"it; leave it out: exclude_modules={sorted({last(name) for name in idle})}"
+        )
 
 
 def max_rank(model: nn.Module, name: str) -> int:
     """The largest `r` for the module of this full name: the smaller side of a weight, a decoder layer's width."""
     module = base_of(model.get_submodule(name))
-    return min(linear_shape(module)) if is_linear(module) else residual_width(module)
+    return min(linear_shape(module)) if is_linear(module) else residual_width(model, module)
 
 
 def _texts(targets: Iterable[str] | str | None) -> str:

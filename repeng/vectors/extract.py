@@ -60,7 +60,8 @@ def extract(
         options: keywords of the method, such as `k`.
 
     Warns:
-        UserWarning: a held-out accuracy below 60 %, or places where the two sides do not differ, which are left out.
+        UserWarning: a held-out accuracy below 60 %; or places that are left out, since the two sides do not differ
+            there or since they do not run on text, as cross-attention to images does not.
 
     Raises:
         ValueError: too few pairs, an unknown method, site, layer or option, or sides that differ nowhere.
@@ -78,6 +79,7 @@ def extract(
 
     flat = [row[side] for side in (0, 1) for row in rows]
     states = hidden_states(model, tokenizer, flat, places, tokens=tokens, batch_size=batch_size)
+    places = _places_that_run(places, states)
     more = {"loss": loss, "tokens": tokens, "seed": seed, "batch_size": max(1, batch_size // 2)}  # two prompts a pair
     inputs = _method_inputs(function, model, tokenizer, rows, places, **more)
     used, left_out = split(len(pairs), held_out, seed)
@@ -109,6 +111,16 @@ def extract(
         "read": [_read_tokens(tokenizer, row, tokens) for row in rows[:SHOWN_PAIRS]],
     }
     return SteeringVector(directions, {key: value for key, value in metadata.items() if value is not None})
+
+
+def _places_that_run(places: Sequence[Place], states: dict[Place, Tensor]) -> list[Place]:
+    """The places of which there are hidden states; warns of the others, and raises ValueError if none is left."""
+    idle = ", ".join(f"{site} of layer {layer}" for site, layer in places if (site, layer) not in states)
+    if not states:
+        raise ValueError(f"{idle}: none of these runs on text alone; read other layers or sites")
+    if idle:
+        warnings.warn(f"left out, since it does not run on text alone: {idle}", stacklevel=3)
+    return [place for place in places if place in states]
 
 
 def _find_method(method: str, options: dict[str, Any]) -> Callable[..., Tensor]:

@@ -1,0 +1,55 @@
+"""Linear modules whose weight their owner reads past the module: what is put in the module's place does not act."""
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
+from functools import lru_cache
+
+from torch import nn
+
+# Attributes of a weight that tell of it, instead of reading it.
+TELLING = ("dtype", "device", "shape", "ndim", "size", "dim", "numel", "requires_grad", "is_meta", "is_cuda", "data")
+
+
+def bypassed(model: nn.Module, name: str) -> str | None:
+    """The class that reads the weight of the module of this name without calling the module, if there is one.
+
+    State-space mixers do, always or in their fused kernels. It is seen in the source of the modules around, so that
+    nothing runs, whatever device the model is on.
+    """
+    parts = name.split(".")
+    for n in range(len(parts)):
+        owner = type(model.get_submodule(".".join(parts[:n])))
+        if ".".join(parts[n:]) in _weights_read(owner):
+            return owner.__name__
+    return None
+
+
+@lru_cache(maxsize=1024)
+def _weights_read(owner: type) -> frozenset[str]:
+    """Modules, seen from a module of this class, whose weights its methods read."""
+    found: set[str] = set()
+    for name, function in inspect.getmembers_static(owner, inspect.isfunction):
+        function = inspect.unwrap(function)
+        if "init" in name or "weight" not in function.__code__.co_names:
+            continue
+        try:
+            found.update(_read_in(ast.parse(textwrap.dedent(inspect.getsource(function)))))
+        except (OSError, TypeError, SyntaxError):  # there is no source, as of what was made at run time
+            continue
+    return frozenset(found)
+
+
+def _read_in(function: ast.AST) -> Iterator[str]:
+    """X for every `self.X.weight` in the function whose values are used."""
+    for parent in ast.walk(function):
+        for node in ast.iter_child_nodes(parent):
+            if not (isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.ctx, ast.Load)):
+                continue
+            chain = ast.unparse(node.value)
+            told = isinstance(parent, ast.Attribute) and parent.attr in TELLING
+            asked = isinstance(parent, ast.Call) and ast.unparse(parent.func) in ("isinstance", "hasattr", "id")
+            # A part of a weight is read for split matrix products, which Bloom does only if it is asked to.
+            if chain.startswith("self.") and not (told or asked or isinstance(parent, ast.Subscript)):
+                yield chain.removeprefix("self.")
