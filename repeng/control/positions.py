@@ -13,6 +13,7 @@ from transformers import Cache, GenerationMixin
 from repeng.control.cache_guard import cache_of, columns_of
 
 STATES = ("state", "cache_params", "mems")  # arguments with which recurrent models go on, if no cache holds it
+PACKING = ("generate_batch", "init_continuous_batching")  # methods of models that batch continuously
 Positions = Literal["all", "prompt", "generated"] | slice
 
 
@@ -168,6 +169,30 @@ class TokenFilter:
         start = 0 if start is None else start
         chosen = real & (index >= start) & ((index - start) % (self.positions.step or 1) == 0)
         return chosen if stop is None else chosen & (index < stop)
+
+
+@contextmanager
+def unpacked(model: nn.Module, what: str | None) -> Iterator[None]:
+    """Inside the context, continuous batching raises ValueError, since it does not know `what`; None allows it.
+
+    It runs in a thread of its own, where an error of a forward would end in a log and an answer without tokens.
+    """
+
+    def refusing(_method: Callable[..., Any]) -> Callable[..., Any]:
+        def refuse(*_args: Any, **_kwargs: Any) -> Any:
+            raise ValueError(
+                f"{what} is not known in continuous batching, which packs tokens of several texts into one row; use "
+                "generate, or steer 'all' positions by one number"
+            )
+
+        return refuse
+
+    with ExitStack() as stack:
+        for module in model.modules() if what is not None else ():
+            for name in PACKING:
+                if hasattr(module, name):
+                    stack.enter_context(replaced(module, name, refusing))
+        yield
 
 
 @contextmanager

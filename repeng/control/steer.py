@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from repeng.control.cache_guard import Influence, State, current, guarded
 from repeng.control.lora import lora_modules, lora_names, scaled
 from repeng.control.operators import OPERATORS, Operator, edit_with
-from repeng.control.positions import Positions, TokenFilter
+from repeng.control.positions import Positions, TokenFilter, unpacked
 from repeng.model.sites import edit_outputs, site_modules, trunk
 from repeng.tuner import Coefficients, SvdSteeringLayer
 from repeng.tuner.coefficients import as_coefficient
@@ -85,8 +85,10 @@ def steer(
     ]
     influence = Influence("a vector", (vector, operator, positions, clamp, gate), _as_key(value))
     state = (*current(runs), influence)  # vectors in the order in which they act, behind adapters
-    with where.watching(model, runs), edit_outputs(edits), guarded(runs, state, reuse_cache):
-        yield
+    unknown = f"positions={positions!r}" if positions != "all" else _by_rows(value)
+    with unpacked(model, unknown), where.watching(model, runs), edit_outputs(edits):
+        with guarded(runs, state, reuse_cache):
+            yield
 
 
 @contextmanager
@@ -104,6 +106,7 @@ def _steer_adapters(
         names = sorted({*loras, *(name for _, names in stores for name in names)})
         with ExitStack() as stack:
             stack.enter_context(scaled([module for modules in loras.values() for module in modules], value))
+            stack.enter_context(unpacked(model, _by_rows(value)))
             stack.enter_context(_guard_adapters(model, names, value, reuse_cache))
             yield
     finally:
@@ -122,6 +125,11 @@ def _guard_adapters(model: nn.Module, names: list[str], value: Tensor, reuse_cac
     if value.ndim or value != 1:  # at 1 an adapter acts as it does outside of any context
         state = (*(Influence(label, (), _as_key(value)) for label in sorted(labels)), *state)
     return guarded(runs, state, reuse_cache)
+
+
+def _by_rows(value: Tensor) -> str | None:
+    """What a coefficient is that is not one number."""
+    return "a coefficient for each row or token" if value.ndim else None
 
 
 def _as_key(value: Tensor) -> float | tuple[float, ...]:
