@@ -83,6 +83,9 @@ class TokenFilter:
             )
         t = inputs.shape[1]
         past = self._past(kwargs, t)
+        if past is None:
+            self.tokens, self._outside = None, ()
+            return
         mask = self._mask(kwargs.get("attention_mask"), inputs.shape[0], past + t)
         self._outside = ()
         known = mask is not None
@@ -99,8 +102,8 @@ class TokenFilter:
             self._lengths = lengths
         self.tokens = self._select(mask, past, lengths) if known or self.positions != "all" else None
 
-    def _past(self, kwargs: dict[str, Any], t: int) -> int:
-        """Columns before the `t` of this forward.
+    def _past(self, kwargs: dict[str, Any], t: int) -> int | None:
+        """Columns before the `t` of this forward; None if nothing tells and no position depends on it.
 
         Raises:
             ValueError: positions depend on it, and nothing tells.
@@ -112,14 +115,14 @@ class TokenFilter:
             masks = (kwargs.get("attention_mask"), *self._outside, self._given_mask if t > 1 else None)
             known = [mask.shape[1] for mask in masks if isinstance(mask, Tensor) and mask.ndim == 2]
             past = self._seen.get(cache) if cache is not None else None
-            past = max(known, default=t) - t if past is None and (known or self.positions == "all") else past
-        if past is None:
+            past = max(known) - t if past is None and known else past
+        if past is None and self.positions != "all":
             raise ValueError(
                 f"positions={self.positions!r} is not known where a {state or type(cache).__name__} goes on that was "
                 "made elsewhere and does not tell how many tokens it holds; pass a mask (batch, tokens) of all of "
                 "them, or steer 'all' positions"
             )
-        if cache is not None:
+        if cache is not None and past is not None:
             self._seen[cache] = past + t
         return past
 

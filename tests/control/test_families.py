@@ -28,7 +28,7 @@ def generate(model, rows=2, **settings):
         return model.generate(input_ids=IDS[:rows], attention_mask=MASK[:rows], **plain, **settings)
 
 
-@pytest.mark.parametrize("name", ["mamba", "rwkv", "falcon-h1", "recurrent-gemma"])
+@pytest.mark.parametrize("name", ["mamba", "falcon-h1", "recurrent-gemma"])
 @pytest.mark.parametrize(
     "positions, prompt, later", [("prompt", True, False), ("generated", False, True), (slice(0, 1), None, False)]
 )
@@ -41,14 +41,24 @@ def test_every_decode_step_of_a_recurrent_model_steers_the_right_tokens(name, po
         steered.append(self.tokens)
 
     monkeypatch.setattr(TokenFilter, "_before", keep)
-    model, rows = families.build(name), 1 if name == "rwkv" else 2  # whose state takes one row in transformers
+    model = families.build(name)
     with steer(model, 1.0, vector=vector(), positions=positions):
-        generate(model, rows)
+        generate(model)
     first = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 0]]) if prompt is None else MASK * prompt
-    assert torch.equal(steered[0], first[:rows].bool())
+    assert torch.equal(steered[0], first.bool())
     for tokens in steered[1:]:
-        assert torch.equal(tokens, torch.full((rows, 1), later))
+        assert torch.equal(tokens, torch.full((2, 1), later))
     assert len(steered) == 3
+
+
+def test_a_model_that_hands_on_a_state_without_a_mask_takes_all_positions_only():
+    model = families.build("rwkv")
+    with steer(model, 1.0, vector=vector()):
+        steered = generate(model, rows=1)
+    assert not torch.equal(steered, generate(model, rows=1))
+    with pytest.raises(ValueError, match=r"'generated'.*state"):
+        with steer(model, 1.0, vector=vector(), positions="generated"):
+            generate(model, rows=1)
 
 
 def test_a_state_that_was_made_elsewhere_is_asked_for_a_mask():
