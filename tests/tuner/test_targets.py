@@ -127,7 +127,7 @@ def uneven():
             {"rotate_input": False, "shift": False},
             ["nothing to learn at 'model.layers.0'", "shift"],
         ),
-        (lambda: Plain(), ["residual"], {"layers_pattern": "blocks"}, ["o_proj", "adapt linear modules", "0"]),
+        (lambda: Plain(), ["residual"], {"layers_pattern": "blocks"}, ["residual-writers", "linear modules", "0"]),
         (lambda: tiny_models.build("llama"), ["q_proj"], {"layers_pattern": "h"}, ["'h'", "model.layers"]),
     ],
 )
