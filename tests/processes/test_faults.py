@@ -1,14 +1,12 @@
 """Runs that are killed at any moment, told to stop through a launcher, or print where only ASCII can be shown."""
 
 import os
-import random
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
-from safetensors.torch import load_file
 from support import ROOT
 
 pytestmark = pytest.mark.processes
@@ -38,7 +36,7 @@ def neutral(tmp_path_factory):
 def start(launcher, folder, neutral, *more, **environment):
     words = [word for key, value in {**KEYS, "neutral_file": neutral}.items() for word in (f"--{key}", str(value))]
     return subprocess.Popen(
-        [sys.executable, *launcher, *words, "--output_dir", str(folder), *map(str, more)],
+        [sys.executable, *launcher, *words, *(["--output_dir", str(folder)] if folder else []), *map(str, more)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -53,34 +51,8 @@ def finish(process, status=0):
     return output
 
 
-def bytes_of(folder):
-    return (folder / "adapter_model.safetensors").read_bytes()
-
-
 def test_a_run_that_is_killed_at_any_moment_goes_on_to_the_same_bytes(tmp_path, neutral):
-    began = time.time()
-    finish(start(QUICK, tmp_path / "whole", neutral))
-    length, expected = time.time() - began, bytes_of(tmp_path / "whole")
-    moments, killed, runs = random.Random(0), 0, 0
-    while killed < MOMENTS:
-        folder = tmp_path / f"killed{runs}"
-        process = start(QUICK, folder, neutral, "--resume", "true")
-        try:
-            process.communicate(timeout=moments.uniform(0.3, 1.1) * length)
-            assert process.returncode == 0 and bytes_of(folder) == expected
-            runs += 1  # the next one starts anew
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            killed += 1
-        for path in folder.glob("**/*.safetensors"):
-            if ".saving-" not in str(path):
-                load_file(path)
-    folder = tmp_path / f"killed{runs}"
-    finish(start(QUICK, folder, neutral, "--resume", "true"))
-    assert bytes_of(folder) == expected
-    whole, found = ({path.name for path in place.iterdir()} for place in (tmp_path / "whole", folder))
-    assert whole == found
+    finish(start([str(ROOT / "tests" / "processes" / "killed.py"), str(tmp_path), str(MOMENTS)], None, neutral))
 
 
 def wait_for(path, process):
