@@ -8,12 +8,10 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, NoReturn
-
-from pydantic import Field
+from typing import NoReturn
 
 from repeng import _command
 from repeng.data.arguments import TaskArguments
@@ -28,63 +26,15 @@ from repeng.data.configuration import (
     split_configs,
 )
 from repeng.data.files import nearest
-from repeng.data.kinds import Folder
 from repeng.data.paths import WANTED, steerable
 from repeng.data.schema import refuse_unknown
 from repeng.data.trust import check_followed, own_config, say_model
 from repeng.data.words import LINE, name_of, read_words
+from repeng.measures import MEASURES
 from repeng.serve.limits import Limits
 from repeng.serve.names import named_paths
 from repeng.train.recipe import Recipe
 
-
-@dataclass
-class MeasureArguments:
-    """Keys of all commands that measure, beside those of the task."""
-
-    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = field(
-        default=42, metadata={"help": "Draws pairs and neutral texts, as in training."}
-    )
-    use_cpu: bool = field(default=False, metadata={"help": "Leave a GPU alone."})
-    bf16: bool = field(default=False, metadata={"help": "A base in 4 bits computes in bfloat16, as in training."})
-
-
-@dataclass
-class EvaluateArguments(MeasureArguments):
-    """Keys of `repeng evaluate`."""
-
-    output: Folder | None = field(
-        default=None,
-        metadata={"help": "Folder of the report; None = PATH/evaluation for an adapter, else beside PATH."},
-    )
-    require_steering: bool = field(
-        default=False,
-        metadata={
-            "help": "Exit with an error unless both arms gain more than a random direction, "
-            "and 95 percent of the items move along."
-        },
-    )
-
-
-@dataclass
-class CalibrateArguments(MeasureArguments):
-    """Keys of `repeng calibrate`."""
-
-    nats: Annotated[float, Field(ge=1e-4, le=100)] = field(
-        default=1.0, metadata={"help": "KL to the base that a token may have."}
-    )
-    sequences: Annotated[int, Field(ge=2, le=1_000_000)] = field(
-        default=512, metadata={"help": "Continuations to draw."}
-    )
-    percentile: Annotated[float, Field(gt=0, lt=100)] = field(
-        default=95.0, metadata={"help": "Percentile of the tokens' KL that must stay below."}
-    )
-
-
-MEASURES: dict[str, type[MeasureArguments]] = {
-    "evaluate": EvaluateArguments,
-    "calibrate": CalibrateArguments,
-}
 KEY_VARIABLE = "REPENG_API_KEY"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 EXPORTS = ("lora", "dial", "merged", "gguf")

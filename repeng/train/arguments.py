@@ -18,7 +18,7 @@ from repeng.data.configuration import add_keys, built, defaults_of, read_given
 from repeng.data.schema import hints_of
 from repeng.data.words import argument
 from repeng.model.sites import RESIDUAL
-from repeng.train.learning_rate import SIGN_LIKE, peak_learning_rate
+from repeng.train.learning_rate import SIGN_LIKE, peak_learning_rate, schedule
 from repeng.train.recipe import Recipe
 from repeng.train.rules import check_rules
 from repeng.train.trainer_keys import TrainerKeys
@@ -52,23 +52,11 @@ class SteeringArguments(Recipe, TrainerKeys, TrainingArguments):  # pyright: ign
         if not self.learning_rate and not any(name in optim for name in SIGN_LIKE):
             raise ValueError(f"optim={optim} needs a learning_rate: it is found for Adam and its like only")
         if self.max_steps > 0:
-            self._check_schedule()
+            schedule(self, self.max_steps)
+            if not self.learning_rate:
+                peak_learning_rate(1.0, self, self.max_steps)  # whether the schedule has one
         if self.adapter == "bias":
             self.target_modules: list[str] = [RESIDUAL]
-
-    def _check_schedule(self) -> None:
-        """Raise ValueError unless there is such a schedule, with a peak where that is to be found."""
-        try:
-            peak_learning_rate(1.0, self, self.max_steps)
-        except (TypeError, ZeroDivisionError, ArithmeticError) as error:
-            raise ValueError(
-                f"lr_scheduler_kwargs={self.lr_scheduler_kwargs!r} does not go with lr_scheduler_type="
-                f"{getattr(self.lr_scheduler_type, 'value', self.lr_scheduler_type)}: {error}"
-            ) from None
-        except ValueError as error:
-            if not self.learning_rate:
-                raise
-            del error
 
     @property
     def pairs_per_step(self) -> int:

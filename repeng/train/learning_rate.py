@@ -91,11 +91,7 @@ def peak_learning_rate(way: float, args: TrainingArguments, steps: int) -> float
     """
     if args.lr_scheduler_type in MEASURED:
         return TRAVEL * way / steps
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    options = cast(dict[str, Any] | None, args.lr_scheduler_kwargs)
-    scheduler = get_scheduler(
-        args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, scheduler_specific_kwargs=options
-    )
+    optimizer, scheduler = schedule(args, steps)
     shares = 0.0
     for _ in range(steps):
         shares += optimizer.param_groups[0]["lr"]
@@ -106,3 +102,22 @@ def peak_learning_rate(way: float, args: TrainingArguments, steps: int) -> float
             f"all {steps} steps are warm-up that starts at a learning rate of 0; set warmup_steps: 0, or more steps"
         )
     return TRAVEL * way / shares
+
+
+def schedule(
+    args: TrainingArguments, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """An optimizer of one parameter at a learning rate of 1, and its schedule over `steps` optimizer steps.
+
+    Raises:
+        ValueError: the schedule does not take its options.
+    """
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    options = cast(dict[str, Any] | None, args.lr_scheduler_kwargs)
+    kind = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    try:
+        return optimizer, get_scheduler(
+            args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, scheduler_specific_kwargs=options
+        )
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise ValueError(f"lr_scheduler_kwargs={options} do not go with lr_scheduler_type={kind}: {error}") from None

@@ -176,7 +176,7 @@ class Recipe:
     weight_decay: Annotated[float, Field(ge=0, le=100)] = field(
         default=0.0, metadata={"help": "Weight decay of AdamW."}
     )
-    max_steps: Annotated[int, AfterValidator(_steps_or_epochs), Field(le=1_000_000_000)] = field(
+    max_steps: Annotated[int, AfterValidator(_steps_or_epochs), Field(le=1_000_000)] = field(
         default=120, metadata={"help": "Optimizer steps; -1 = as many as num_train_epochs take."}
     )
     warmup_steps: Annotated[float, Field(ge=0, le=1e9), AfterValidator(_whole_above_1)] = field(

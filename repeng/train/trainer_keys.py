@@ -19,6 +19,7 @@ REPORTS = (
     *("neptune", "swanlab", "tensorboard", "trackio", "wandb"),
 )
 
+Report: Any = one_of(REPORTS)
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -82,7 +83,7 @@ class TrainerKeys:
     include_num_input_tokens_seen: Literal["all", "non_padding", "no"] | bool
     log_level: Literal["detail", "debug", "info", "warning", "error", "critical", "passive"]
     log_level_replica: Literal["detail", "debug", "info", "warning", "error", "critical", "passive"]
-    report_to: Annotated[list[one_of(REPORTS)], Field(min_length=1), BeforeValidator(listed)]
+    report_to: Annotated[list[Report], Field(min_length=1), BeforeValidator(listed)]
     eval_steps: Steps | None
     eval_delay: Annotated[float, Field(ge=0, le=1e9)]
     seed: Seed

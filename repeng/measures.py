@@ -1,0 +1,57 @@
+"""Keys of the commands that measure what an adapter or a vector does."""
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from pydantic import Field
+
+from repeng.data.kinds import Folder
+
+
+@dataclass
+class MeasureArguments:
+    """Keys of all commands that measure, beside those of the task."""
+
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = field(
+        default=42, metadata={"help": "Draws pairs and neutral texts, as in training."}
+    )
+    use_cpu: bool = field(default=False, metadata={"help": "Leave a GPU alone."})
+    bf16: bool = field(default=False, metadata={"help": "A base in 4 bits computes in bfloat16, as in training."})
+
+
+@dataclass
+class EvaluateArguments(MeasureArguments):
+    """Keys of `repeng evaluate`."""
+
+    output: Folder | None = field(
+        default=None,
+        metadata={"help": "Folder of the report; None = PATH/evaluation for an adapter, else beside PATH."},
+    )
+    require_steering: bool = field(
+        default=False,
+        metadata={
+            "help": "Exit with an error unless both arms gain more than a random direction, "
+            "and 95 percent of the items move along."
+        },
+    )
+
+
+@dataclass
+class CalibrateArguments(MeasureArguments):
+    """Keys of `repeng calibrate`."""
+
+    nats: Annotated[float, Field(ge=1e-4, le=100)] = field(
+        default=1.0, metadata={"help": "KL to the base that a token may have."}
+    )
+    sequences: Annotated[int, Field(ge=2, le=1_000_000)] = field(
+        default=512, metadata={"help": "Continuations to draw."}
+    )
+    percentile: Annotated[float, Field(gt=0, lt=100)] = field(
+        default=95.0, metadata={"help": "Percentile of the tokens' KL that must stay below."}
+    )
+
+
+MEASURES: dict[str, type[MeasureArguments]] = {
+    "evaluate": EvaluateArguments,
+    "calibrate": CalibrateArguments,
+}
