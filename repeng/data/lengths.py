@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from repeng.data.pairs import ContrastPair
 from repeng.data.questions import Question
 from repeng.data.word_questions import NEUTRAL_REQUEST
-from repeng.model.tokens import answer_ids, encode, encode_text, plain_ids
+from repeng.model.tokens import answer_ids, encode, encode_text, plain_ids, special_id
 
 SHOWN = 40  # characters of a text in a message
 
@@ -54,7 +54,7 @@ def check_texts(path: str, texts: Sequence[str], model: PreTrainedModel, tokeniz
         raise ValueError(f"{path} has one text; give two or more: some are learned from, others only measured")
     for number, text in enumerate(texts, start=1):
         shown, ids = text[:SHOWN], plain_ids(tokenizer, text)
-        if set(ids) <= {tokenizer.unk_token_id}:
+        if set(ids) <= set(special_id(tokenizer, "unk")):
             raise ValueError(f"{path}: this tokenizer knows no word of text {number}, {shown!r}; leave it out")
         if len(ids) < 2:
             raise ValueError(f"{path}: text {number}, {shown!r}, is a single token; write longer ones")

@@ -14,7 +14,7 @@ from repeng.data.kinds import PLACEHOLDER
 from repeng.data.reading import read_json_rows, read_text
 from repeng.data.schema import checked_keys, hints_of, shown
 from repeng.model.script import visible, words
-from repeng.model.tokens import encode, opened_turn, shared_suffix_length
+from repeng.model.tokens import encode, opened_turn, shared_suffix_length, special_id
 
 EXAMPLE = '{"chosen": "Be honest.", "rejected": "Be dishonest.", "suffix": "I"}'
 CONTENT = "\N{WHITE SQUARE}"  # what a template is tried with
@@ -164,10 +164,10 @@ def _of_tokens(
                 f"the prompt out): {pair.chosen[:60]!r}; use other words",
             )
         ]
-    found, unknown = [], tokenizer.unk_token_id
-    if unknown is not None and any(part and set(part) == {unknown} for part in _differing(chosen.ids, rejected.ids)):
+    found, unknown = [], set(special_id(tokenizer, "unk"))
+    if any(part and set(part) <= unknown for part in _differing(chosen.ids, rejected.ids)):
         found.append(("unknown words", "the sides differ in words that this tokenizer does not know; use others"))
-    if chosen.suffix and set(chosen.suffix) == {unknown}:
+    if chosen.suffix and set(chosen.suffix) <= unknown:
         found.append(("unknown words", f"this tokenizer knows no word of the suffix {pair.suffix[:60]!r}; use others"))
     if shared_suffix_length(chosen.ids, rejected.ids) < max(1, len(chosen.suffix)):
         found.append(("unequal suffix", "the sides end in different tokens; end both in the same words"))
@@ -189,7 +189,7 @@ def turn_marks(tokenizer: PreTrainedTokenizerBase) -> list[re.Pattern[str]]:
     """What no bare text holds: the special tokens of a tokenizer, and what its chat template writes before a user."""
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     special = {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
-    marks = [re.escape(mark) for mark in sorted(special - {tokenizer.unk_token}) if len(mark) > 2]
+    marks = [re.escape(mark) for mark in sorted(special - {str(tokenizer.unk_token)}) if len(mark) > 2]
     if tokenizer.chat_template:
         before = opened_turn(tokenizer, CONTENT).partition(CONTENT)[0].strip()
         line = before.split("\n")[-1].strip()

