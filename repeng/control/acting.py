@@ -1,5 +1,7 @@
 """Whether every adapted module has a part in what a model says: one that has none would be trained for nothing."""
 
+from typing import Any
+
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -25,7 +27,7 @@ def idle_sites(model: CausalLM, input_ids: Tensor) -> list[str]:
     Returns:
         Full names of modules, of a decoder layer for its residual stream, in the order of the model.
     """
-    sites = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    sites = [(name, m) for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
     parameters = {
         name.rpartition(".")[0] if isinstance(module, Residual) else name: own
         for name, module in sites
@@ -54,5 +56,5 @@ def check_sites(model: CausalLM, input_ids: Tensor) -> None:
         )
 
 
-def _trainable(module: nn.Module) -> list[nn.Parameter]:
+def _trainable(module: Any) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]

@@ -6,7 +6,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -153,12 +153,12 @@ def load_base(
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute_dtype,
         )
-    if source.gguf_file is not None:
-        options["dtype"] = torch.float32
     if source.gguf_file is None:
         check_folder(source.path)
+    else:
+        options["dtype"] = torch.float32
     with _named(name_or_path, "model"):
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = cast(Any, AutoModelForCausalLM).from_pretrained(
             source.path, trust_remote_code=False, output_loading_info=True, **options
         )
     check_loaded(model, report, name_or_path)

@@ -23,7 +23,8 @@ def check_folder(name_or_path: str) -> None:
     config = read_json(path)
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ValueError(f'{path} names no model_type as a text, such as "llama"; take it from the model again')
-    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    text: Any = config.get("text_config", config)
+    text = text if isinstance(text, dict) else config
     for key in ("num_hidden_layers", "hidden_size", "vocab_size", "n_layer", "n_embd"):
         if key in text and (type(text[key]) is not int or not 0 < text[key] < 1 << 24):
             raise ValueError(f"{path}: {key} must be a whole number from 1; got {text[key]!r}. Take it from the model")

@@ -83,7 +83,11 @@ class TrainerKeys:
     include_num_input_tokens_seen: Literal["all", "non_padding", "no"] | bool
     log_level: Literal["detail", "debug", "info", "warning", "error", "critical", "passive"]
     log_level_replica: Literal["detail", "debug", "info", "warning", "error", "critical", "passive"]
-    report_to: Annotated[list[Report], Field(min_length=1), BeforeValidator(listed)]
+    report_to: Annotated[
+        list[Report],  # pyright: ignore[reportInvalidTypeForm]
+        Field(min_length=1),
+        BeforeValidator(listed),
+    ]
     eval_steps: Steps | None
     eval_delay: Annotated[float, Field(ge=0, le=1e9)]
     seed: Seed

@@ -8,9 +8,9 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 SHOWN = 60  # characters of a value in a message
 MOST_REPEATS = 6  # of a regular expression from a file: with more, matching a name may take hours
-Name = Annotated[str, Field(min_length=1, max_length=1000, pattern=r"^[^\x00-\x1f\x7f]+$")]
-Text = Annotated[str, Field(max_length=4096, pattern=r"^[^\x00-\x1f\x7f]*$")]
-Targets = set[Name] | Annotated[str, Field(min_length=1, max_length=10_000)] | None
+Name: Any = Annotated[str, Field(min_length=1, max_length=1000, pattern=r"^[^\x00-\x1f\x7f]+$")]
+Text: Any = Annotated[str, Field(max_length=4096, pattern=r"^[^\x00-\x1f\x7f]*$")]
+Targets: Any = set[Name] | Annotated[str, Field(min_length=1, max_length=10_000)] | None
 Sampled = Annotated[list[float], Field(min_length=8, max_length=8)]
 Unit = Annotated[float, Field(ge=1e-12, le=1e12)]  # beyond, a coefficient of 1 would round to nothing or infinity
 
@@ -32,7 +32,7 @@ FIELDS: dict[str, Any] = {
     "allow_other_base": bool,
     "inference_mode": bool,
     "modules_to_save": list[Name] | None,
-    "resolved_modules": Annotated[list[Name], Field(min_length=1)] | None,
+    "resolved_modules": Annotated[list[Name] | None, Field(min_length=1)],
     "fingerprint": dict[str, Any] | None,
     "calibration": dict[str, Any] | None,
     "format_version": Annotated[int, Field(ge=1)],

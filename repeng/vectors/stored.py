@@ -87,8 +87,7 @@ def parse_header(text: str, newest: int, what: str) -> dict[str, Any]:
     """
     written = parse_json(text, f"{what}: the text of its header")
     version = written.get("format_version") if isinstance(written, dict) else None
-    checked(Annotated[int, Field(ge=1)], version, f"{what}: format_version")
-    if version > newest:
+    if checked(Annotated[int, Field(ge=1)], version, f"{what}: format_version") > newest:
         raise ValueError(
             f"{what} has format {version} and this version of repeng reads formats up to {newest}: "
             "install a newer repeng"
