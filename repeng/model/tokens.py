@@ -198,7 +198,7 @@ def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def special_id(tokenizer: PreTrainedTokenizerBase, *names: str) -> list[int]:
-    """The id of the first special token of `names` ("bos", "eos", "pad", "unk") that the tokenizer has; else nothing."""
+    """The id of the first of the special tokens `names` (of bos, eos, pad, unk) that there is; else nothing."""
     ids = (getattr(tokenizer, f"{name}_token_id") for name in names)
     return next(([token] for token in ids if token is not None), [])
 
