@@ -101,8 +101,8 @@ def answer_ids(
         ids = _ids_behind(tokenizer, before, begun, gap + answer)
         if ids is None and before[-1:].isspace():
             raise ValueError(
-                f"this tokenizer joins the answer {answer!r} and the space behind {before[-40:]!r} in one token; "
-                "leave that space out"
+                f"this tokenizer joins the answer {answer!r} and the space at the end of {before[-40:]!r} in one "
+                "token; leave that space out"
             )
         found.append(ids_apart(tokenizer, gap, answer) if ids is None else ids)
     return found
@@ -198,7 +198,7 @@ def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def special_id(tokenizer: PreTrainedTokenizerBase, *names: str) -> list[int]:
-    """The id of the first special token of `names` ("bos", "eos", "pad", "unk") that there is; else nothing."""
+    """The id of the first of the special tokens `names` (of bos, eos, pad, unk) that there is; else nothing."""
     ids = (getattr(tokenizer, f"{name}_token_id") for name in names)
     return next(([token] for token in ids if token is not None), [])
 

@@ -321,3 +321,19 @@ def test_groups_come_from_the_questions(fixed, tokenizer, tmp_path):
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
     report = evaluate(fixed, tokenizer, load_questions(tmp_path / "q.jsonl"), fixed.dial, [1])
     assert report.groups == ["a", "b"]
+
+
+def test_an_answer_of_several_tokens_counts_whole(embedded, tokenizer):
+    """By the definition: the sum over its tokens, each behind the ones before it; the mass is that of the first."""
+    model, suffix = embedded[0], "the lime looks"
+    question = Question("", ("red .", "blue"), ("red .",), suffix=suffix)
+    with pytest.warns(UserWarning, match="several tokens"):
+        report = evaluate(model, tokenizer, [question], lambda c: nullcontext(), [])
+    ids = tokenizer.get_vocab()
+    row = [tokenizer.bos_token_id, *tokenizer(suffix, add_special_tokens=False)["input_ids"], ids["red"]]
+    with torch.no_grad():
+        first, second = model(torch.tensor([row])).logits[0, -2:].log_softmax(-1)
+    assert report.log_odds.item() == pytest.approx(
+        (first[ids["red"]] + second[ids["."]] - first[ids["blue"]]).item(), abs=1e-4
+    )
+    assert report.answer_mass.item() == pytest.approx(first[[ids["red"], ids["blue"]]].exp().sum().item(), abs=1e-5)
