@@ -11,7 +11,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.training_args import OptimizerNames
-from transformers.utils import is_torch_bf16_gpu_available
+from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 from repeng.data.arguments import TaskArguments
 from repeng.data.configuration import add_keys, built, defaults_of, read_given
