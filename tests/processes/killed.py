@@ -1,4 +1,4 @@
-"""Kill a run at many moments, in forks of one process that has imported everything: what test_faults.py launches."""
+"""Kill a run at many moments, in forks of one process that has imported everything: what test_killed_runs.py launches."""
 
 import os
 import random
