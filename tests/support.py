@@ -41,6 +41,12 @@ def prepare(args, **given):
     return build(args.task_args, args, tiny.task(args.task_args, args.seed), **given)
 
 
+def some_questions(questions, every):
+    """A few questions: targets of more units than an interval needs, and one in `every` of the controls."""
+    targets, controls = ([q for q in questions if q.kind == kind] for kind in ("target", "control"))
+    return [*targets[::5], *controls[::every]]
+
+
 def randomise(model, size=0.05):
     """A start away from zero, so that both coefficients differ and every term is at work."""
     generator = torch.Generator().manual_seed(0)

@@ -12,7 +12,7 @@ import tiny_models
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from support import randomise
+from support import randomise, some_questions
 from transformers import AutoModelForCausalLM
 
 from repeng import KLBudget, SteeringVector, SvdSteeringConfig, extract, steer, tiny
@@ -34,7 +34,7 @@ KEYS = ["--positive", "cheerful", "--negative", "gloomy"]
 @pytest.fixture(scope="module", autouse=True)
 def fewer_questions(module_patch):
     whole = tiny.questions
-    module_patch.setattr(tiny, "questions", lambda *args, **kwargs: whole(*args, **kwargs)[::12])
+    module_patch.setattr(tiny, "questions", lambda *args, **kwargs: some_questions(whole(*args, **kwargs), 12))
     module_patch.setattr(compare, "screened_layers", lambda depth: [2])
     module_patch.setattr(compare, "FIXED_COSTS", (0.1,))
     module_patch.setattr(compare, "RANDOM_DIRECTIONS", 2)
@@ -199,6 +199,7 @@ def test_an_adapter_of_biases_is_exported_as_a_vector(base, tmp_path):
     model = get_peft_model(
         base, SvdSteeringConfig(target_modules="residual", rotate_input=False, layers_to_transform=[1, 2])
     )
+    randomise(model)
     model.save_pretrained(tmp_path / "bias")
     argv = ["export", str(tmp_path / "bias"), "--to", "gguf", "--model_name_or_path", "tiny"]
     main(argv)

@@ -1,7 +1,12 @@
 """Command lines that cannot be meant: each is refused in a sentence, before weights are loaded."""
 
+import shutil
+
 import pytest
 from hostile import PAIR, repeng, train
+from peft import get_peft_model
+
+from repeng import SvdSteeringConfig, tiny
 
 CPU = ["--use_cpu", "true"]
 TINY = ["--config", "tiny", "--output_dir", "out", *CPU]
@@ -69,8 +74,17 @@ TAKEN = {
 }
 
 
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """The folder of a small adapter, with the configuration that training writes beside it."""
+    config = SvdSteeringConfig(r=2, target_modules=["q_proj"], layers_to_transform=[1], init_weights=False)
+    folder = tmp_path_factory.mktemp("adapter")
+    get_peft_model(tiny.load()[0], config).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def folder(tmp_path):
+def folder(adapter, tmp_path):
     (tmp_path / "file").write_text("kept\n")
     (tmp_path / "more.yaml").write_text("r: 4\n")
     (tmp_path / "folder").mkdir()
@@ -83,8 +97,7 @@ def folder(tmp_path):
     (tmp_path / "image.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    shutil.copytree(adapter, tmp_path / "adapter")
     (tmp_path / "adapter" / "config.yaml").write_text("positive: honest\nnegative: dishonest\nr: 4\n")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "adapter_config.json").write_text("{}")

@@ -16,7 +16,7 @@ PLAIN_WORDS = {
     "bool": "should be true or false",
     "float": "should be a number",
     "int": "should be a whole number",
-    "string": "should be a text (in YAML, write words such as no in quotes)",
+    "string": "should be a text",
 }
 
 
@@ -116,6 +116,8 @@ def _allowed(error: ValidationError) -> str:
         said = re.sub("^(Input|Value error,) ", "", one["msg"])
         if how in ("type", "parsing", "from_float"):
             said = PLAIN_WORDS.get(kind, said)
+        if kind == "string" and isinstance(one["input"], bool):
+            said += ", in quotes"  # YAML reads the word no as false
         if kind == "literal" and isinstance(one["input"], str):
             said += nearest(one["input"], re.findall("'([^']*)'", said))
         problems.append(f"{place} {said}".strip())

@@ -140,7 +140,7 @@ def linear_modules(root: nn.Module) -> dict[str, nn.Module]:
     linear: dict[str, nn.Module] = {}
     wrapped: list[str] = []
     for name, module in root.named_modules():
-        if any(name.startswith(f"{outer}.") for outer in wrapped):
+        if any(name.startswith(f"{outer}.") for outer in wrapped) or "modules_to_save" in name.split("."):
             continue
         if name and is_linear(module):
             linear[name] = module

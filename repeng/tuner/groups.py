@@ -67,6 +67,7 @@ KEYS_AND_VALUES = {"kv": ("k_proj", "v_proj")}
 @lru_cache(maxsize=4096)
 def role_of(name: str) -> Role | None:
     """What the module of this name, seen from its decoder layer, does; None if that is not known."""
+    name = name.removesuffix(".original_module")  # of which PEFT trains a copy
     fitting: list[tuple[int, int, Role]] = [
         (end.count("."), len(end), role)
         for role, ends in ENDS.items()

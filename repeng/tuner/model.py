@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from typing import Any, cast
 
 import torch
@@ -60,6 +61,10 @@ class SvdSteeringModel(BaseTuner):
         vars(self).setdefault("coefficients", here or Coefficients())
         config = self._config(adapter_name)
         like = self._made_with(config, adapter_name)
+        if like is not None and config.init_bases and config.calibration is not None:  # of what the other has learned
+            config = copy(config)
+            config.calibration = None
+            self.peft_config[adapter_name] = config
         try:
             check_new(model, adapter_name)
             quiet = like is not None or not config.init_bases

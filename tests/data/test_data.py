@@ -126,7 +126,7 @@ def test_load_pairs_round_trip(tmp_path):
         (['{"chosen": "a", "rejected": "b"}', "{chosen: a}"], "line 2 is not JSON"),
         (['{"chosen": "a", "rejected": "b"}', '{"chosen": "a"}'], "line 2: 'rejected'"),
         (['{"chosen": "a", "rejected": " "}'], "line 1: 'rejected'"),
-        (['{"chosen": 3, "rejected": "b"}'], "line 1: chosen should be a valid string; got 3"),
+        (['{"chosen": 3, "rejected": "b"}'], "line 1: chosen should be a text; got 3"),
         (['{"chosen": "a", "rejected": "b", "sufix": "c"}'], "did you mean 'suffix'"),
         (["[1]"], "row 1: expected an object"),
     ],

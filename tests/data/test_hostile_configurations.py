@@ -89,7 +89,7 @@ REFUSED = {
     "load_best_model_at_end": ["true"],
     "greater_is_better": ["false"],
     "num_train_epochs": ["0", "-1", "5", ".nan"],
-    "per_device_eval_batch_size": ["0", "4"],
+    "per_device_eval_batch_size": ["0", "-1"],
     "do_train": ["true"],
     "hub_model_id": ["me/mine"],
     "run_name": ["mine"],

@@ -150,7 +150,7 @@ def test_a_new_adapter_of_the_same_configuration_is_not_calibrated(steered, batc
     steered.add_adapter("fresh", config.__class__(r=4, target_modules=["up_proj"], init_weights=False))
     config.init_bases = True
     steered.add_adapter("again", config)
-    assert config.calibration is None
+    assert steered.peft_config["again"].calibration is None and config.calibration is not None
     assert steered.base_model.coefficients.setting("fresh", torch.device("cpu")).values.tolist() == [1.0]
     assert steered.base_model.coefficients.setting("default", torch.device("cpu")).values.tolist() == [0.5]
 

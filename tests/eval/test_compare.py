@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support import some_questions
 
 from repeng import evaluate, extract, steer, tiny
 from repeng.data.arguments import TaskArguments
@@ -27,7 +28,7 @@ def task():
     return replace(
         whole,
         pairs=whole.pairs[:60],
-        questions=whole.questions[::24],
+        questions=some_questions(whole.questions, 24),
         unseen_neutral_texts=whole.unseen_neutral_texts[:8],
         probes={name: type(probe)(probe.plus[:6], probe.minus[:6]) for name, probe in whole.probes.items()},
     )

@@ -317,10 +317,13 @@ def test_generation_settings_of_the_model_do_not_leak_in(base, tokenizer):
 
 
 def test_groups_come_from_the_questions(fixed, tokenizer, tmp_path):
-    rows = [{"suffix": "the lime looks", "choices": ["red", "blue"], "target": "red", "group": name} for name in "ab"]
+    rows = [
+        {"suffix": f"the {name} looks", "choices": ["red", "blue"], "target": "red", "group": name}
+        for name in ("lime", "rain")
+    ]
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
     report = evaluate(fixed, tokenizer, load_questions(tmp_path / "q.jsonl"), fixed.dial, [1])
-    assert report.groups == ["a", "b"]
+    assert report.groups == ["lime", "rain"]
 
 
 def test_an_answer_of_several_tokens_counts_whole(embedded, tokenizer):

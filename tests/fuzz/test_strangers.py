@@ -8,11 +8,12 @@ import torch
 from hostile_values import VALUES, as_json, damaged, rewritten
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import PeftConfig
+from peft import get_peft_model
 from peft.utils import CONFIG_NAME
 from safetensors.torch import save
 
-from repeng import SteeringVector, SvdSteeringConfig
+from repeng import SteeringVector, SvdSteeringConfig, tiny
+from repeng.control.adapter_folder import AdapterFolder
 from repeng.eval.stored import load_reports
 from repeng.serve.protocol import ChatCompletion, Refused, parse
 from repeng.vectors.vector import KEY, read_vector
@@ -46,7 +47,7 @@ def vector_files(draw):
     tensors = draw(st.dictionaries(NAMES.filter(lambda n: "\0" not in n and n.isprintable()), TENSORS, max_size=3))
     metadata = draw(st.one_of(st.just(METADATA), damaged(METADATA), VALUES))
     told = draw(damaged({"format_version": 1, "metadata": metadata}))
-    return save(tensors, {KEY: as_json(told)})
+    return save({name: tensor.clone() for name, tensor in tensors.items()}, {KEY: as_json(told)})
 
 
 @pytest.fixture(scope="module")
@@ -99,25 +100,35 @@ def test_a_header_that_lies_about_its_length_is_refused_at_once(folder, control_
     assert read(read_vector, path) is None
 
 
-ADAPTER = {
-    **SvdSteeringConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM").to_dict(),
-    "resolved_modules": ["model.layers.0.self_attn.q_proj"],
-    "calibration": {"plus": 1.5, "minus": 2.0},
-    "base_model_name_or_path": "tiny",
-}
+@pytest.fixture(scope="module")
+def adapter(folder):
+    """The folder of an adapter, and what its configuration holds."""
+    torch.manual_seed(0)
+    config = SvdSteeringConfig(r=2, target_modules=["q_proj"], layers_to_transform=[1], init_weights=False)
+    get_peft_model(tiny.load()[0], config).save_pretrained(folder / "adapter")
+    return folder / "adapter", json.loads((folder / "adapter" / CONFIG_NAME).read_text())
 
 
-@given(values=damaged({key: list(v) if isinstance(v, set) else v for key, v in ADAPTER.items()}))
-def test_configurations_of_adapters(folder, values):
-    path = folder / CONFIG_NAME
-    path.write_text(as_json(values))
+@given(data=st.data())
+def test_configurations_of_adapters(adapter, data):
+    place, whole = adapter
+    (place / CONFIG_NAME).write_text(as_json(data.draw(damaged(whole))))
+    found = read(AdapterFolder.read, place)
+    if found is not None:
+        assert type(found.config.r) is int and found.config.r >= 2
+
+
+@given(data=st.data())
+def test_weights_of_adapters(adapter, data):
+    place, whole = adapter
+    (place / CONFIG_NAME).write_text(json.dumps(whole))
+    path = place / "adapter_model.safetensors"
+    kept = path.read_bytes()
     try:
-        config = PeftConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, OSError) as error:
-        assert "\n" not in str(error)
-        return
-    if isinstance(config, SvdSteeringConfig):
-        assert type(config.r) is int and config.r >= 2 and type(config.scale) is bool
+        path.write_bytes(data.draw(rewritten(kept)))
+        read(AdapterFolder.read, place)
+    finally:
+        path.write_bytes(kept)
 
 
 @given(data=st.one_of(st.binary(max_size=60), rewritten(save({}, {"repeng-reports": "{}"}))))

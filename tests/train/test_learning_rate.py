@@ -55,7 +55,8 @@ def test_parameters_that_move_nothing_are_refused():
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "constant_with_warmup", "reduce_lr_on_plateau"])
 def test_the_whole_schedule_goes_a_multiple_of_the_way(tmp_path, kind):
     more = {"eval_strategy": "steps", "eval_steps": 4} if kind == "reduce_lr_on_plateau" else {}
-    args = arguments(tmp_path, lr_scheduler_type=kind, warmup_steps=0.25, **more)
+    warmup = {} if kind == "constant" else {"warmup_steps": 0.25}
+    args = arguments(tmp_path, lr_scheduler_type=kind, max_steps=12, **warmup, **more)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=peak_learning_rate(0.7, args, 12))
     scheduler = get_scheduler(kind, optimizer, args.get_warmup_steps(12), 12)
     rates = []

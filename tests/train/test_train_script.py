@@ -249,10 +249,10 @@ BAD_INPUT = {
     "rank": ("r: 65\n", [], "give r ≤ 64"),
     "unknown loss site": ("loss_site: up_prj\n", [], "up_proj"),
     "missing pairs": ("positive:\nnegative:\npairs_file: nowhere.jsonl\n", [], "nowhere.jsonl"),
-    "both sources": ("pairs_file: nowhere.jsonl\n", [], "either pairs_file, or positive and negative"),
+    "both sources": ("pairs_file: nowhere.jsonl\n", [], "either pairs_file or positive"),
     "one word": ("negative:\n", [], "both positive and negative"),
     "unknown persona": ("positive: brave\n", [], "honest, truthful"),
-    "target": ("", ["--separation_target", "0"], "separation_target must be above 0"),
+    "target": ("", ["--separation_target", "0"], "separation_target should be greater than 0"),
     "missing config": (None, [], "absent.yaml"),
 }
 

@@ -112,7 +112,7 @@ def test_weights_that_are_read_past_their_module_are_refused(name, target, site)
 
 
 def test_a_file_with_such_a_site_is_refused_too():
-    config = SvdSteeringConfig(r=2, target_modules=["dt_proj"], init_bases=False)
+    config = SvdSteeringConfig(r=2, target_modules=["dt_proj"], init_bases=False, allow_other_base=True)
     config.resolved_modules = ["backbone.layers.0.mixer.dt_proj"]
     with pytest.raises(ValueError, match="dt_proj"):
         get_peft_model(families.build("mamba"), config)

@@ -89,7 +89,7 @@ def finite(value):
     return all(map(finite, value)) if isinstance(value, list) else True
 
 
-KEYS = ["positive", "negative", "r", "layers"]
+HINTS = {"positive": str | None, "negative": str | None, "r": int, "layers": list[int] | str}
 CONFIGURATION = {"positive": "honest", "negative": "dishonest", "r": 4, "layers": [1, 2]}
 YAML = st.one_of(
     damaged(CONFIGURATION).map(lambda values: yaml.dump(values).encode("utf-8", "surrogatepass")),
@@ -103,5 +103,5 @@ YAML = st.one_of(
 def test_configurations(folder, data):
     path = folder / "own.yaml"
     path.write_bytes(data)
-    values = read(lambda file: read_configs([str(file)], KEYS), path)
-    assert values is None or set(values) <= set(KEYS)
+    values = read(lambda file: read_configs([str(file)], HINTS), path)
+    assert values is None or set(values) <= set(HINTS)
