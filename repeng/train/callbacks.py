@@ -109,6 +109,7 @@ class StopOnSignal(TrainerCallback):
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         restore(self._before)
+        self._before = {}
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

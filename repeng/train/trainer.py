@@ -1,6 +1,7 @@
 """The trainer: one forward a step for both coefficients, the loss, its terms in the log."""
 
 import shutil
+import signal
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import AbstractContextManager
@@ -19,7 +20,9 @@ from torch.utils.data import RandomSampler, Sampler
 from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import TrainOutput
 
+from repeng._command import Stopped
 from repeng.control.steer import steer
 from repeng.data.files import write_json
 from repeng.data.questions import Question
@@ -200,6 +203,20 @@ class SteeringTrainer(Trainer):
             # With bf16 it would round the adapter's parameters and all outputs; autocast rounds what may be rounded.
             plugin = cast(FullyShardedDataParallelPlugin, self.accelerator.state.fsdp_plugin)
             plugin.mixed_precision_policy = None
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As `Trainer.train`; whatever ends it, signals go to whoever got them before.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C has ended it, behind a checkpoint. After SIGTERM it returns with `stop.received`.
+        """
+        try:
+            output = super().train(*args, **kwargs)
+        finally:
+            self.stop.on_train_end()
+        if self.stop.received and self.stop.number == signal.SIGINT:
+            raise Stopped(self.stop.number, f" after step {self.state.global_step}")
+        return output
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Not even one step more where a run that had ended goes on from its last checkpoint."""

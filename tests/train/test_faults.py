@@ -93,6 +93,7 @@ FAULTS = [  # in turn, in one folder: at which stage, what happens, the status, 
 ]
 
 
+@pytest.mark.processes  # ten runs
 def test_faults_at_every_stage_cost_nothing_but_time(tmp_path, monkeypatch, capfd):
     train(tmp_path / "whole")
     folder = tmp_path / "out"

@@ -1,6 +1,7 @@
 """Training: the same gradients however the batch is split, the right rows at the right coefficient, a safe stop."""
 
 import copy
+import signal
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -256,8 +257,10 @@ def test_a_nan_gradient_stops_before_the_parameters_take_it(tmp_path):
     trainer = trainer_for(arguments(tmp_path))
     parameter = next(p for p in trainer.model.parameters() if p.requires_grad)
     parameter.register_hook(lambda grad: grad * float("nan"))
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(NonFiniteError, match="optimizer step 1"):
         trainer.train()
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
     assert all(p.isfinite().all() for p in trainer.model.parameters())
 
 
