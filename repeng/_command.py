@@ -46,9 +46,6 @@ def command(advice: str = "") -> Iterator[None]:
     Raises:
         SystemExit: a signal came, or nobody reads the output any more.
     """
-    for stream in (sys.stdout, sys.stderr):
-        _show_anything(stream)
-    _end_with_the_launcher()
     came: list[KeyboardInterrupt] = []
 
     def stop(number: int, _: Any) -> None:
@@ -56,7 +53,9 @@ def command(advice: str = "") -> Iterator[None]:
         if len(came) == 1 or number == signal.SIGINT:
             raise came[-1]
 
-    before = handle(stop)
+    before, out, strict = handle(stop), sys.stdout, getattr(sys.stdout, "errors", None)
+    for stream in (out, sys.stderr):
+        _show_anything(stream)
     try:
         yield
     except BrokenPipeError:  # as of `… | head`
@@ -69,6 +68,7 @@ def command(advice: str = "") -> Iterator[None]:
             raise
     finally:
         restore(before)
+        _show_anything(out, strict)
     if came:  # even if a library took it for an end like any other
         stopped = came[0] if isinstance(came[0], Stopped) else Stopped(signal.SIGINT)
         if os.environ.get("RANK", "0") == "0":  # of several processes that all get it
@@ -102,10 +102,10 @@ def restore(handlers: dict[int, Any]) -> None:
         signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
-def _show_anything(stream: Any) -> None:
-    """Let a stream spell in ASCII what its encoding lacks, instead of raising."""
-    if hasattr(stream, "reconfigure"):
-        stream.reconfigure(errors="repeng.spelt")
+def _show_anything(stream: Any, errors: str | None = "repeng.spelt") -> None:
+    """Let a stream spell in ASCII what its encoding lacks, instead of raising; or do again what it did."""
+    if hasattr(stream, "reconfigure") and errors is not None and not stream.closed:
+        stream.reconfigure(errors=errors)
 
 
 def _spell(error: UnicodeError) -> tuple[str, int]:
@@ -120,7 +120,7 @@ def _spell(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error("repeng.spelt", _spell)
 
 
-def _end_with_the_launcher() -> None:
+def end_with_the_launcher() -> None:
     """On Linux, let a process of `accelerate launch` get SIGTERM when the launcher is gone: it forwards none."""
     if sys.platform == "linux" and any(name.startswith("ACCELERATE_") for name in os.environ):
         with suppress(OSError, AttributeError):

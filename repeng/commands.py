@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-import yaml
 from accelerate import PartialState
 from peft import LoraConfig, PeftModel
 from torch import nn
@@ -26,6 +25,7 @@ from repeng.data.pairs import ContrastPair
 from repeng.data.schema import checked
 from repeng.data.task import Task, make_task, read_pairs, split_pairs
 from repeng.data.trust import own_config, say_model
+from repeng.data.yaml_keys import read_keys
 from repeng.eval.calibrate import Calibration, KLBudget, kl_spender, set_units
 from repeng.eval.calibrate import calibrate as find_calibration
 from repeng.eval.compare import compare
@@ -299,10 +299,7 @@ def _base_of(folder: Path) -> tuple[str, str | None]:
     keys: dict[str, Any] = {}
     found = own_config(folder)
     if found is not None:
-        try:
-            keys = dict(yaml.safe_load(found.read_text(encoding="utf-8")) or {})
-        except (yaml.YAMLError, TypeError, ValueError) as error:
-            raise ValueError(f"{found} holds no keys and values ({error})") from error
+        keys = {key.name: key.value for key in read_keys(found)}
     for name in ("model_name_or_path", "gguf_file"):
         checked(str | None, keys.get(name), f"{found}: {name}")
     if not keys.get("model_name_or_path"):

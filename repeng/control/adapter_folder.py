@@ -17,7 +17,8 @@ from repeng.tuner import SvdSteeringConfig
 from repeng.tuner.base import base_of, is_linear, linear_shape
 from repeng.tuner.config import FORMAT_VERSION, PEFT_TYPE
 from repeng.tuner.fields import check_expression
-from repeng.tuner.model import check_keys, require_modules
+from repeng.tuner.keys import check_keys
+from repeng.tuner.model import require_modules
 from repeng.tuner.stored import check_numbers, check_tensors, does_nothing
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -156,7 +157,8 @@ def _check_file(folder: Path, name: str) -> None:
         pickles = [one.name for one in folder.glob("adapter_model.*") if one.suffix in (".bin", ".pt", ".pth")]
         more = f"; {pickles[0]} is a pickle, which can run code when it is read, and so it is not" if pickles else ""
         raise FileNotFoundError(f"{folder} holds no {name}, so no adapter{more}; give the folder of an adapter")
-    inside = (folder.resolve(), folder.resolve().parent.parent / "blobs")
+    whole = folder.resolve()
+    inside = (whole, *(above / "blobs" for above in list(whole.parents)[1:4]))  # of snapshots/REVISION/… in the cache
     if path.is_symlink() and not any(path.resolve().is_relative_to(one) for one in inside):
         raise ValueError(f"{path} is a link out of its folder, to {path.resolve()}; put the file itself there")
 

@@ -192,7 +192,7 @@ def unpacked(model: nn.Module, what: str | None) -> Iterator[None]:
 
     with ExitStack() as stack:
         for module in model.modules() if what is not None else ():
-            for name in PACKING:
+            for name in PACKING if isinstance(module, GenerationMixin) else ():
                 if hasattr(module, name):
                     stack.enter_context(replaced(module, name, refusing))
         yield

@@ -12,8 +12,15 @@ LONGEST_NAME = 255  # bytes, of a file or folder
 
 
 def listed(value: Any) -> Any:
-    """YAML's one text without brackets as a list; anything else as it is."""
+    """YAML's one text without brackets, a tuple and a range as a list; anything else as it is."""
+    if isinstance(value, tuple | range):
+        return list(value)
     return [value] if isinstance(value, str) else value
+
+
+def reports(value: Any) -> Any:
+    """What `report_to` of transformers may be, as a list of names: nothing is "none"."""
+    return listed(value) if value else ["none"]
 
 
 def _not_blank(text: str) -> str:
@@ -31,7 +38,7 @@ def _template(text: str) -> str:
 
 
 def _folder(text: str) -> str:
-    """The text; raises ValueError where no folder can be made."""
+    """The folder, `~` spelt out; raises ValueError where none can be made."""
     place = Path(text).expanduser()
     try:
         parent = next(path for path in (place, *place.absolute().parents) if os.path.lexists(path))
@@ -43,7 +50,7 @@ def _folder(text: str) -> str:
         raise ValueError(f"should be a folder, with names of at most {LONGEST_NAME} bytes")
     if not parent.is_dir():
         raise ValueError(f"should be a folder: {parent} is none; name a new or an older folder")
-    return text
+    return str(place)
 
 
 Word = Annotated[str, AfterValidator(_not_blank)]

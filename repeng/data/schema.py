@@ -1,6 +1,7 @@
 """Values from files and command lines, checked against declared types: strictly, with messages of one line."""
 
 import re
+import reprlib
 from collections.abc import Collection, Mapping
 from functools import cache
 from typing import Annotated, Any, get_type_hints
@@ -10,6 +11,8 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, TypeAdapter, V
 from repeng.data.files import nearest
 
 SHOWN = 60  # characters of a value in a message
+_SHORT = reprlib.Repr()  # takes no longer of what repeats itself many times over
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 4 * SHOWN
 # true is no 1, "5" is no number, and NaN and infinity are never meant.
 _STRICT = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 PLAIN_WORDS = {
@@ -98,7 +101,7 @@ def refuse_unknown(keys: Collection[Any], allowed: Collection[str], where: str) 
 
 def shown(value: Any) -> str:
     """A value in one short line."""
-    text = repr(value)
+    text = _SHORT.repr(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
 
 

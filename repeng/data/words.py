@@ -61,18 +61,13 @@ def name_of(flag: str) -> str:
 
 
 def argument(hint: Any, value: Any, name: str) -> Any:
-    """A value of a file or a word of a command line, as the declared type has it; text may stand for a number.
+    """A value of a file or of a caller, as the declared type has it: "5" is no number.
 
     Raises:
         ValueError: it is not of this type, or holds characters that no file could hold.
     """
     _refuse_odd_text(value, name)
-    try:
-        return checked(hint, value, name)
-    except ValueError:
-        if not isinstance(value, str):
-            raise
-    return checked_text(hint, value, name)
+    return checked(hint, value, name)
 
 
 def takes_several(hint: Any) -> bool:
@@ -91,7 +86,11 @@ def _value(hint: Any, name: str, words: Sequence[str]) -> Any:
     if not words:
         raise ValueError(f"--{name} needs a value: --{name} VALUE")
     if len(words) == 1:
-        return argument(hint, words[0], f"--{name}")
+        _refuse_odd_text(words[0], f"--{name}")
+        try:
+            return checked(hint, words[0], f"--{name}")
+        except ValueError:
+            return checked_text(hint, words[0], f"--{name}")
     if not takes_several(hint):
         raise ValueError(f"--{name} takes one value; {shown(words[1])} behind it belongs to no key")
     return argument(hint, list(words), f"--{name}")

@@ -94,20 +94,11 @@ def _named(name: str, part: str) -> Iterator[None]:
     """Say in one sentence, with the model's name, what transformers finds wrong with a part of it."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        ArithmeticError,
-        SafetensorError,
-    ) as e:
-        why = " ".join(str(e).split())[:200]
-        raise ValueError(f"model_name_or_path: the {part} of {name!r} cannot be read ({why}); give {WAYS}") from e
+    except UNREADABLE as error:
+        why = " ".join(str(error).split())[:200]
+        raise ValueError(f"model_name_or_path: the {part} of {name!r} cannot be read ({why}); give {WAYS}") from error
 
 
 def check_bits(source: Source) -> None:

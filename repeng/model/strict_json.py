@@ -7,7 +7,7 @@ from typing import Any
 LARGEST = 1 << 26  # bytes
 
 
-def read_json(path: str | Path) -> Any:
+def read_json(path: str | Path, *, constants: bool = False) -> Any:
     """What a JSON file holds; see `parse_json`.
 
     Raises:
@@ -20,19 +20,19 @@ def read_json(path: str | Path) -> Any:
     if path.stat().st_size > LARGEST:
         raise ValueError(f"{path} has {path.stat().st_size} bytes; up to {LARGEST} are read")
     try:
-        return parse_json(path.read_text(encoding="utf-8"), str(path))
+        return parse_json(path.read_text(encoding="utf-8"), str(path), constants=constants)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8 ({error.reason} at byte {error.start}); write JSON") from None
 
 
-def parse_json(text: str, where: str) -> Any:
-    """The value of a JSON text, without NaN, infinity, or a key that stands twice.
+def parse_json(text: str, where: str, *, constants: bool = False) -> Any:
+    """The value of a JSON text, without a key that stands twice, and without NaN and infinity unless `constants`.
 
     Raises:
         ValueError: naming `where`.
     """
     try:
-        return json.loads(text, object_pairs_hook=_once, parse_constant=_refuse)
+        return json.loads(text, object_pairs_hook=_once, parse_constant=None if constants else _refuse)
     except RecursionError:
         raise ValueError(f"{where} nests too deeply to be read") from None
     except ValueError as error:

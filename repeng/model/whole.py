@@ -15,12 +15,9 @@ CONFIG = "config.json"
 def check_folder(name_or_path: str) -> None:
     """Raise ValueError for the folder of a model whose configuration cannot be one, before its weights are read."""
     path = Path(name_or_path) / CONFIG
-    if not Path(name_or_path).is_dir():
-        return
     if not path.is_file():
-        adapter = " It is the folder of an adapter" if (Path(name_or_path) / "adapter_config.json").is_file() else ""
-        raise ValueError(f"{name_or_path} holds no {CONFIG}, so no model.{adapter}")
-    config = read_json(path)
+        return  # a name; a folder without it is refused where names are looked up
+    config = read_json(path, constants=True)  # some models write Infinity
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ValueError(f'{path} names no model_type as a text, such as "llama"; take it from the model again')
     text: Any = config.get("text_config", config)

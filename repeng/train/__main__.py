@@ -2,11 +2,12 @@
 
 import sys
 
-from repeng._command import command
+from repeng._command import command, end_with_the_launcher
 
 
 def main() -> None:
     """Train as the command line says."""
+    end_with_the_launcher()
     with command("continue with --resume true"):
         from repeng.train.run import main as train  # slow to import
 

@@ -115,9 +115,10 @@ class StopOnSignal(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if args.world_size > 1:
-            flag = torch.tensor(float(self.received), device=args.device)
-            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-            self.received = bool(flag.item())
+            number = torch.tensor(float(self.number if self.received else 0), device=args.device)
+            torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
+            if number.item() > 0:
+                self.received, self.number = True, int(number.item())
         if self.received:
             control.should_save = control.should_training_stop = True
 

@@ -28,17 +28,17 @@ FREE = {
     "resume_from_checkpoint",
     "require_steering",
     "max_steps",
-    "logging_steps",
-    "logging_strategy",
-    "save_steps",
-    "save_strategy",
-    "save_total_limit",
-    "report_to",
     "run_name",
     "disable_tqdm",
     "use_cpu",
-    "dataloader_num_workers",
+    "num_train_epochs",
+    "gradient_checkpointing",
+    "gradient_checkpointing_kwargs",
+    # Known by the pairs that were made.
+    "pairs_file",
+    "suffixes_file",
 }
+FREE_FAMILIES = ("hub_", "push_to_hub", "ddp_", "dataloader_", "log", "save_", "report_")
 
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def check_checkpoint(path: str | Path, run: Mapping[str, Any], model: PeftModel,
         step = _check_state(path)
         _check_adapter(path / WEIGHTS, model)
         if whole:
-            _check_optimizer(path / OPTIMIZER_NAME, model)
+            _check_optimizer(path / OPTIMIZER_NAME, model, str(run.get("optim", "adamw")))
             _unpickled(path / SCHEDULER_NAME)
             for numbers in [*path.glob("rng_state*.pth")] or [path / "rng_state.pth"]:
                 _unpickled(numbers)
@@ -119,8 +119,8 @@ def _check_same_run(path: Path, run: Mapping[str, Any]) -> None:
     here = plain(run)
     different = [
         f"{key} {shown(there.get(key))} there and {shown(here.get(key))} here"
-        for key in sorted((there.keys() | here.keys()) - FREE)
-        if there.get(key) != here.get(key)
+        for key in sorted(there.keys() | here.keys())
+        if key not in FREE and not key.startswith(FREE_FAMILIES) and there.get(key) != here.get(key)
     ]
     if different:
         raise ValueError(
@@ -171,7 +171,7 @@ def _check_adapter(path: Path, model: PeftModel) -> None:
             raise ValueError(f"{path}: {error}") from None
 
 
-def _check_optimizer(path: Path, model: nn.Module) -> None:
+def _check_optimizer(path: Path, model: nn.Module, optim: str) -> None:
     """Raise ValueError unless the optimizer's state is of the parameters that are trained, in their order, finite."""
     state = _unpickled(path)
     shapes = [p.shape for p in model.parameters() if p.requires_grad]
@@ -182,11 +182,10 @@ def _check_optimizer(path: Path, model: nn.Module) -> None:
     count = sum(len(group.get("params", ())) for group in groups if isinstance(group, dict))
     if count != len(shapes):
         raise ValueError(f"{path} is of {count} parameters, and this run trains {len(shapes)}")
-    by_size = sorted(tuple(shape) for shape in shapes)
-    own = [one for one in moments.values() if isinstance(one, dict)]
-    firsts = [next((t for t in one.values() if isinstance(t, Tensor) and t.ndim), None) for one in own]
-    if len(own) == len(shapes) and all(t is not None for t in firsts):
-        if sorted(tuple(t.shape) for t in firsts if t is not None) != by_size:
+    # Adam's own state has the shapes of the parameters; that of others may be factored or projected.
+    own = [one["exp_avg"] for one in moments.values() if isinstance(one, dict) and "exp_avg" in one]
+    if optim.startswith("adam") and len(own) == len(shapes):
+        if sorted(tuple(t.shape) for t in own) != sorted(tuple(shape) for shape in shapes):
             raise ValueError(f"{path} is of parameters of other shapes than this run trains")
     for index, one in moments.items():
         for name, value in one.items() if isinstance(one, dict) else ():

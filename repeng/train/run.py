@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from typing import Any, cast
 
 import torch
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 
 from repeng import tiny
@@ -62,11 +63,9 @@ def main(argv: Sequence[str]) -> None:
     with ExitStack() as held:
         try:
             task_args, args = parse_arguments(argv, DEFAULT_CONFIG)
-            if args.process_index == 0:
-                held.enter_context(claimed(args.output_dir, "output_dir"))
-                check_older_run(args.output_dir, task_args, args)
+            _claim(held, task_args, args)
             run, trainer, checkpoint = _prepare(task_args, args)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ImportError) as error:
             sys.exit(f"error: {error}")
         if args.process_index == 0:
             print(_describe(run.model))
@@ -83,6 +82,21 @@ def main(argv: Sequence[str]) -> None:
             sys.exit(f"error: {error}")
     if comparison is not None:
         _tell(comparison, args)
+
+
+def _claim(held: ExitStack, task_args: TaskArguments, args: SteeringArguments) -> None:
+    """Hold the output folder until `held` closes; raises ValueError, in every process, if it cannot be used."""
+    problem: str | None = None
+    if args.process_index == 0:
+        try:
+            held.enter_context(claimed(args.output_dir, "output_dir"))
+            check_older_run(args.output_dir, task_args, args)
+        except (ValueError, OSError) as error:
+            problem = str(error)
+    if args.world_size > 1:  # the others would wait for the first one
+        (problem,) = broadcast_object_list([problem])
+    if problem is not None:
+        raise ValueError(problem)
 
 
 def _prepare(task_args: TaskArguments, args: SteeringArguments) -> tuple[Run, SteeringTrainer, str | None]:

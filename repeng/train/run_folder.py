@@ -15,6 +15,7 @@ from transformers import Trainer
 from repeng.data.arguments import TaskArguments
 from repeng.data.configuration import default_of
 from repeng.data.files import cache_folder, staged, write_text, written_whole
+from repeng.data.yaml_keys import read_keys
 from repeng.eval.compare import compare
 from repeng.eval.comparison import Comparison
 from repeng.eval.report import figures
@@ -25,6 +26,7 @@ from repeng.train.arguments import SteeringArguments
 from repeng.train.build import Run
 from repeng.train.learning_curve import learning_curve
 from repeng.train.recipe import Recipe
+from repeng.train.resume import RUN
 
 CONFIG, LOG, CURVE, CARD = "config.yaml", "training_log.jsonl", "learning_curve.png", "README.md"
 ABOUT = (LOG, CURVE, CARD, *FILES)  # what speaks of the adapter beside it
@@ -40,12 +42,14 @@ def check_older_run(folder: str | Path, task_args: TaskArguments, args: Steering
     if not there:
         return
     advice = "Give another output_dir, or move them away"
+    if CONFIG not in there and {*there} <= {*ADAPTER} and any(place.glob(f"checkpoint-*/{RUN}")):
+        return  # what a push to the hub has copied out of a checkpoint, which knows whose it is
     if CONFIG not in there or not all((place / name).is_file() for name in there):
         raise ValueError(f"output_dir {folder} holds {', '.join(there)}, which no whole run has written. {advice}")
     try:
-        older = yaml.safe_load((place / CONFIG).read_text(encoding="utf-8"))
-        different = _differences(dict(older or {}), {**asdict(task_args), "adapter": args.adapter})
-    except (yaml.YAMLError, TypeError, ValueError) as error:
+        older = {key.name: key.value for key in read_keys(place / CONFIG)}
+        different = _differences(older, {**asdict(task_args), "adapter": args.adapter})
+    except ValueError as error:
         raise ValueError(f"output_dir {folder}: {CONFIG} holds no keys and values of a run. {advice}") from error
     if different:
         raise ValueError(f"output_dir {folder} holds the files of another run: {'; '.join(different)}. {advice}")

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from repeng.data.kinds import Word, listed
+from repeng.data.kinds import Word, listed, reports
 from repeng.data.schema import one_of
 from repeng.train.recipe import Steps
 
@@ -86,7 +86,7 @@ class TrainerKeys:
     report_to: Annotated[
         list[Report],  # pyright: ignore[reportInvalidTypeForm]
         Field(min_length=1),
-        BeforeValidator(listed),
+        BeforeValidator(reports),
     ]
     eval_steps: Steps | None
     eval_delay: Annotated[float, Field(ge=0, le=1e9)]

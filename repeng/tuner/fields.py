@@ -89,16 +89,17 @@ def check_expression(name: str, expression: str, *, from_file: bool) -> None:
 
 def _may_take_hours(expression: str) -> bool:
     """Whether a group that repeats holds a repetition or alternatives, or there are many repetitions."""
-    rest = re.sub(r"\\.", "a", expression)
+    rest = re.sub(r"\\.|\{\d+\}", "a", expression)
     rest = re.sub(r"\[\^?\]?[^\]]*\]", "a", rest)
     if len(re.findall(r"[*+]|\{\d*,\d*\}", rest)) > MOST_REPEATS:
         return True
     while True:
         # Innermost groups become one letter: R for one that holds a repetition or alternatives.
-        inner = re.search(r"\((?:\?[:=!<>P]*)?([^()]*)\)", rest)
+        inner = re.search(r"\((\?<?[=!])?(?:\?[:<>P]*)?([^()]*)\)", rest)
         if inner is None:
             return False
-        heavy = bool(re.search(r"[*+|R]|\{", inner[1]))
+        # What only looks ahead or behind takes nothing, so that its repetition begins nothing anew.
+        heavy = inner[1] is None and bool(re.search(r"[*+|R]|\{", inner[2]))
         if heavy and rest[inner.end() : inner.end() + 1] in ("*", "+", "{"):
             return True
         rest = f"{rest[: inner.start()]}{'R' if heavy else 'a'}{rest[inner.end() :]}"

@@ -10,6 +10,7 @@ from functools import wraps
 from pickle import UnpicklingError
 from typing import Any
 
+import torch
 from huggingface_hub.errors import HFValidationError
 from peft import PeftModel
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
@@ -24,9 +25,11 @@ from repeng.tuner.undo import all_or_nothing, sites_of
 def make_loads_whole() -> None:
     """Let `PeftModel.from_pretrained`, its `load_adapter` and that of transformers' models load all or nothing.
 
-    For adapters of other methods they stay as they are.
+    In models without an adapter of this method they do what they did.
     """
     peft_model: Any = PeftModel
+    if hasattr(peft_model.load_adapter, "__wrapped__"):
+        return
     peft_model.load_adapter = _whole(peft_model.load_adapter)
     peft_model.from_pretrained = classmethod(_whole_from_base(peft_model.from_pretrained.__func__))
     PeftAdapterMixin.load_adapter = _complete(PeftAdapterMixin.load_adapter)
@@ -38,10 +41,12 @@ def _whole(load: Callable[..., Any]) -> Callable[..., Any]:
         with all_or_nothing(self):
             try:
                 return load(self, model_id, *args, **kwargs)
+            except torch.OutOfMemoryError:
+                raise
             except _BROKEN as error:
-                if not sites_of(self):
-                    raise
                 folder = os.path.join(model_id, *filter(None, [kwargs.get("subfolder")]))
+                if not sites_of(self) or not os.path.isdir(folder):
+                    raise
                 raise ValueError(f"the adapter in {folder} cannot be loaded: {_reason(folder, error)}") from error
 
     return load_all_or_nothing
@@ -77,8 +82,8 @@ def _complete(load: Callable[..., Any]) -> Callable[..., Any]:
     def load_complete(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with all_or_nothing(self):
             info = load(self, *args, **kwargs)
-            missing = [key for key in info.missing_keys if f".{PREFIX}" in key]
-            strange = [key for key in info.unexpected_keys if f".{PREFIX}" in key]
+            missing = [key for key in getattr(info, "missing_keys", ()) if f".{PREFIX}" in key]
+            strange = [key for key in getattr(info, "unexpected_keys", ()) if f".{PREFIX}" in key]
             for what, keys in (("lacks", missing), ("holds, for no site,", strange)):
                 if keys and sites_of(self):
                     named = ", ".join(sorted(keys)[:3]) + (" …" if len(keys) > 3 else "")

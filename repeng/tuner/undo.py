@@ -2,11 +2,14 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from torch import nn
 
 from repeng.tuner.layer import SvdSteeringLayer
+
+_nested: ContextVar[bool] = ContextVar("inside all_or_nothing", default=False)
 
 
 def sites_of(model: nn.Module) -> list[SvdSteeringLayer]:
@@ -20,9 +23,13 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
 
     The values of tensors are not kept. Models on which nothing of this method has been put are left alone.
     """
+    if _nested.get():  # whoever began restores everything
+        yield
+        return
     coefficients = {id(site.coefficients): site.coefficients for site in sites_of(model)}
     before = [_State(holder) for holder in (*model.modules(), *coefficients.values())]
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    token = _nested.set(True)
     try:
         yield
     except BaseException:
@@ -32,6 +39,8 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
             for parameter, requires_grad in trained:
                 parameter.requires_grad = requires_grad
         raise
+    finally:
+        _nested.reset(token)
 
 
 class _State:
