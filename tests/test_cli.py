@@ -348,3 +348,15 @@ def test_questions_of_another_tokenizer_are_refused_before_any_work(vector_file,
     (tmp_path / "q.jsonl").write_text(json.dumps({"suffix": bad.suffix, "choices": bad.choices, "target": "xyz"}))
     with pytest.raises(SystemExit, match="different tokens"):
         main(["evaluate", str(vector_file), *KEYS, "--questions_file", str(tmp_path / "q.jsonl")])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 5000, "a: &a [x, x, x]\n" + "\n".join(f"b{i}: &b{i} [*a, *a, *a]" for i in range(3)), "r: !!set {a}"],
+)
+def test_a_configuration_of_a_stranger_is_read_as_any_other(adapter_folder, text):
+    """By export too, which asks it for the base model only."""
+    (adapter_folder / "config.yaml").write_text(f"{text}\nmodel_name_or_path: [tiny]\n")
+    with pytest.raises(SystemExit, match=r"config\.yaml") as stop:
+        main(["export", str(adapter_folder), "--to", "lora"])
+    assert "\n" not in str(stop.value)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import arguments, trainer_for
 
-from repeng.train.resume import RUN, BrokenError, check_checkpoint, checkpoint_to_resume
+from repeng.train.resume import RUN, BrokenError, _check_optimizer, check_checkpoint, checkpoint_to_resume
 
 IDENTITY = {"model_name_or_path": "tiny", "seed": 42, "r": 8, "pairs": "abc", "max_steps": 2, "positive": "happy"}
 WEIGHTS = "adapter_model.safetensors"
@@ -160,3 +160,25 @@ def test_without_a_whole_checkpoint_a_run_does_not_begin_anew_unasked(run):
         (path / WEIGHTS).unlink()
     with pytest.raises(ValueError, match="is whole; train without"):
         checkpoint_to_resume(folder, IDENTITY, model)
+
+
+@pytest.mark.parametrize("optim", ["Adafactor", "Adagrad"])
+def test_the_state_of_another_optimizer_is_whole(tmp_path, optim):
+    """Adafactor keeps rows and columns of its moments, in other shapes than the parameters."""
+    layer = torch.nn.Linear(3, 2)
+    optimizer = getattr(torch.optim, optim)(layer.parameters(), lr=1e-3)
+    layer(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    _check_optimizer(tmp_path / "optimizer.pt", layer, optim.lower())
+    for state in optimizer.state.values():
+        state["moment"] = torch.tensor(torch.nan)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        _check_optimizer(tmp_path / "optimizer.pt", layer, optim.lower())
+
+
+@pytest.mark.parametrize("key", ["ddp_timeout", "log_level", "dataloader_num_workers", "push_to_hub", "save_steps"])
+def test_a_run_may_go_on_with_other_keys_of_its_surroundings(run, key):
+    model, folder = run
+    assert checkpoint_to_resume(folder, {**IDENTITY, key: 5}, model) == str(folder / "checkpoint-2")
