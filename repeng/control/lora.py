@@ -28,6 +28,7 @@ class Factor:
         return self._by_device[device]
 
 
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # names of starts of a LoRA
 _set: WeakKeyDictionary[nn.Module, Factor] = WeakKeyDictionary()  # by B of an adapter at a site
 
 
@@ -65,6 +66,13 @@ def lora_modules(model: nn.Module, adapter_name: str | None = None) -> dict[str,
         bias = getattr(configs.get(name), "bias", "none")
         if bias != "none":
             _refuse(name, f"trained biases (bias={bias!r})")
+        start = getattr(configs.get(name), "init_lora_weights", True)
+        if isinstance(start, str) and start.startswith(CHANGE_THE_BASE):
+            _refuse(
+                name,
+                f"a base that init_lora_weights={start!r} has changed, so that 0 would not be the base; save it with "
+                "path_initial_model_for_weight_conversion, which makes a plain LoRA of it",
+            )
     return found
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import unicodedata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,6 +40,8 @@ def _template(text: str) -> str:
 
 def _folder(text: str) -> str:
     """The folder, `~` spelt out; raises ValueError where none can be made."""
+    if any(unicodedata.category(letter) == "Cc" for letter in text):
+        raise ValueError("should be the name of a folder, without line breaks and other control characters")
     place = Path(text).expanduser()
     try:
         parent = next(path for path in (place, *place.absolute().parents) if os.path.lexists(path))

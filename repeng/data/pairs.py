@@ -226,7 +226,7 @@ def require_sound(
     """
     problems = check_pairs(pairs, tokenizer, max_length)
     if problems:
-        listed = "\n".join(f"  pair {p.index}: {p.problem}: {p.advice}" for p in problems[:5])
-        more = f"\n  … and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"{len(problems)} problems in {len(pairs)} pairs:\n{listed}{more}")
+        listed = "; ".join(f"pair {p.index}: {p.problem}: {p.advice}" for p in problems[:3])
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(f"{len(problems)} problems in {len(pairs)} pairs: {listed}{more}")
     warn_of_swapped_sides(pairs)

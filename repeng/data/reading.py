@@ -16,7 +16,7 @@ Row = tuple[str, Any]  # where it stands, for messages, and its value
 UNPACK, CONVERT = "unpack it first", "convert it to JSON Lines in UTF-8"
 MAGIC = (
     (b"\x1f\x8b", "gzip-compressed", UNPACK),
-    (b"BZh", "bzip2-compressed", UNPACK),
+    (b"BZh91AY&SY", "bzip2-compressed", UNPACK),
     (b"\xfd7zXZ", "xz-compressed", UNPACK),
     (b"\x28\xb5\x2f\xfd", "zstd-compressed", UNPACK),
     (b"PK\x03\x04", "a zip archive (or a spreadsheet)", UNPACK),
@@ -93,8 +93,14 @@ def is_json(path: str | Path, text: str) -> bool:
     """Whether a file of texts is meant as JSON: by its name, its beginning, or JSON strings on all lines."""
     if Path(path).suffix.lower() in JSON_NAMES or LIST.match(text.split("\n", 1)[0]) or OBJECT.match(text):
         return True
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
-    return all(len(line) > 1 and line[0] == line[-1] == '"' for line in lines)
+    return all(map(_is_json_string, filter(str.strip, text.split("\n"))))
+
+
+def _is_json_string(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), str)
+    except (ValueError, RecursionError):
+        return False
 
 
 def read_json_rows(path: str | Path, text: str, example: str, name: str | None = None) -> list[Row]:

@@ -20,7 +20,7 @@ def read_json(path: str | Path, *, constants: bool = False) -> Any:
     if path.stat().st_size > LARGEST:
         raise ValueError(f"{path} has {path.stat().st_size} bytes; up to {LARGEST} are read")
     try:
-        return parse_json(path.read_text(encoding="utf-8"), str(path), constants=constants)
+        return parse_json(path.read_text(encoding="utf-8-sig"), str(path), constants=constants)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8 ({error.reason} at byte {error.start}); write JSON") from None
 

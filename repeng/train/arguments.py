@@ -1,6 +1,7 @@
 """Arguments of a training run: those of `Trainer`, and the recipe, which has their defaults."""
 
 import argparse
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.training_args import OptimizerNames
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
@@ -20,7 +21,7 @@ from repeng.data.words import argument
 from repeng.model.sites import RESIDUAL
 from repeng.train.learning_rate import SIGN_LIKE, peak_learning_rate, schedule
 from repeng.train.recipe import Recipe
-from repeng.train.rules import check_rules
+from repeng.train.rules import LAYERED, check_rules
 from repeng.train.trainer_keys import TrainerKeys
 
 DEFAULT_CONFIG = "tiny"
@@ -51,6 +52,7 @@ class SteeringArguments(Recipe, TrainerKeys, TrainingArguments):  # pyright: ign
         optim = OptimizerNames(self.optim).value
         if not self.learning_rate and not any(name in optim for name in SIGN_LIKE):
             raise ValueError(f"optim={optim} needs a learning_rate: it is found for Adam and its like only")
+        _check_optimizer(self)
         if self.max_steps > 0:
             schedule(self, self.max_steps)
             if not self.learning_rate:
@@ -85,13 +87,32 @@ def _check_precision(values: Mapping[str, Any]) -> None:
         raise ValueError("fp16 needs a GPU, and there is none; set fp16: false")
 
 
+def _check_optimizer(args: TrainingArguments) -> None:
+    """Raise ValueError unless the optimizer can be made here."""
+    optim = OptimizerNames(args.optim).value
+    try:
+        if not any(name in optim for name in LAYERED):  # which are made of a model
+            Trainer.get_optimizer_cls_and_kwargs(args)
+    except (ImportError, ValueError, TypeError, RuntimeError) as error:
+        told = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"optim={optim}, optim_args={args.optim_args!r}: {told}; install what it needs, or take adamw_torch"
+        ) from None
+
+
 def _check_accelerator(given: dict[str, Any] | str | None) -> None:
     """Raise ValueError unless these are keys and values, or a file of them, that accelerate knows."""
     try:
         if isinstance(given, str):
             AcceleratorConfig.from_json_file(given)
-        elif given is not None:
-            AcceleratorConfig(**given)
+        text = Path(given).read_text(encoding="utf-8") if isinstance(given, str) else json.dumps(given or {})
+        values: dict[str, Any] = json.loads(text)
+        for key, value in values.items():
+            if key == "gradient_accumulation_kwargs" and value is not None:
+                raise ValueError(f"{key} has no place here: set gradient_accumulation_steps")
+            if not isinstance(value, bool | None):
+                raise ValueError(f"{key} should be true or false; got {value!r}")
+        AcceleratorConfig(**values)
     except (TypeError, KeyError, ValueError) as error:
         known = ", ".join(field.name for field in fields(AcceleratorConfig))
         raise ValueError(f"accelerator_config should have the keys {known}; {error}") from None

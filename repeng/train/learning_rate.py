@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import SchedulerType, TrainingArguments, get_scheduler
 
 TRAVEL = 5.0  # from research_notes.md, like the two below
@@ -116,8 +117,13 @@ def schedule(
     options = cast(dict[str, Any] | None, args.lr_scheduler_kwargs)
     kind = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
     try:
-        return optimizer, get_scheduler(
+        scheduler = get_scheduler(
             args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, scheduler_specific_kwargs=options
         )
+        if isinstance(scheduler, LambdaLR):
+            for step in {0, 1, steps // 2, steps - 1, steps}:
+                if not all(math.isfinite(share(step)) for share in scheduler.lr_lambdas):
+                    raise ValueError(f"the learning rate is not finite at step {step}")
+        return optimizer, scheduler
     except (TypeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"lr_scheduler_kwargs={options} do not go with lr_scheduler_type={kind}: {error}") from None

@@ -11,6 +11,7 @@ from repeng.train.trainer_keys import WITHOUT_EFFECT
 RESIDUAL = "residual"
 ADAM_KEYS = ("adam_beta1", "adam_beta2", "adam_epsilon")
 NOT_LIKE_ADAM = ("sgd", "adagrad", "rmsprop", "adafactor")
+LAYERED = ("galore", "apollo")  # optimizers that are made of a model's modules
 # Where integrations of `report_to` are importable under another name.
 MODULES = {"azure_ml": "azureml", "dvclive": "dvclive", "flyte": "flytekitplugins.deck", "tensorboard": "tensorboard"}
 
@@ -111,7 +112,12 @@ def _schedule(given: Values) -> None:
     if warmup >= 1 and 0 < most < warmup:
         raise ValueError(f"warmup_steps={warmup:g} is more than max_steps={most}; lower it")
     given.need(ADAM_KEYS, not any(name in given["optim"] for name in NOT_LIKE_ADAM), "an optim like adamw_torch")
-    layered = any(name in given["optim"] for name in ("galore", "apollo"))
+    layered = any(name in given["optim"] for name in LAYERED)
+    own = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad")
+    given.need(["optim_args"], given["optim"] not in own, "an optim that reads them")
+    for name in LAYERED:
+        if name in given["optim"] and find_spec(f"{name}_torch") is None:
+            raise ValueError(f"optim={given['optim']} needs a package: pip install {name}-torch; or take adamw_torch")
     given.need(["optim_target_modules"], layered, "an optim of GaLore or APOLLO")
 
 

@@ -110,9 +110,19 @@ def _prepare(task_args: TaskArguments, args: SteeringArguments) -> tuple[Run, St
         "world_size": args.world_size,
     }
     checkpoint = _checkpoint(args, identity, run.model)
-    trainer = SteeringTrainer(
-        run.model, args, run.examples, run.tokenizer, eval_dataset=run.validation, neutral_texts=run.validation_texts
-    )
+    try:
+        trainer = SteeringTrainer(
+            run.model,
+            args,
+            run.examples,
+            run.tokenizer,
+            eval_dataset=run.validation,
+            neutral_texts=run.validation_texts,
+        )
+    except Exception as error:
+        if not args.push_to_hub or isinstance(error, ValueError | OSError):
+            raise
+        raise ValueError(f"push_to_hub: the hub cannot be reached ({error}); leave it out") from None
     trainer.identity = identity
     return run, trainer, checkpoint
 

@@ -4,6 +4,7 @@ Transformers checks few of them, and most of those only while it trains. The fil
 """
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -51,7 +52,16 @@ def _object_or_file(value: Any) -> Any:
     return value
 
 
-Object = Annotated[dict[str, Any] | None, BeforeValidator(_object)]
+def _finite(value: Any) -> Any:
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"should hold finite numbers; it holds {value}")
+    for part in parts:
+        _finite(part)
+    return value
+
+
+Object = Annotated[dict[str, Any] | None, BeforeValidator(_object), AfterValidator(_finite)]
 ObjectOrFile = Annotated[dict[str, Any] | str | None, BeforeValidator(_object_or_file)]
 
 
@@ -75,7 +85,9 @@ class TrainerKeys:
     optim_target_modules: Annotated[list[Word] | None, Field(min_length=1), BeforeValidator(listed)]
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=65536)]
     max_grad_norm: Annotated[float, Field(ge=0, le=1e9)]
-    gradient_checkpointing_kwargs: Object
+    gradient_checkpointing_kwargs: Annotated[
+        dict[Literal["use_reentrant", "preserve_rng_state"], bool] | None, BeforeValidator(_object)
+    ]
     activation_checkpointing_kwargs: Object
     torch_compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None
     torch_compile_backend: Word | None

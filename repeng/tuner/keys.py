@@ -44,7 +44,7 @@ def _embeddings(model: nn.Module) -> list[nn.Module]:
 def check_keys(expected: Set[str], given: Set[str], adapter_name: str) -> None:
     """Raise ValueError, naming keys, unless the file holds exactly the tensors that the configuration calls for."""
     problems = [
-        f"{len(keys)} {what}: {', '.join(sorted(keys)[:3])}{' …' if len(keys) > 3 else ''}"
+        f"{len(keys)} {what}: {', '.join(map(_plain, sorted(keys)[:3]))}{' …' if len(keys) > 3 else ''}"
         for what, keys in (("missing", expected - given), ("unexpected", given - expected))
         if keys
     ]
@@ -54,6 +54,11 @@ def check_keys(expected: Set[str], given: Set[str], adapter_name: str) -> None:
             f"({'; '.join(problems)}); check "
             "that adapter_config.json and adapter_model.safetensors come from one save, for this base model"
         )
+
+
+def _plain(key: str) -> str:
+    """A key of a file of somebody else in one short line."""
+    return key.encode("unicode_escape").decode()[:200]
 
 
 def check_shapes(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from support import cache_name
 from transformers.cache_utils import Cache
 
-from repeng import SvdSteeringConfig, steer
+from repeng import SvdSteeringConfig, steer, tiny
 
 ROWS = [0.0, 1.0, -0.5, 2.0]
 
@@ -136,3 +136,11 @@ def test_steering_adapters_come_first(base, batch):
         both = get_peft_model(tuned.base_model.model, config)
     with steer(both, 0.0):
         assert torch.equal(logits(both, batch), logits(tuned, batch))
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_lora_whose_start_has_changed_the_base_is_refused(start):
+    """At 0 it would leave the changed base behind."""
+    model = get_peft_model(tiny.load()[0], LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=start))
+    with pytest.raises(ValueError, match=f"init_lora_weights='{start}'"), steer(model, 0.0):
+        pass
