@@ -4,7 +4,7 @@ import math
 
 import pytest
 import yaml
-from hostile_values import VALUES, as_json, damaged, rewritten
+from hostile_values import VALUES, as_json, damaged, read, rewritten
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -45,15 +45,6 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("files")
 
 
-def read(reader, path):
-    """What is read, or None; the refusal must be one line that names the file."""
-    try:
-        return reader(path)
-    except (ValueError, OSError) as error:
-        assert path.name in str(error) and "\n" not in str(error)
-        return None
-
-
 @given(data=TEXTS, suffix=st.sampled_from(["jsonl", "json", "txt"]))
 def test_pairs(folder, data, suffix):
     path = folder / f"pairs.{suffix}"
@@ -78,6 +69,17 @@ def test_questions(folder, data, suffix):
     for question in read(load_questions, path) or ():
         assert set(question.target) < set(question.choices) and all(isinstance(c, str) for c in question.choices)
         assert isinstance(question.prompt, str) and isinstance(question.suffix, str)
+
+
+def test_what_is_whole_is_read(folder):
+    """Else everything could be refused unnoticed."""
+    path = folder / "whole.jsonl"
+    for reader, whole in ((load_pairs, PAIR), (load_questions, QUESTION), (load_texts, {"text": "words"})):
+        path.write_text(as_json(whole))
+        assert len(reader(path)) == 1
+    path = folder / "whole.yaml"
+    path.write_text(yaml.dump(CONFIGURATION))
+    assert read_configs([str(path)], HINTS) == CONFIGURATION
 
 
 def finite(value):

@@ -5,7 +5,7 @@ import struct
 
 import pytest
 import torch
-from hostile_values import VALUES, as_json, damaged, rewritten
+from hostile_values import VALUES, as_json, damaged, read, rewritten
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import get_peft_model
@@ -55,15 +55,6 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("strangers")
 
 
-def read(reader, path):
-    """What is read, or None; the refusal must be one line that names the file."""
-    try:
-        return reader(path)
-    except (ValueError, OSError) as error:
-        assert path.name in str(error) and "\n" not in str(error)
-        return None
-
-
 @given(data=vector_files())
 def test_vectors(folder, data):
     path = folder / "vector.safetensors"
@@ -74,6 +65,15 @@ def test_vectors(folder, data):
         vector.describe()
         vector.save(folder / "again.safetensors")
         assert SteeringVector.load(folder / "again.safetensors").metadata == vector.metadata
+
+
+def test_what_is_whole_is_read(folder, adapter, control_vector):
+    """Else everything could be refused unnoticed."""
+    path = folder / "whole.safetensors"
+    path.write_bytes(FILE)
+    assert read_vector(path).metadata == METADATA
+    assert read_vector(folder / "whole.gguf").layers == [1]
+    assert AdapterFolder.read(adapter[0]).config.r == 2
 
 
 @pytest.fixture(scope="module")
