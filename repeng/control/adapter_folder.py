@@ -49,7 +49,7 @@ PLAIN: dict[str, Any] = {
     "peft_version": str | None,
     "loftq_config": dict[str, Any] | None,
 }
-MEANS_NOTHING = (None, False, 0, "", [], {})  # as a field that is not known here
+MEANS_NOTHING: tuple[Any, ...] = (None, False, 0, "", [], {})  # as a field that is not known here
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ def load_questions(path: str | Path) -> list[Question]:
     return questions
 
 
-ROW = {**hints_of(Question), "choices": list[str], "target": str | list[str], "history": list[str]}
+ROW: dict[str, Any] = {**hints_of(Question), "choices": list[str], "target": str | list[str], "history": list[str]}
 EXAMPLE = '{"prompt": "Is ice cold?", "choices": ["Yes", "No"], "target": "Yes"}'
 
 

@@ -20,7 +20,8 @@ class Values:
     """The values of a run's keys, and which of them are not at their defaults."""
 
     def __init__(self, values: Mapping[str, Any], changed: Collection[str]) -> None:
-        self.values, self.changed = values, changed
+        self.values: Mapping[str, Any] = values
+        self.changed: Collection[str] = changed
 
     def __getitem__(self, key: str) -> str:
         """A value as text: what transformers has enumerations for may be one or its text."""

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from repeng.data.files import nearest
 from repeng.data.kinds import Word, listed, reports
-from repeng.data.schema import one_of
 from repeng.train.recipe import Steps
 
 REPORTS = (
@@ -20,10 +20,16 @@ REPORTS = (
     *("neptune", "swanlab", "tensorboard", "trackio", "wandb"),
 )
 
-Report: Any = one_of(REPORTS)
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _known_reports(names: list[str]) -> list[str]:
+    for name in names:
+        if name not in REPORTS:
+            raise ValueError(f"should be of {', '.join(REPORTS)}{nearest(name, REPORTS)}")
+    return names
 
 
 def _object(value: Any) -> Any:
@@ -95,11 +101,7 @@ class TrainerKeys:
     include_num_input_tokens_seen: Literal["all", "non_padding", "no"] | bool
     log_level: Literal["detail", "debug", "info", "warning", "error", "critical", "passive"]
     log_level_replica: Literal["detail", "debug", "info", "warning", "error", "critical", "passive"]
-    report_to: Annotated[
-        list[Report],  # pyright: ignore[reportInvalidTypeForm]
-        Field(min_length=1),
-        BeforeValidator(reports),
-    ]
+    report_to: Annotated[list[str], Field(min_length=1), AfterValidator(_known_reports), BeforeValidator(reports)]
     eval_steps: Steps | None
     eval_delay: Annotated[float, Field(ge=0, le=1e9)]
     seed: Seed

@@ -105,7 +105,7 @@ class SvdSteeringConfig(PeftConfig):
         self._make_plain()
         check_fields(vars(self))
         super().__post_init__()
-        self.peft_type = PEFT_TYPE
+        self.peft_type: str | PeftType | None = PEFT_TYPE
         if self.additive_scale:
             self.format_version = 2  # version 1 would read λ as a log-gain
         for name in ("target_modules", "exclude_modules"):
