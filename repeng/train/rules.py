@@ -31,7 +31,7 @@ class Values:
     def need(self, keys: Collection[str], holds: bool, what: str) -> None:
         """Raise ValueError if a key is not at its default although it changes nothing."""
         for key in keys:
-            if key in self.changed and not holds:
+            if key in self.changed and self.values[key] and not holds:  # 0 and false ask for nothing
                 raise ValueError(
                     f"{key}={self.values[key]!r} has no effect: it needs {what}; set that, or leave it out"
                 )

@@ -1,5 +1,7 @@
 """Configuration files that cannot be meant: each is refused in a sentence, before weights are loaded."""
 
+import json
+
 import pytest
 from hostile import PAIR, configured, train
 
@@ -301,3 +303,18 @@ def test_keys_that_do_not_go_together_are_refused(name, tmp_path):
     task = {k: v for k, v in TASK.items() if "pairs_file" not in keys or k not in ("positive", "negative")}
     found = configured("".join(f"{k}: {v}\n" for k, v in {**task, **keys}.items()), tmp_path)
     assert found.faults(key) == [], found
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"lr_scheduler_type": "constant", "warmup_steps": 0},
+        {"save_strategy": "no", "load_best_model_at_end": False},
+        {"order_weight": 0, "adam_epsilon": 1e-7},
+    ],
+)
+def test_keys_that_ask_for_nothing_are_taken(keys, tmp_path):
+    lines = "".join(f"{key}: {json.dumps(value)}\n" for key, value in keys.items())
+    (tmp_path / "own.yaml").write_text(f"positive: honest\nnegative: dishonest\n{lines}")
+    found = train(["--config", "own.yaml"], tmp_path)
+    assert found.accepted, found
