@@ -214,7 +214,7 @@ def test_sigterm_writes_a_checkpoint_and_ends(tmp_path):
 
 def test_a_server_ends_a_running_answer_before_it_stops(tmp_path):
     """SIGTERM comes while an answer is streamed."""
-    model = get_peft_model(tiny.load()[0], LoraConfig(r=4, target_modules=["q_proj"]))
+    model = get_peft_model(tiny.load()[0], LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
     model.save_pretrained(str(tmp_path / "honest"))
     command = [sys.executable, "-m", "repeng", "serve", str(tmp_path / "honest"), "--port", "0", "--use_cpu"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
