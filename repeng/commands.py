@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from repeng import tiny
-from repeng.control.adapter_folder import CONFIG, AdapterFolder
+from repeng.control.adapter_folder import CONFIG, AdapterFolder, read_config
 from repeng.control.lora import lora_names, scale_weights
 from repeng.control.steer import steer
 from repeng.data.arguments import TaskArguments
@@ -304,7 +304,7 @@ def _base_of(folder: Path) -> tuple[str, str | None]:
         checked(str | None, keys.get(name), f"{found}: {name}")
     if not keys.get("model_name_or_path"):
         found = folder / CONFIG
-        keys = {"model_name_or_path": AdapterFolder.read(folder).config.base_model_name_or_path}
+        keys = {"model_name_or_path": read_config(folder).base_model_name_or_path}
     if not keys["model_name_or_path"]:
         raise ValueError(f"{folder} does not say of which base it is; give --model_name_or_path")
     say_model(keys, cast(Path, found))

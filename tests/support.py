@@ -12,6 +12,18 @@ from repeng.train.build import build
 from repeng.train.trainer import SteeringTrainer
 
 ROOT = Path(__file__).parent.parent
+# Arguments of the shortest run that writes a checkpoint at each step.
+QUICK_RUN = {
+    "save_steps": 1,
+    "num_pairs": 8,
+    "per_device_train_batch_size": 4,
+    "r": 2,
+    "layers": 1,
+    "target_modules": "q_proj",
+    "learning_rate": 1e-3,
+    "use_cpu": "true",
+    "disable_tqdm": "true",
+}
 
 
 def arguments(tmp_path, **changes):

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.utils import CONFIG_NAME as CONFIG
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -17,12 +19,10 @@ from repeng.tuner import SvdSteeringConfig
 from repeng.tuner.base import base_of, is_linear, linear_shape
 from repeng.tuner.config import FORMAT_VERSION, PEFT_TYPE
 from repeng.tuner.fields import check_expression
-from repeng.tuner.keys import check_keys
+from repeng.tuner.keys import IN_PEFT, check_keys
 from repeng.tuner.model import require_modules
 from repeng.tuner.stored import check_numbers, check_tensors, does_nothing
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-IN_PEFT = "base_model.model."  # before the names of modules
 KINDS: dict[str, type[PeftConfig]] = {PEFT_TYPE: SvdSteeringConfig, "LORA": LoraConfig}
 # Fields of a LoRA that may differ from their defaults: others would change what it does, or run code of their own.
 PLAIN: dict[str, Any] = {
@@ -71,7 +71,7 @@ class AdapterFolder:
         path = Path(path)
         for name in (CONFIG, WEIGHTS):
             _check_file(path, name)
-        config = _config(path / CONFIG)
+        config = read_config(path)
         tensors, _ = read_tensors(path / WEIGHTS)
         if not tensors:
             raise ValueError(f"{path / WEIGHTS} holds no tensor; save the adapter again")
@@ -164,8 +164,14 @@ def _check_file(folder: Path, name: str) -> None:
         raise ValueError(f"{path} is a link out of its folder, to {path.resolve()}; put the file itself there")
 
 
-def _config(path: Path) -> PeftConfig:
-    """The configuration, each field of which is known and may hold what it holds."""
+def read_config(folder: Path) -> PeftConfig:
+    """The configuration in an adapter's folder, each field of which is known and may hold what it holds.
+
+    Raises:
+        FileNotFoundError, ValueError: as `AdapterFolder.read`.
+    """
+    _check_file(folder, CONFIG)
+    path = folder / CONFIG
     values = read_json(path)
     kind = values.get("peft_type") if isinstance(values, dict) else None
     if kind == "APASTOADAPTER":

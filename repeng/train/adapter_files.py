@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -16,7 +17,7 @@ from repeng.model.sharded import whole
 from repeng.tuner.config import PREFIX
 from repeng.tuner.keys import check_keys
 
-ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
+ADAPTER = (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME)
 CALIBRATION = "calibration.json"  # beside a LoRA, whose own files have no place for it
 
 

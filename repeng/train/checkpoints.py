@@ -37,7 +37,12 @@ def publish(staging: Path, folder: Path, args: TrainingArguments, best: str | No
 
 
 def newest(folder: str | Path) -> str | None:
-    """The checkpoint that was written last into a folder, if there is one; an earlier run may have gone further."""
-    states = Path(folder).glob(f"checkpoint-*/{TRAINER_STATE_NAME}")
-    latest = max(states, key=lambda path: path.stat().st_mtime_ns, default=None)
-    return None if latest is None else str(latest.parent)
+    """The checkpoint that was written last into a folder, if there is one with a state of the trainer."""
+    found = [path for path in Path(folder).glob("checkpoint-*") if (path / TRAINER_STATE_NAME).is_file()]
+    return str(max(found, key=when_written)) if found else None
+
+
+def when_written(path: Path) -> int:
+    """When a checkpoint was written, in ns; an earlier run may have gone further in steps."""
+    state = path / TRAINER_STATE_NAME
+    return (state if state.is_file() else path).stat().st_mtime_ns

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS
 from pydantic import Field
 from torch import Tensor, nn
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
@@ -17,10 +18,10 @@ from repeng.data.schema import checked, shown
 from repeng.model.strict_json import read_json
 from repeng.model.tensor_files import read_tensors
 from repeng.train.adapter_files import adapter_state
+from repeng.train.checkpoints import when_written
 from repeng.tuner.stored import check_numbers
 
 RUN = "run.json"  # in a checkpoint: what the run is
-WEIGHTS = "adapter_model.safetensors"
 # Keys of a run that may change in between: where it writes, how often, and how long it goes on.
 FREE = {
     "output_dir",
@@ -60,7 +61,7 @@ def checkpoint_to_resume(
     Raises:
         ValueError: the newest is of another run, or none is whole.
     """
-    found = sorted(Path(folder).glob("checkpoint-*"), key=_written, reverse=True)
+    found = sorted(Path(folder).glob("checkpoint-*"), key=when_written, reverse=True)
     for path in found:
         try:
             check_checkpoint(path, run, model, whole)
@@ -204,9 +205,3 @@ def _unpickled(path: Path) -> Any:
     except Exception as error:  # whatever unpickling of a damaged file may raise
         told = " ".join(str(error).split())[:120]
         raise ValueError(f"{path} cannot be read as tensors alone ({type(error).__name__}: {told})") from None
-
-
-def _written(path: Path) -> int:
-    """When a checkpoint was written, in ns; an earlier run may have gone further in steps."""
-    state = path / TRAINER_STATE_NAME
-    return (state if state.is_file() else path).stat().st_mtime_ns

@@ -7,21 +7,10 @@ import sys
 import time
 
 import pytest
-from support import ROOT
+from support import QUICK_RUN, ROOT
 
 pytestmark = pytest.mark.processes
-KEYS = {
-    "max_steps": 6,
-    "save_steps": 1,
-    "num_pairs": 8,
-    "per_device_train_batch_size": 4,
-    "r": 2,
-    "layers": 1,
-    "target_modules": "q_proj",
-    "learning_rate": 1e-3,
-    "use_cpu": "true",
-    "disable_tqdm": "true",
-}
+KEYS = {**QUICK_RUN, "max_steps": 6}
 QUICK = [str(ROOT / "tests" / "processes" / "quick.py")]
 MOMENTS = 20
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from comparisons import comparison
+from support import QUICK_RUN
 
 from repeng._command import command
 from repeng.data import files
@@ -18,18 +19,7 @@ from repeng.train import run_folder
 from repeng.train.callbacks import FiniteGradients
 from repeng.train.run import main
 
-KEYS = {
-    "max_steps": 3,
-    "save_steps": 1,
-    "num_pairs": 8,
-    "per_device_train_batch_size": 4,
-    "r": 2,
-    "layers": 1,
-    "target_modules": "q_proj",
-    "learning_rate": 1e-3,
-    "use_cpu": "true",
-    "disable_tqdm": "true",
-}
+KEYS = {**QUICK_RUN, "max_steps": 3}
 DONE = {"adapter_config.json", "adapter_model.safetensors", "config.yaml"}
 RESULTS = {*DONE, "README.md", "report.csv", "report.html", "report.json", "training_log.jsonl"}
 
