@@ -274,7 +274,8 @@ def test_bad_input_is_refused_before_any_work(tmp_path, name, monkeypatch, capsy
 
 @pytest.mark.processes
 def test_a_bad_run_ends_with_a_status_and_one_sentence(tmp_path):
-    done = launch(*QUICK, "--learning_rate", "1e6", "--warmup_steps", "0", "--output_dir", tmp_path)
+    diverges = ("--max_steps", "3", *QUICK[2:], "--learning_rate", "100", "--warmup_steps", "0")
+    done = launch(*diverges, "--output_dir", tmp_path)
     assert done.returncode != 0
     assert "not finite at optimizer step" in done.stderr
     assert not (tmp_path / "adapter_model.safetensors").exists()
