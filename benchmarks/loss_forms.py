@@ -1,30 +1,35 @@
-"""Compare forms of the training loss at equal budget over seeds: `python -m benchmarks.loss_forms --seeds 0 1 2`.
+"""What each part of the training loss is worth: `python -m benchmarks.loss_forms --config smollm2 mood`.
 
-Every run trains the adapter of configs/tiny.yaml with another loss and measures its range on held-out entities (nats
-inside the budget of the main job). Writes one JSON line a run and prints a Markdown table.
+Every run trains the default adapter with another loss, at the same learning rate, and measures its effect at equal
+cost, as `python -m benchmarks.rivals` does. Adds the figures of one model to docs/results/loss_forms.json.
+`python docs/draw_loss_geometry.py` writes them into docs/loss_geometry.md.
 """
 
 import argparse
 import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
 
 import torch
 from einops import einsum, rearrange, reduce
 from torch import Tensor
 
-from benchmarks.training import ranges_row, trained_report
+from benchmarks.rivals import Bench
 from repeng._command import command
-from repeng.eval.report.tables import markdown, percent
+from repeng.data.files import write_json
+from repeng.eval.compare import PLAIN_COST, PROMPTS
+from repeng.eval.curves import methods_of
+from repeng.eval.measure import prompt_dial
 from repeng.train.inner_contrastive_loss import (
     InnerContrastiveLoss,
     inner_contrastive_loss,
     signed_shift,
-    violation,
     where,
 )
+
+FILE = Path(__file__).parent.parent / "docs" / "results" / "loss_forms.json"
 
 
 def position(hs: Tensor, mask: Tensor, direction: Tensor, scale: Tensor) -> Tensor:
@@ -39,25 +44,18 @@ def symlog(x: Tensor) -> Tensor:
     return sign * (sign * x).log1p()
 
 
-def coherence_terms(inputs: dict) -> tuple[Tensor, Tensor]:
-    """Coherence and neutral of the default loss, `(b)` each."""
-    margin = inputs["coherence_margin"]
-    pair = violation(inputs["logp_pi"], inputs["logp_ref"], inputs["logp_mask"], margin)
-    neutral = violation(
-        inputs["neutral_logp_pi"], inputs["neutral_logp_ref"][None], inputs["neutral_mask"][None], margin
-    )
-    return pair.mean(dim=0), neutral.mean(dim=0)
+def without_separation(**inputs) -> InnerContrastiveLoss:
+    """The default without the separation term: a constant 1 remains, which has no gradient."""
+    hs_ref = inputs["hs_ref"]
+    return inner_contrastive_loss(**{**inputs, "hs_pi": hs_ref.expand(2, *hs_ref.shape)})
 
 
 def with_separation(separation: Callable[[dict], Tensor]) -> Callable[..., InnerContrastiveLoss]:
     """The default loss with another separation term `(b)`."""
 
     def loss(**inputs) -> InnerContrastiveLoss:
-        term = separation(inputs)
-        coherence, neutral = coherence_terms(inputs)
-        total = term + inputs["coherence_weight"] * (coherence + neutral)
-        terms = {"separation": term, "coherence": coherence, "neutral": neutral}
-        return InnerContrastiveLoss(total.mean(), {name: value.detach() for name, value in terms.items()})
+        rest, term = without_separation(**inputs), separation(inputs)
+        return InnerContrastiveLoss(rest.loss - 1 + term.mean(), {**rest.terms, "separation": term.detach()})
 
     return loss
 
@@ -111,47 +109,69 @@ def coherence_of_the_mean(**inputs) -> InnerContrastiveLoss:
     )
 
 
+def without_neutral(**inputs) -> InnerContrastiveLoss:
+    """The default without the neutral texts."""
+    return inner_contrastive_loss(**{**inputs, "neutral_logp_pi": inputs["neutral_logp_ref"].expand(2, -1, -1)})
+
+
 @dataclass(frozen=True)
 class Form:
-    """A loss and what it needs on the command line."""
+    """A loss, and the keys that it needs."""
 
     loss: Callable[..., InnerContrastiveLoss]
     argv: tuple[str, ...] = ()
 
 
-RATE = "2e-3"  # the same for all: the rate that is found follows separation_target
+RATE = "1e-3"  # for all forms: the rate that is found follows separation_target. SmolLM2: 9.8e-4 is found
 FORMS: dict[str, Form] = {
     "default": Form(inner_contrastive_loss),
-    "no order term": Form(inner_contrastive_loss, ("--order_weight", "0")),
-    "order term alone": Form(inner_contrastive_loss, ("--separation_target", "1e-3")),
-    "target 1": Form(inner_contrastive_loss, ("--separation_target", "1")),
-    "policy chosen − reference rejected, target 4": Form(
+    "no separation": Form(without_separation),
+    "no order": Form(inner_contrastive_loss, ("--order_weight", "0")),
+    "no coherence, no neutral": Form(inner_contrastive_loss, ("--coherence_weight", "0")),
+    "no neutral": Form(without_neutral),
+    "margin on the mean over tokens": Form(coherence_of_the_mean),
+    "separation on the last token only": Form(inner_contrastive_loss, ("--last_n_tokens", "1")),
+    "separation without a target": Form(with_separation(unbounded)),
+    "separation target 1": Form(inner_contrastive_loss, ("--separation_target", "1")),
+    "policy chosen − reference rejected": Form(
         with_separation(policy_chosen_reference_rejected), ("--separation_target", "4")
     ),
-    "unbounded": Form(with_separation(unbounded)),
-    "gap, unbounded": Form(with_separation(gap)),
-    "no coherence term": Form(inner_contrastive_loss, ("--coherence_weight", "0")),
-    "coherence of the mean over tokens": Form(coherence_of_the_mean),
+    "gap chosen − rejected, without a target": Form(with_separation(gap)),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--config", nargs="+", default=["tiny"], help="as in train.py")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--forms", nargs="+", choices=list(FORMS), default=list(FORMS))
-    parser.add_argument("--output", type=Path, default=Path("outputs/loss_forms.jsonl"))
-    options, extra = parser.parse_known_args()
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    rows = {}
+    parser.add_argument("--rate", default=RATE, help="learning rate of all forms")
+    parser.add_argument("--out", type=Path, default=FILE, help="file of figures; those of other runs are kept")
+    options = parser.parse_args()
+    known = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
+    found = known.setdefault(options.config[0], {})
+    bench = Bench(options.config, Path("outputs") / "loss_forms")
+    assert bench.task.personas is not None
+    prompts = bench.tracer.discrete(prompt_dial(*bench.task.personas))
+    bench.tracer.set_yardstick(prompts)
+    costs = bench.tracer.costs
+    yardstick = tuple(torch.tensor([costs[sign]], dtype=torch.float64) for sign in (1, -1))
     for name in options.forms:
         form = FORMS[name]
-        argv = ["--learning_rate", RATE, *form.argv, *extra]
-        reports = [trained_report(seed, argv, loss_func=form.loss) for seed in options.seeds]
-        with options.output.open("a", encoding="utf-8") as file:
-            for seed, report in zip(options.seeds, reports, strict=True):
-                file.write(json.dumps({"form": name, "seed": seed, "argv": extra, **report.to_dict()}) + "\n")
-        rows[name] = {**ranges_row(reports), "wrong way": percent(mean(report.wrong_way for report in reports))}
-    print(markdown(rows, "form"))
+        for seed in options.seeds:
+            start = time.process_time()
+            flags = ("--learning_rate", options.rate, *form.argv)
+            report = bench.measured(bench.trained(seed, flags, loss_func=form.loss))
+            method = methods_of({PROMPTS: [prompts], name: [report]}, 0)[name]
+            row = {
+                "at_prompts_cost": method.both_at((yardstick[0], yardstick[1])).item(),
+                f"at_{PLAIN_COST:g}": method.both_at(PLAIN_COST).item(),
+                "cost_at_1": [report.kl[report.at(c)].item() for c in (1.0, -1.0)],
+                "wrong_way": report.wrong_way,
+            }
+            found.setdefault(name, {})[str(seed)] = row
+            write_json(options.out, known)
+            print(f"{name}, seed {seed}: {row}, {time.process_time() - start:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
