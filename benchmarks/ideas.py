@@ -29,7 +29,8 @@ from repeng.model.sites import decoder_layers, edit_outputs, eval_mode
 from repeng.model.tokens import encode
 
 FILE = Path(__file__).parent.parent / "docs" / "results" / "ideas.json"
-PAIRS, AHEAD, TAIL = 16, 8, 8  # pairs; tokens that are predicted behind a prompt; positions counted from its end
+PAIRS, MANY = 16, 120  # pairs that are looked at one by one, and those that a vector is made of
+AHEAD, TAIL = 8, 8  # tokens that are predicted behind a prompt; positions counted from its end
 CUTS = 5  # ends of a prompt that are looked at: whole, and without its last 1 to 4 tokens
 COST = 0.1  # nats of KL per token of neutral text, at which effects are read
 TEXTS = 6  # neutral texts
@@ -47,6 +48,8 @@ class Study:
         self.depth = len(decoder_layers(self.model))
         self.layers = screened_layers(self.depth)
         every = bench.task.pairs
+        self.many: list[ContrastPair] = every[:: max(1, len(every) // MANY)][:MANY]  # for extraction
+        self.said: list[list[int]] | None = None  # by the model behind the chosen prompts
         self.pairs: list[ContrastPair] = every[:: max(1, len(every) // PAIRS)][:PAIRS]
         # Token ids of both sides of each pair, and the number of tokens of the suffix that they share.
         self.rows: list[tuple[list[int], list[int], int]] = []
@@ -116,12 +119,13 @@ def divergence(p: Tensor, q: Tensor) -> Tensor:
 
 
 def trajectory(study: Study) -> dict[str, Any]:
-    """Whether states differ where the continuations will, and how far ahead the last state alone decides.
+    """Whether states differ where the continuations will, and how far ahead the last states decide.
 
-    Prompts that differ in one early word are cut at several ends. `correlation` by layer: between the distance of the
-    two last states, relative to their length, and the KL divergence of the next `AHEAD` / 2 tokens. `carried`: the
-    share of the KL divergence between the continuations that goes when the rejected prompt gets the chosen one's state
-    at its last token (or at the last six), by tokens ahead, for each layer.
+    Prompts that differ in one early word are cut at several ends. `correlation` by layer: between what tells the two
+    last states apart and what tells the continuations apart. The first is the distance along the mean difference of
+    all pairs, the second the KL divergence between the next-token distributions, summed over the next one token or
+    the next `AHEAD` / 2. `carried` by tokens ahead: the KL divergence from the chosen prompt's next-token distribution
+    of the rejected prompt, unchanged and with the chosen one's states at its last token or tokens, by layer.
     """
     model, tokenizer, half = study.model, study.tokenizer, AHEAD // 2
     cut = [
@@ -130,85 +134,87 @@ def trajectory(study: Study) -> dict[str, Any]:
         for k in range(min(CUTS, shared))
     ]
     said = continuations(model, tokenizer, [row for pair in cut for row in pair], half, 32, seed=0)
-    inside, ahead = [], []
+    differences, ahead = [], []
     for i, (chosen, rejected) in enumerate(cut):
-        total, distance = 0.0, torch.zeros(study.depth)
+        steps = torch.zeros(half)
         for side in (0, 1):
-            more = said[2 * i + side][0]
+            more = said[2 * i + side][0][: half - 1]
             (a, logp_a), (b, logp_b) = study.read([*chosen, *more]), study.read([*rejected, *more])
-            own, other = ((logp_a, len(chosen)), (logp_b, len(rejected)))[:: 1 - 2 * side]
-            n = len(more) + 1
-            total += divergence(own[0][own[1] - 1 :][:n], other[0][other[1] - 1 :][:n]).sum().item() / 2
-            last_a, last_b = a[:, len(chosen) - 1], b[:, len(rejected) - 1]
-            distance = (last_a - last_b).norm(dim=-1) / (last_a.norm(dim=-1) + last_b.norm(dim=-1)) * 2
-        inside.append(distance)
-        ahead.append(total)
-    inside, ahead = torch.stack(inside), torch.tensor(ahead)
-    carried = {}
-    for name, width in (("last token", 1), ("last six tokens", 6)):
-        carried[name] = {str(layer): carried_share(study, layer, list(range(1, width + 1))) for layer in study.layers}
+            p, q = logp_a[len(chosen) - 1 :], logp_b[len(rejected) - 1 :]
+            steps[: len(p)] += (divergence(p, q) if side == 0 else divergence(q, p)) / 2
+        ahead.append(steps)
+        differences.append(a[:, len(chosen) - 1] - b[:, len(rejected) - 1])
+    apart, ahead = torch.stack(differences), torch.stack(ahead)  # (n layers d), (n half)
+    mean = apart.mean(dim=0)
+    along = (apart * mean).sum(dim=-1) / mean.norm(dim=-1)  # (n layers)
+    spans = {"next token": ahead[:, 0], f"next {half} tokens": ahead.sum(dim=1)}
+    places = {"last token": [1], "last six tokens": [*range(1, 7)]}
     return {
-        "correlation": [correlation(inside[:, layer], ahead) for layer in range(study.depth)],
-        "distance": inside.mean(dim=0).tolist(),
         "prompts": len(cut),
-        "carried": carried,
+        "correlation": {
+            name: [correlation(along[:, layer], total) for layer in range(study.depth)]
+            for name, total in spans.items()
+        },
+        "carried": {
+            "unchanged": left_over(study, 0, []),
+            **{
+                name: {str(layer): left_over(study, layer, at) for layer in study.layers}
+                for name, at in places.items()
+            },
+        },
     }
 
 
-def carried_share(study: Study, layer: int, positions: Sequence[int]) -> list[float]:
-    """Share of the divergence that goes at each of `AHEAD` tokens when states at positions (from the end, 1 = last)
-    of the rejected prompt are those of the chosen one, behind one layer."""
-    left, whole = torch.zeros(AHEAD), torch.zeros(AHEAD)
-    said = _said(study)
-    for (chosen, rejected, shared), more in zip(study.rows, said, strict=True):
+def left_over(study: Study, layer: int, positions: Sequence[int]) -> list[float]:
+    """Mean KL divergence, at each of `AHEAD` tokens, between the chosen prompt and the rejected one as it is patched.
+
+    Behind one layer, the states of the rejected prompt at positions (from the end, 1 = last) become those of the
+    chosen one. Both are followed by what the model says behind the chosen one.
+    """
+    total = torch.zeros(AHEAD)
+    for (chosen, rejected, shared), more in zip(study.rows, _said(study), strict=True):
         at = [p for p in positions if p <= shared]
         states, wanted = study.read([*chosen, *more])
-        _, plain = study.read([*rejected, *more])
         source, where = [len(chosen) - p for p in at], [len(rejected) - p for p in at]
-        _, patched = study.read([*rejected, *more], {layer: (where, states[layer, source])})
-        own, other = (
-            slice(len(chosen) - 1, len(chosen) - 1 + AHEAD),
-            slice(len(rejected) - 1, len(rejected) - 1 + AHEAD),
-        )
-        n = min(AHEAD, len(more) + 1)
-        left[:n] += divergence(wanted[own], patched[other])[:n]
-        whole[:n] += divergence(wanted[own], plain[other])[:n]
-    return (1 - left / whole).tolist()
+        _, found = study.read([*rejected, *more], {layer: (where, states[layer, source])} if at else None)
+        steps = divergence(wanted[len(chosen) - 1 :], found[len(rejected) - 1 :])
+        total[: len(steps)] += steps / len(study.rows)
+    return total.tolist()
 
 
 def _said(study: Study) -> list[list[int]]:
     """How the model goes on behind the chosen prompts."""
-    rows = [chosen for chosen, _, _ in study.rows]
-    return [ids for ids, _ in continuations(study.model, study.tokenizer, rows, AHEAD - 1, 32, seed=1)]
+    if study.said is None:
+        rows = [chosen for chosen, _, _ in study.rows]
+        study.said = [ids for ids, _ in continuations(study.model, study.tokenizer, rows, AHEAD - 1, 32, seed=1)]
+    return study.said
 
 
 def tokens(study: Study, layer: int) -> dict[str, Any]:
     """Which token holds the plan, and what a vector that was read there does.
 
-    `carried`: as in `trajectory`, for one position at a time, at the next token. `effect`: of a mean difference that
-    was read as the mean of the last n tokens.
+    `carried`: as in `trajectory`, for one position at a time (0: for none), at the next token. `effect`: of a mean
+    difference that was read as the mean of the last n tokens.
     """
     positions = range(1, TAIL + 1)
     places = [p for p in positions if any(p <= shared for _, _, shared in study.rows)]
     effects = {}
     for n in READ:
-        vector = extract(study.model, study.tokenizer, study.bench.task.pairs, layers=[layer], tokens=n, held_out=0)
+        vector = extract(study.model, study.tokenizer, study.many, layers=[layer], tokens=n, held_out=0)
         effects[str(n)] = study.effect(vector)
     effects["padding"] = study.effect(_read_at_padding(study, layer))
     return {
         "layer": layer,
-        "carried": {str(p): carried_share(study, layer, [p])[0] for p in places},
+        "carried": {str(p): left_over(study, layer, [p])[0] for p in [0, *places]},
         "effect": effects,
     }
 
 
 def _read_at_padding(study: Study, layer: int) -> SteeringVector:
     """The mistake: rows padded on the right, and the state at index −1."""
-    vector = extract(study.model, study.tokenizer, study.bench.task.pairs, layers=[layer], held_out=0)
+    vector = extract(study.model, study.tokenizer, study.many, layers=[layer], held_out=0)
     rows = [
-        encode(study.tokenizer, side, pair.suffix).ids
-        for pair in study.bench.task.pairs
-        for side in (pair.chosen, pair.rejected)
+        encode(study.tokenizer, side, pair.suffix).ids for pair in study.many for side in (pair.chosen, pair.rejected)
     ]
     longest, kept = max(map(len, rows)), []
 
@@ -234,26 +240,24 @@ def gradient(study: Study) -> dict[str, Any]:
     each layer. The first comes from one backward pass of the unsteered model, the second from steering at ±`SMALL`
     and ±`LARGE`.
     """
-    questions = study.meter.targets
+    questions, some = study.meter.targets, study.layers[:: 1 if study.depth <= 12 else 2]
     slopes = odds_gradients(study, questions)
     directions: dict[str, SteeringVector] = {}
     effects: dict[str, dict[str, dict[str, float]]] = {}
     cosines: dict[str, list[float]] = {}
     for method in VECTORS:
-        directions[method] = extract(
-            study.model, study.tokenizer, study.bench.task.pairs, layers=study.layers, method=method, held_out=0
-        )
-        single = {layer: directions[method].select(layers=[layer]) for layer in study.layers}
+        directions[method] = extract(study.model, study.tokenizer, study.many, layers=some, method=method, held_out=0)
+        single = {layer: directions[method].select(layers=[layer]) for layer in some}
         effects[method] = {str(layer): study.effect(vector) for layer, vector in single.items()}
         base = directions["mean_diff"]
         cosines[method] = [
             torch.cosine_similarity(directions[method][key], base[key], dim=0).item()
-            for key in (("residual", layer) for layer in study.layers)
+            for key in (("residual", layer) for layer in some)
         ]
     directions["random"] = directions["mean_diff"].random_like(seed=0)
     points = []
     for name, vectors in directions.items():
-        for layer in study.layers:
+        for layer in some:
             vector = vectors.select(layers=[layer])
             foretold = (slopes[layer] @ vector[layer].to(slopes[layer])).item()
             for c in (SMALL, LARGE):
@@ -295,7 +299,7 @@ def odds_gradients(study: Study, questions: Sequence[Question]) -> dict[int, Ten
 
 def layers(study: Study) -> dict[str, Any]:
     """By layer: what a vector does there at equal cost, how well its sides are told apart, and how long it is."""
-    every = extract(study.model, study.tokenizer, study.bench.task.pairs, layers=study.layers, held_out=0.2)
+    every = extract(study.model, study.tokenizer, study.many, layers=study.layers, held_out=0.2)
     return {
         "layers": study.layers,
         "effect": {str(layer): study.effect(every.select(layers=[layer])) for layer in study.layers},
