@@ -1,4 +1,4 @@
-"""Steer language models from the inside. Importing registers the PEFT method `SVD_STEERING`."""
+"""Steer language models from the inside. Importing the package registers the PEFT method `SVD_STEERING`."""
 
 import sys
 from importlib import import_module
@@ -86,7 +86,8 @@ __all__ = [
     "steer",
 ]
 
-# PEFT takes seconds to import, so `import repeng` does not import it. Once somebody does, PEFT knows the method.
+# PEFT takes seconds to import, so `import repeng` does not import it. The method is registered as soon as PEFT is
+# imported by any code.
 when_imported("peft", lambda: import_module("repeng.tuner"))
 sys.meta_path.append(OldPaths())
 sys.modules[__name__].__class__ = Package

@@ -1,4 +1,4 @@
-"""`python -m repeng`."""
+"""Entry point of `python -m repeng`."""
 
 from repeng.cli import main
 

@@ -1,6 +1,6 @@
-"""How a command of this package ends when it is told to, and how it prints where only ASCII can be shown.
+"""How the commands of this package end on a signal, and how they print to streams that can only show ASCII.
 
-The file imports nothing heavy, so that a signal during the imports of others ends in a sentence as well.
+This module imports nothing slow, so a signal that arrives during slow imports also ends the command with a sentence.
 """
 
 import codecs
@@ -17,7 +17,7 @@ from typing import Any
 SPELT = {"−": "-", "–": "-", "—": "-", "→": "->", "×": "x", "≤": "<=", "≥": ">=", "±": "+-", "‖": "||", "·": "."}
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 Handler = Callable[[int, Any], Any]
-NOT_READ = 128 + 13  # the status of what SIGPIPE ends
+NOT_READ = 128 + 13  # exit status of a process that SIGPIPE ends
 SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
 
 
@@ -25,8 +25,8 @@ class Stopped(KeyboardInterrupt):
     """A signal ends the command.
 
     Args:
-        number: of the signal.
-        when: words that end the sentence "stopped by SIGTERM", such as " after step 3".
+        number: number of the signal.
+        when: words appended to the sentence "stopped by SIGTERM", such as " after step 3".
     """
 
     def __init__(self, number: int, when: str = "") -> None:
@@ -36,15 +36,15 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def command(advice: str = "") -> Iterator[None]:
-    """The block is a command: SIGINT and SIGTERM end it with a sentence and the status that shells expect, 128 + N.
+    """Run the block as a command: SIGINT and SIGTERM end it with a sentence and the usual exit status, 128 + N.
 
-    SIGTERM raises once, so that it does not break into the end that it began; a second Ctrl-C insists.
+    Only the first SIGTERM raises, so a second one does not interrupt the cleanup. Every further Ctrl-C raises again.
 
     Args:
-        advice: how the user goes on; it ends the sentence.
+        advice: how the user can continue; it is appended to the sentence.
 
     Raises:
-        SystemExit: a signal came, or nobody reads the output any more.
+        SystemExit: a signal arrived, or the reader of the output has closed the pipe.
     """
     came: list[KeyboardInterrupt] = []
 
@@ -58,27 +58,27 @@ def command(advice: str = "") -> Iterator[None]:
         _show_anything(stream)
     try:
         yield
-    except BrokenPipeError:  # as of `… | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
+    except BrokenPipeError:  # such as in `… | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise the flush at exit would raise
         sys.exit(NOT_READ)
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             came.insert(0, error)
-        if not came:  # else it is what a library made of the signal
+        if not came:  # otherwise a library has turned the signal into another exception
             raise
     finally:
         restore(before)
         _show_anything(out, strict)
-    if came:  # even if a library took it for an end like any other
+    if came:  # even if a library caught the exception and returned normally
         stopped = came[0] if isinstance(came[0], Stopped) else Stopped(signal.SIGINT)
-        if os.environ.get("RANK", "0") == "0":  # of several processes that all get it
+        if os.environ.get("RANK", "0") == "0":  # all ranks get the signal, only rank 0 prints
             print(stopped, advice, sep="; " if advice else "", file=sys.stderr)
         sys.exit(128 + stopped.number)
 
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Signals that end a command wait until the block, which must be short, is through."""
+    """Delay the signals that end a command until the end of the block, which must be short."""
     came: list[int] = []
     before = handle(lambda number, _: came.append(number))
     try:
@@ -90,26 +90,29 @@ def undisturbed() -> Iterator[None]:
 
 
 def handle(handler: Handler) -> dict[int, Any]:
-    """Let `handler` get the signals that end a command; who got them before. Only the main thread may say so."""
+    """Set `handler` for the signals that end a command, and return the previous handlers.
+
+    Only the main thread can set handlers; in other threads this does nothing.
+    """
     if threading.current_thread() is not threading.main_thread():
         return {}
     return {number: signal.signal(number, handler) for number in SIGNALS}
 
 
 def restore(handlers: dict[int, Any]) -> None:
-    """Undo `handle`."""
+    """Restore the handlers that `handle` returned."""
     for number, handler in handlers.items():
         signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def _show_anything(stream: Any, errors: str | None = "repeng.spelt") -> None:
-    """Let a stream spell in ASCII what its encoding lacks, instead of raising; or do again what it did."""
+    """Make a stream replace characters that its encoding lacks with ASCII; `errors` restores an earlier handler."""
     if hasattr(stream, "reconfigure") and errors is not None and not stream.closed:
         stream.reconfigure(errors=errors)
 
 
 def _spell(error: UnicodeError) -> tuple[str, int]:
-    """The error handler of that name."""
+    """The codec error handler "repeng.spelt"."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     missing = error.object[error.start : error.end]
@@ -121,7 +124,7 @@ codecs.register_error("repeng.spelt", _spell)
 
 
 def end_with_the_launcher() -> None:
-    """On Linux, let a process of `accelerate launch` get SIGTERM when the launcher is gone: it forwards none."""
+    """On Linux, let a process of `accelerate launch` get SIGTERM when the launcher dies, which forwards no signals."""
     if sys.platform == "linux" and any(name.startswith("ACCELERATE_") for name in os.environ):
         with suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(SET_DEATH_SIGNAL, int(signal.SIGTERM))

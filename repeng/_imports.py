@@ -1,4 +1,4 @@
-"""How names of this package are imported: when they are first asked for, under old paths, and together with PEFT."""
+"""Import hooks of this package: lazy names, modules under their old paths, and registration when PEFT is imported."""
 
 import importlib
 import importlib.util
@@ -11,7 +11,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-# Modules of version 0.1 whose public names live elsewhere now.
+# Old paths of modules, from version 0.1, and the modules that replace them.
 MOVED = {
     "repeng.calibrate": "repeng.eval.calibrate",
     "repeng.directions": "repeng.vectors.directions",
@@ -26,12 +26,12 @@ MOVED = {
 def lazily(
     package: str, places: Mapping[str, str], packages: Sequence[str] = ()
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` of a package (PEP 562) whose names are imported when they are first asked for.
+    """Make `__getattr__` and `__dir__` (PEP 562) for a package whose names are imported on first access.
 
     Args:
-        package: its full name.
+        package: full name of the package.
         places: for each name, the module that defines it.
-        packages: names of packages inside it.
+        packages: names of the subpackages.
     """
 
     def load(name: str) -> Any:
@@ -47,7 +47,7 @@ def lazily(
 
 
 def when_imported(module: str, then: Callable[[], object]) -> None:
-    """Call `then` as soon as `module` has been imported: now, if it already is."""
+    """Call `then` as soon as `module` has been imported: at once if it already is."""
     if module in sys.modules:
         then()
     else:
@@ -55,9 +55,9 @@ def when_imported(module: str, then: Callable[[], object]) -> None:
 
 
 class _Watcher(MetaPathFinder):
-    """Finds a module as the others would, and adds a call to the end of its import.
+    """Finds a module with the other finders, and adds a call at the end of its import.
 
-    Some only ask whether the module could be imported, so that it stays until the import has happened.
+    Code may look up the spec without importing the module, so the finder stays until the import has happened.
     """
 
     def __init__(self, module: str, then: Callable[[], object]) -> None:
@@ -87,20 +87,20 @@ class _Watcher(MetaPathFinder):
 
 
 class _MovedModule(ModuleType):
-    """What an old path imports."""
+    """The module that is imported under an old path."""
 
 
 class Package(ModuleType):
-    """A package whose functions are not hidden by former modules of the same name."""
+    """A package whose functions are not hidden by old modules of the same name."""
 
     def __setattr__(self, name: str, value: object) -> None:
-        # `import repeng.extract` would put that module in the place of the function.
+        # Otherwise `import repeng.extract` would replace the function with the module.
         if not (isinstance(value, _MovedModule) and name in self.__all__):
             super().__setattr__(name, value)
 
 
 class OldPaths(MetaPathFinder, Loader):
-    """Imports what the modules in `MOVED` had, with a DeprecationWarning that names the new path."""
+    """Imports the modules in `MOVED` under their old paths, with a DeprecationWarning that names the new path."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

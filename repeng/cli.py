@@ -1,6 +1,6 @@
 """The command line: `repeng train`, `repeng evaluate|calibrate|export PATH` and `repeng serve PATH …`.
 
-It is parsed, and the names in it are checked, before anything slow is imported.
+The command line is parsed, and the names in it are checked, before any slow module is imported.
 """
 
 import argparse
@@ -43,15 +43,15 @@ TRAIN_USAGE = "repeng train [--config NAME_OR_FILE ...] [--KEY VALUE ...] [FLAGS
 
 
 class Parser(argparse.ArgumentParser):
-    """Its errors are sentences, without a screen of usage above them."""
+    """A parser that raises its errors as ValueError, and prints no usage."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; {self.prog} --help says what is taken")
+        raise ValueError(f"{message}; {self.prog} --help lists what is allowed")
 
 
 @_command.command()
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line: exits with a sentence on bad input."""
+    """Run a command line. Bad input exits with an error message of one sentence."""
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         if argv and argv[0] not in (*COMMANDS, "-h", "--help"):
@@ -67,18 +67,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             make_parser().parse_args(argv)
     except BrokenPipeError:
-        raise  # nobody reads on
+        raise  # the reader of the output has closed the pipe; `_command.command` handles this
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of all commands, with every key as text."""
+    """The parser of all commands. It reads the values of keys as text."""
     parser = Parser(prog="repeng", description="Steer language models from the inside.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
     helps = {
-        "evaluate": "what an adapter or a vector does and what it costs, beside baselines",
-        "calibrate": "make c = ±1 spend a stated budget, and store that",
+        "evaluate": "measure the effect and the costs of an adapter or a vector, and compare them with baselines",
+        "calibrate": "scale an adapter or a vector so that c = ±1 spends a stated budget, and store the scale",
     }
     for name, kind in MEASURES.items():
         command = commands.add_parser(name, help=helps[name], description=helps[name], allow_abbrev=False)
@@ -88,18 +88,18 @@ def make_parser() -> argparse.ArgumentParser:
             nargs="+",
             metavar="NAME_OR_FILE",
             help="YAML files or names of configurations; by default PATH/config.yaml, which training writes. "
-            "Keys of training in them are left aside.",
+            "Keys of the training in them are ignored.",
         )
         add_keys(command, [kind], "keys of this command")
-        add_keys(command, [TaskArguments], "keys of the task: which model, behaviour and data")
+        add_keys(command, [TaskArguments], "keys of the task: model, behaviour and data")
     exporting = commands.add_parser(
         "export",
-        help="write an adapter or a vector in a form that other software reads",
-        description="lora: a plain PEFT LoRA for each coefficient. dial: LoRAs whose scales follow one coefficient. "
-        "merged: a whole model at one coefficient; as an --output that ends in .gguf a copy of the base's GGUF file. "
-        "gguf: for llama.cpp; of an adapter the dial, or with --coefficients a LoRA for each; of a vector or of "
-        "biases, which must leave out layer 0, a control vector, by default in a file named "
-        "NAME-MODEL-add-residual-layersFIRST-LAST.gguf. Nothing is written over.",
+        help="write an adapter or a vector in a format for other software",
+        description="lora: a plain PEFT LoRA per coefficient. dial: LoRAs whose scales depend on one coefficient. "
+        "merged: a whole model at one coefficient; if --output ends in .gguf, a steered copy of the base's GGUF file. "
+        "gguf: files for llama.cpp. For an adapter these are a dial, or a LoRA per coefficient with --coefficients. "
+        "For a vector or an adapter of biases, which must leave out layer 0, it is a control vector, by default in "
+        "the file NAME-MODEL-add-residual-layersFIRST-LAST.gguf. Existing files are never overwritten.",
         allow_abbrev=False,
     )
     exporting.add_argument("path", type=Path, metavar="PATH", help="folder of an adapter, or file of a vector")
@@ -109,45 +109,45 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="+",
         type=_finite,
         metavar="C",
-        help="of lora and merged, where the default is 1, and of an adapter in gguf, where without them it is a dial",
+        help="coefficients for lora and merged (default: 1), and for gguf of an adapter (default: write a dial)",
     )
-    exporting.add_argument("--output", type=Path, help="where to; by default beside PATH, named after --to")
+    exporting.add_argument("--output", type=Path, help="destination; by default beside PATH, with --to in its name")
     exporting.add_argument(
-        "--model_name_or_path", help="the base; by default as PATH/config.yaml or adapter_config.json says"
+        "--model_name_or_path", help="the base model; by default the one in PATH/config.yaml or adapter_config.json"
     )
-    exporting.add_argument("--gguf_file", help="name of a GGUF file in that folder or on the hub")
+    exporting.add_argument("--gguf_file", help="name of a GGUF file in the base model's folder or hub repository")
     serving = commands.add_parser(
         "serve",
-        help="an OpenAI-compatible server with a coefficient for each request",
-        description='OpenAI\'s chat completions and completions, with "steer": {"NAME": C} in a request; what it does '
-        "not name stands at 0. Requests at different coefficients share one batch. An API key is read from the "
-        f"environment variable {KEY_VARIABLE}.",
+        help="run an OpenAI-compatible server with a coefficient per request",
+        description='Serve OpenAI\'s chat completions and completions. A request sets coefficients with "steer": '
+        '{"NAME": C}; adapters and vectors that it does not name are at 0. Requests with different coefficients share '
+        f"one batch. The API key is read from the environment variable {KEY_VARIABLE}.",
         allow_abbrev=False,
     )
     serving.add_argument(
         "paths",
         nargs="+",
         metavar="[NAME=]PATH",
-        help="folders of adapters and files of vectors; NAME is by default that of the folder or file",
+        help="folders of adapters and files of vectors; NAME is by default the name of the folder or file",
     )
     serving.add_argument(
-        "--model_name_or_path", help="the base; by default as PATH/config.yaml or adapter_config.json says"
+        "--model_name_or_path", help="the base model; by default the one in PATH/config.yaml or adapter_config.json"
     )
-    serving.add_argument("--gguf_file", help="name of a GGUF file in that folder or on the hub")
-    serving.add_argument("--host", default="127.0.0.1", help="any but a loopback address needs an API key")
-    serving.add_argument("--port", type=int, default=8000, help="0 takes a free one. Default: 8000")
+    serving.add_argument("--gguf_file", help="name of a GGUF file in the base model's folder or hub repository")
+    serving.add_argument("--host", default="127.0.0.1", help="address; any but a loopback address needs an API key")
+    serving.add_argument("--port", type=int, default=8000, help="port; 0 takes a free port. Default: 8000")
     for one in fields(Limits):
         told = "" if one.default is None else f". Default: {one.default:g}"
         kind = float if isinstance(one.default, float) else int
         serving.add_argument(f"--{one.name}", type=kind, default=one.default, help=one.metadata["help"] + told)
-    serving.add_argument("--use_cpu", action="store_true", help="leave a GPU alone")
+    serving.add_argument("--use_cpu", action="store_true", help="run on the CPU even if there is a GPU")
     training = commands.add_parser(
         "train",
         help="train an adapter",
         usage=TRAIN_USAGE,
         allow_abbrev=False,
-        description="Train an adapter, save it, and print what it does. Every key of transformers.TrainingArguments "
-        "and every flag of `accelerate launch` is taken as well.",
+        description="Train an adapter, save it, and print its effect. Every key of transformers.TrainingArguments "
+        "and every flag of `accelerate launch` is accepted too.",
         epilog=f"configurations in the package: {', '.join(shipped_configs())}",
     )
     training.add_argument(
@@ -156,13 +156,13 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="NAME_OR_FILE",
         help="YAML files or names of configurations; later ones override earlier ones",
     )
-    add_keys(training, [TaskArguments], "keys of the task: which model, behaviour and data")
+    add_keys(training, [TaskArguments], "keys of the task: model, behaviour and data")
     add_keys(training, [Recipe], "keys of the training")
     return parser
 
 
 def train(argv: list[str]) -> None:
-    """Check the configurations, as far as nothing slow need be imported, then launch."""
+    """Check the configurations as far as possible without slow imports, then launch the training."""
     if {"-h", "--help"} & set(argv):
         make_parser().parse_args(["train", "--help"])
     configs, _ = split_configs(argv)
@@ -173,22 +173,24 @@ def train(argv: list[str]) -> None:
 
 
 def export(argv: list[str]) -> None:
-    """Check what was asked for, then write."""
+    """Check the options of `repeng export`, then write the export."""
     options = _parsed(_path_first(argv))
     steerable(str(options.path))
     is_vector = options.path.is_file()
     if is_vector and options.to != "gguf":
         raise ValueError(
-            f"{options.path} is a file, so a vector, which adds to activations and not to weights: use --to gguf. "
-            "An adapter is a folder"
+            f"{options.path} is the file of a vector, which changes activations, not weights: use --to gguf. For an "
+            "adapter give its folder"
         )
     if options.coefficients and (is_vector or options.to == "dial"):
         served = "control vector" if is_vector else "dial"
         raise ValueError(f"--coefficients are for lora, merged and gguf of an adapter; a {served} serves all of them")
     if options.to == "merged" and options.coefficients and len(options.coefficients) != 1:
-        raise ValueError(f"a merged model stands at one coefficient; got {options.coefficients}")
+        raise ValueError(f"a merged model is fixed at one coefficient; got {options.coefficients}")
     if options.gguf_file and not options.model_name_or_path:
-        raise ValueError(f"--gguf_file {options.gguf_file} needs --model_name_or_path: the folder or hub id it is in")
+        raise ValueError(
+            f"--gguf_file {options.gguf_file} needs --model_name_or_path, the folder or hub id with the file"
+        )
     from repeng.commands import export as write
 
     write(
@@ -202,19 +204,21 @@ def export(argv: list[str]) -> None:
 
 
 def serve(argv: list[str]) -> None:
-    """Check what was asked for, then serve."""
+    """Check the options of `repeng serve`, then serve."""
     options = _parsed(argv)
     if not 0 <= options.port < 2**16:
         raise ValueError(f"--port should be 0 to {2**16 - 1}; got {options.port}")
     paths = named_paths(options.paths)
     limits = Limits(**{one.name: getattr(options, one.name) for one in fields(Limits)})
     if options.gguf_file and not options.model_name_or_path:
-        raise ValueError(f"--gguf_file {options.gguf_file} needs --model_name_or_path: the folder or hub id it is in")
+        raise ValueError(
+            f"--gguf_file {options.gguf_file} needs --model_name_or_path, the folder or hub id with the file"
+        )
     api_key = os.environ.get(KEY_VARIABLE) or None
     if options.host not in LOOPBACK and api_key is None:
         raise ValueError(
-            f"--host {options.host} lets other machines in: set the environment variable {KEY_VARIABLE}, whose value "
-            "requests must send as API key"
+            f"--host {options.host} admits other machines: set an API key for the requests in the environment "
+            f"variable {KEY_VARIABLE}"
         )
     missing = [name for name in ("starlette", "uvicorn", "prometheus_client") if not find_spec(name)]
     if missing:
@@ -234,7 +238,7 @@ def serve(argv: list[str]) -> None:
 
 
 def _parsed(argv: list[str]) -> argparse.Namespace:
-    """What a command line says; raises ValueError, with the nearest key, for a key that there is not."""
+    """Parse a command line. An unknown key raises a ValueError that names the nearest key."""
     options, unknown = make_parser().parse_known_args(argv)
     if unknown:
         refuse_unknown([name_of(unknown[0]) if unknown[0].startswith("--") else unknown[0]], vars(options), LINE)
@@ -248,7 +252,10 @@ def _finite(word: str) -> float:
 
 
 def _path_first(argv: list[str]) -> list[str]:
-    """The words after a command with PATH in front, where options with several values cannot take it for theirs."""
+    """The words with PATH moved to directly after the command.
+
+    At the end, an option with several values could take the path as one of its values.
+    """
     words = argv[1:]
     if words and words[0].startswith("-") and not words[-1].startswith("-"):
         words = [words[-1], *words[:-1]]
@@ -256,7 +263,7 @@ def _path_first(argv: list[str]) -> list[str]:
 
 
 def measure(argv: list[str]) -> None:
-    """Evaluate or calibrate what lies at a path."""
+    """Check the options of `repeng evaluate` or `repeng calibrate`, then run the command."""
     if {"-h", "--help"} & set(argv):
         make_parser().parse_args([argv[0], "--help"])
     command, *words = _path_first(argv)
@@ -278,12 +285,12 @@ def measure(argv: list[str]) -> None:
         say_model(followed, Path(configs[0]))
     arguments, task_args = built(kinds, in_files | on_the_line)
     if on_the_line.get("bf16") and not task_args.load_in_4bit:
-        raise ValueError("bf16 has no effect without load_in_4bit: the base keeps its own precision; leave it out")
+        raise ValueError("bf16 has no effect without load_in_4bit: the base keeps its own precision; leave bf16 out")
 
     from repeng.commands import COMMANDS as DO
     from repeng.train.arguments import SteeringArguments
 
-    read_configs(configs, hints, aside=names_of([SteeringArguments]).__contains__)  # unknown keys
+    read_configs(configs, hints, aside=names_of([SteeringArguments]).__contains__)  # raises for unknown keys
     DO[command](path, task_args, **vars(arguments))
 
 

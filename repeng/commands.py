@@ -1,4 +1,4 @@
-"""What the commands do with the folder of an adapter, or the file of a vector."""
+"""The commands on the folder of an adapter or the file of a vector: evaluate, calibrate, export and serve."""
 
 import json
 import sys
@@ -46,12 +46,12 @@ from repeng.train.adapter_files import CALIBRATION, save_adapter
 from repeng.vectors.vector import SteeringVector, read_vector
 
 OWN = "this dial"
-LARGEST = 4.0  # coefficient of an adapter, which is trained at 1: far beyond, effects fade while costs may not
+LARGEST = 4.0  # largest coefficient of an adapter, trained at 1; far beyond, effects shrink but costs may not
 TOLERANCE = 0.1
 
 
 class Base(NamedTuple):
-    """A base model, its tokenizer, the pairs of the task, and the task that belongs to the model, if it has one."""
+    """A base model, its tokenizer, the pairs of the task, and the model's own task, if it has one."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -60,7 +60,7 @@ class Base(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """The model with what was loaded, its dial, and the vector if it is one."""
+    """The steered model, its dial, and the vector; the vector is None for an adapter."""
 
     model: CausalLM
     dial: Dial
@@ -77,10 +77,10 @@ def evaluate(
     use_cpu: bool,
     bf16: bool,
 ) -> None:
-    """Print the table and the verdict, and write the report.
+    """Evaluate an adapter or a vector: print the table and the verdict, and write the report.
 
     Raises:
-        SystemExit: steering is required, and this does not steer.
+        SystemExit: `require_steering` is set, and the adapter or vector does not steer.
     """
     steering = _read(path)
     beside = path / EVALUATION if path.is_dir() else path.with_name(f"{path.stem}-report")
@@ -114,12 +114,13 @@ def calibrate(
     """Find and store the calibration, and check it on other prompts of the training set.
 
     Raises:
-        ValueError: there are too few prompts, or the result has nowhere to go.
+        ValueError: there are too few prompts, or the file for the result exists already.
     """
     target = path if path.suffix != ".gguf" else path.with_suffix(".safetensors")
     if target != path and target.exists():
         raise ValueError(
-            f"what is calibrated of a GGUF file is stored as {target}, which exists: move it, or calibrate that file"
+            f"the calibrated vector of a GGUF file is stored as {target}, which exists already: move it, or calibrate "
+            "that file"
         )
     budget = KLBudget(nats, percentile, sequences=sequences)
     steering = _read(path)
@@ -130,7 +131,7 @@ def calibrate(
         prompts = _training_prompts(pairs, has_template=bool(base.tokenizer.chat_template))
         if len(prompts) < 2:
             raise ValueError(
-                f"the pairs have {len(prompts)} prompt to continue; a calibration and its check need two or more"
+                f"the pairs have {len(prompts)} prompt to continue; the calibration and its check need two or more"
             )
         loaded = _put_on(steering, base.model)
         largest = LARGEST if loaded.vector is None else 8.0
@@ -141,24 +142,29 @@ def calibrate(
     spend = kl_spender(loaded.model, base.tokenizer, dial, prompts[1::2], budget)
     for arm, sign in ARMS:
         spent = budget.nats * spend(at[sign])
-        now = f" is now {getattr(calibration, arm):.3g} of the former unit" if abs(at[sign]) == 1 else ""
+        if abs(at[sign]) == 1:
+            before = sign * getattr(calibration, arm)
+            print(f"c = {at[sign]:+g} is as strong as c = {before:+.3g} was before the calibration.")
         print(
-            f"c = {at[sign]:+.3g}{now}. On {len(prompts[1::2])} other prompts, percentile {budget.percentile:g} of "
-            f"the KL per token is {spent:.3g} nats; the budget is {budget.nats:g}"
+            f"At c = {at[sign]:+.3g}, percentile {budget.percentile:g} of the KL per token is {spent:.3g} nats on "
+            f"{len(prompts[1::2])} other prompts. The budget is {budget.nats:g} nats."
         )
         if calibration.spent[arm] < 1 - TOLERANCE:
             print(
-                f"  this arm does not spend the whole budget at any coefficient that was tried: "
-                f"{calibration.spent[arm]:.0%}"
+                f"  This arm spends {calibration.spent[arm]:.0%} of the budget: no coefficient that was tried spends "
+                "all of it."
             )
     print(f"stored: {target}")
 
 
 def _store(loaded: Loaded, calibration: Calibration, target: Path, nats: float) -> tuple[Dial, dict[int, float]]:
-    """Write what was calibrated; its dial, and where on it the calibration is, by the sign of the arm.
+    """Store the calibrated adapter or vector.
+
+    Returns:
+        Its dial, and for each sign the coefficient that spends the budget.
 
     Raises:
-        ValueError: a LoRA spends less on both arms, whatever its scale.
+        ValueError: the adapter is a LoRA, and neither arm spends the budget at any coefficient that was tried.
     """
     model, vector, at = loaded.model, loaded.vector, {sign: float(sign) for _, sign in ARMS}
     if vector is not None:
@@ -171,13 +177,13 @@ def _store(loaded: Loaded, calibration: Calibration, target: Path, nats: float) 
         return loaded.dial, at
     if max(calibration.spent.values()) < 1 - TOLERANCE:
         raise ValueError(
-            f"no coefficient up to {LARGEST:g} spends {nats:g} nats: the adapter is left as it is; ask for fewer"
+            f"no coefficient up to {LARGEST:g} spends {nats:g} nats: the adapter is left as it is; give fewer --nats"
         )
     factor = min(calibration.plus, calibration.minus)
     scale_weights(cast(nn.Module, model), factor)
     told = json.dumps({"weights_times": factor, **calibration.to_dict()}, indent=1) + "\n"
     save_adapter(cast(PeftModel, model), target, more={CALIBRATION: told})
-    print(f"a LoRA has one scale: its weights are now {factor:.3g} times what they were, for both arms")
+    print(f"A LoRA has one scale for both arms. Its weights were multiplied by {factor:.3g}.")
     return loaded.dial, {sign: sign * getattr(calibration, arm) / factor for arm, sign in ARMS}
 
 
@@ -189,11 +195,11 @@ def export(
     model_name_or_path: str | None,
     gguf_file: str | None,
 ) -> None:
-    """Write an adapter or a vector in a form that other software reads, and say where.
+    """Write an adapter or a vector in a format for other software, and print the paths of the files.
 
     Raises:
-        ValueError: the base is not said anywhere, or the adapter has no such form.
-        FileExistsError: something lies there already.
+        ValueError: the base model is unknown, or the adapter cannot be written in this format.
+        FileExistsError: the destination exists already.
     """
     beside = path.resolve()
     check_writable(output.parent if output else beside.parent, "the folder of --output")
@@ -203,12 +209,12 @@ def export(
     adapter = AdapterFolder.read(path)
     name, gguf_file = (model_name_or_path, gguf_file) if model_name_or_path else _base_of(path)
     model = adapter.load(load_base(name, gguf_file=gguf_file))
-    # A single coefficient is a place of its own, several are places in a folder.
+    # A single coefficient is written to `place` itself, several coefficients to paths in the folder `place`.
     wanted = [1.0] if coefficients is None else coefficients
     one_or_all = wanted if len(wanted) > 1 else wanted[0]
     if to == "gguf" and is_vector(model):
         if coefficients is not None:
-            raise ValueError("--coefficients are for weights; a control vector serves all of them")
+            raise ValueError("--coefficients are for changed weights; a control vector serves all of them")
         _export_vector(vector_of(model), output, beside)
         return
     place = output or beside.with_name(f"{beside.name}-{to}")
@@ -231,7 +237,7 @@ def export(
     if to == "lora":
         config = cast(LoraConfig, LoraConfig.from_pretrained(str(written[0])))
         commands = serving_commands(written, config.base_model_name_or_path, config.r, path)
-        print(f"vLLM serves them, each as a model of its own:\n{commands}")
+        print(f"vLLM serves each of them as a separate model:\n{commands}")
 
 
 def serve(
@@ -245,10 +251,10 @@ def serve(
     use_cpu: bool,
     limits: Limits,
 ) -> None:
-    """Serve until a signal ends it: running requests get 30 seconds.
+    """Serve until a signal ends the server. Running requests then have 30 seconds to finish.
 
     Raises:
-        ValueError: the base is not said, or adapters are of different bases, or something does not fit the model.
+        ValueError: the base model is unknown, the adapters have different bases, or one does not fit the model.
     """
     import uvicorn
 
@@ -257,10 +263,10 @@ def serve(
     if model_name_or_path is None:
         bases = {name: _base_of(path) for name, path in paths.items() if path.is_dir()}
         if not bases:
-            raise ValueError("a vector does not say of which base it is; give --model_name_or_path")
+            raise ValueError("a vector does not name its base model; give --model_name_or_path")
         if len(set(bases.values())) > 1:
             told = ", ".join(f"{name}: {base}" for name, (base, _) in bases.items())
-            raise ValueError(f"the adapters are of different bases ({told}); give --model_name_or_path")
+            raise ValueError(f"the adapters name different base models ({told}); give --model_name_or_path")
         model_name_or_path, gguf_file = next(iter(bases.values()))
     tokenizer = load_tokenizer(model_name_or_path, gguf_file)
     base = load_base(model_name_or_path, _device(use_cpu), gguf_file=gguf_file)
@@ -271,23 +277,23 @@ def serve(
     name = served.name if served.exists() else model_name_or_path
     batching = Batching(dials, limits)
     app = make_app(batching, tokenizer, name, api_key, allowed)
-    batching.start()  # here, so that a model that cannot be served is told in a sentence
+    batching.start()  # before the server starts, so a model that cannot be served ends in an error message
     try:
-        print(f"model {name!r}, to steer by: {', '.join(dials.names)}")
+        print(f"model: {name!r}, adapters and vectors: {', '.join(dials.names)}")
         uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=30)
     finally:
         batching.stop()
 
 
 def _export_vector(vector: SteeringVector, output: Path | None, beside: Path) -> None:
-    """Write a control vector; a calibration, which llama.cpp does not read, is said."""
+    """Write a control vector. Print its calibration, which llama.cpp does not read."""
     place = _with_ending(output) if output else beside.with_name(control_vector_name(beside.stem, vector))
     check_new(place)
     vector.save_gguf(place)
     print(f"written: {place}")
     units = vector.metadata.get("calibration")
     if units:
-        print(f"c = 1 is a scale of {units['plus']:.4g} there, c = -1 one of {-units['minus']:.4g}")
+        print(f"in llama.cpp, c = 1 is the scale {units['plus']:.4g}, and c = -1 the scale {-units['minus']:.4g}")
 
 
 def _with_ending(path: Path) -> Path:
@@ -295,7 +301,7 @@ def _with_ending(path: Path) -> Path:
 
 
 def _base_of(folder: Path) -> tuple[str, str | None]:
-    """Name and GGUF file of the base, from the configuration of the run or that of the adapter; says which it is."""
+    """Name and GGUF file of the base model, from the run's configuration or the adapter's. Prints the name."""
     keys: dict[str, Any] = {}
     found = own_config(folder)
     if found is not None:
@@ -306,7 +312,7 @@ def _base_of(folder: Path) -> tuple[str, str | None]:
         found = folder / CONFIG
         keys = {"model_name_or_path": read_config(folder).base_model_name_or_path}
     if not keys["model_name_or_path"]:
-        raise ValueError(f"{folder} does not say of which base it is; give --model_name_or_path")
+        raise ValueError(f"{folder} does not name its base model; give --model_name_or_path")
     say_model(keys, cast(Path, found))
     name = keys["model_name_or_path"]
     return name_of_folder(name) or name, keys.get("gguf_file")
@@ -317,7 +323,7 @@ def _device(use_cpu: bool) -> torch.device:
 
 
 def _load_task_model(task_args: TaskArguments, seed: int, use_cpu: bool, bf16: bool) -> Base:
-    """The base model of a task, after its pairs were checked."""
+    """Check the pairs of a task, then load its base model."""
     own = tiny.task(task_args, seed)
     tokenizer = load_tokenizer(task_args.model_name_or_path, task_args.gguf_file)
     pairs = read_pairs(task_args, tokenizer, seed=seed, own=own)
@@ -333,14 +339,14 @@ def _load_task_model(task_args: TaskArguments, seed: int, use_cpu: bool, bf16: b
 
 
 def _read(path: Path) -> AdapterFolder | SteeringVector:
-    """What lies at `path`, checked before any model is loaded."""
+    """The adapter or vector at `path`, checked before any model is loaded."""
     if path.is_dir():
         return AdapterFolder.read(path)
     return read_vector(path)
 
 
 def _put_on(steering: AdapterFolder | SteeringVector, model: PreTrainedModel) -> Loaded:
-    """A model with what steers it."""
+    """Put an adapter or a vector on a model."""
     if isinstance(steering, AdapterFolder):
         adapted = steering.load(model)
         return Loaded(adapted, partial(steer, adapted), None)
@@ -349,7 +355,10 @@ def _put_on(steering: AdapterFolder | SteeringVector, model: PreTrainedModel) ->
 
 
 def _training_prompts(pairs: Sequence[ContrastPair], *, has_template: bool) -> list[str]:
-    """What is continued: the persona-free ends of the pairs; with a chat template or without such ends, both sides."""
+    """The prompts that the calibration continues: the suffixes of the pairs, which hold no persona.
+
+    With a chat template, or if a pair has no suffix, they are both sides of each pair.
+    """
     if has_template or not all(pair.suffix for pair in pairs):
         texts = [side for pair in pairs for side in (pair.chosen, pair.rejected)]
     else:

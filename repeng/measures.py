@@ -1,4 +1,4 @@
-"""Keys of the commands that measure what an adapter or a vector does."""
+"""Keys of the commands that measure an adapter or a vector: `repeng evaluate` and `repeng calibrate`."""
 
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -10,13 +10,13 @@ from repeng.data.kinds import Folder
 
 @dataclass
 class MeasureArguments:
-    """Keys of all commands that measure, beside those of the task."""
+    """Keys that both commands share, in addition to the keys of the task."""
 
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = field(
-        default=42, metadata={"help": "Draws pairs and neutral texts, as in training."}
+        default=42, metadata={"help": "Seed for drawing pairs and neutral texts, as in training."}
     )
-    use_cpu: bool = field(default=False, metadata={"help": "Leave a GPU alone."})
-    bf16: bool = field(default=False, metadata={"help": "A base in 4 bits computes in bfloat16, as in training."})
+    use_cpu: bool = field(default=False, metadata={"help": "Run on the CPU even if there is a GPU."})
+    bf16: bool = field(default=False, metadata={"help": "Compute a 4-bit base in bfloat16, as in training."})
 
 
 @dataclass
@@ -25,13 +25,13 @@ class EvaluateArguments(MeasureArguments):
 
     output: Folder | None = field(
         default=None,
-        metadata={"help": "Folder of the report; None = PATH/evaluation for an adapter, else beside PATH."},
+        metadata={"help": "Folder of the report; None = PATH/evaluation for an adapter, for a vector beside PATH."},
     )
     require_steering: bool = field(
         default=False,
         metadata={
             "help": "Exit with an error unless both arms gain more than a random direction, "
-            "and 95 percent of the items move along."
+            "and 95 percent of the questions move with the coefficient."
         },
     )
 
@@ -41,13 +41,13 @@ class CalibrateArguments(MeasureArguments):
     """Keys of `repeng calibrate`."""
 
     nats: Annotated[float, Field(ge=1e-4, le=100)] = field(
-        default=1.0, metadata={"help": "KL to the base that a token may have."}
+        default=1.0, metadata={"help": "Budget: KL divergence from the base per token, in nats."}
     )
     sequences: Annotated[int, Field(ge=2, le=1_000_000)] = field(
         default=512, metadata={"help": "Continuations to draw."}
     )
     percentile: Annotated[float, Field(gt=0, lt=100)] = field(
-        default=95.0, metadata={"help": "Percentile of the tokens' KL that must stay below."}
+        default=95.0, metadata={"help": "Percentile of the tokens' KL divergences that must stay within the budget."}
     )
 
 

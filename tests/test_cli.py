@@ -247,7 +247,7 @@ def test_what_cannot_be_exported_is_refused(vector_file, adapter_folder, argv, m
     "argv, message",
     [
         (["serve", "nowhere"], "nowhere"),
-        (["serve", "{vector}"], "does not say of which base"),
+        (["serve", "{vector}"], "does not name its base model"),
         (["serve", "{vector}", "mood={vector}"], "two paths have the name 'mood'"),
         (["serve", "a.b={vector}", "--model_name_or_path", "tiny"], "'a.b' is no name"),
         (["serve", "{folder}", "--host", "0.0.0.0"], "REPENG_API_KEY"),

@@ -1,4 +1,4 @@
-"""Pairs, texts and questions: what they are, how they are read, and how a model makes them."""
+"""Contrast pairs, texts and questions: their types, how to read them from files, and how a model makes them."""
 
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ else:
         {
             "ContrastPair": "repeng.data.pairs",
             "PairProblem": "repeng.data.pairs",
-            "PairCollator": "repeng.train.collator",  # where version 0.1 had it
+            "PairCollator": "repeng.train.collator",  # version 0.1 had it in this package
             "Question": "repeng.data.questions",
             "Task": "repeng.data.task",
             "TaskArguments": "repeng.data.arguments",

@@ -1,4 +1,4 @@
-"""Arguments from YAML files and the command line, and the configurations that come with the package."""
+"""Arguments from YAML files and the command line, and the configurations in the package."""
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
@@ -14,23 +14,23 @@ from repeng.data.words import argument, is_switch, read_words, takes_several
 from repeng.data.yaml_keys import read_keys
 
 PACKAGE = Path(__file__).parents[1]
-# Built into the wheel; in a checkout it lies beside the package.
+# In the wheel the folder lies inside the package, in a checkout beside it.
 CONFIGS = PACKAGE.parent / "configs" if (PACKAGE.parent / "configs" / "tiny.yaml").is_file() else PACKAGE / "configs"
 SAYS_THE_TASK = ("model_name_or_path", "pairs_file", "positive", "negative")
 
 
 def shipped_configs() -> dict[str, Path]:
-    """The package's own configurations by name: models and traits."""
+    """Paths of the package's own configurations (models and traits) by name."""
     paths = [*CONFIGS.glob("*.yaml"), *CONFIGS.glob("traits/*.yaml")]
     return {path.stem: path for path in sorted(paths)}
 
 
 def config_file(word: str) -> Path:
-    """The YAML file at a path, or the package's own configuration of this name, such as `tiny` or `mood`.
+    """The path of a YAML file, or of the package's own configuration of this name, such as `tiny` or `mood`.
 
     Raises:
-        FileNotFoundError: there is neither; says which names there are.
-        ValueError: there are both.
+        FileNotFoundError: neither exists; the message lists the names.
+        ValueError: both exist.
     """
     shipped = shipped_configs()
     path = _file_or_name(word, shipped)
@@ -49,30 +49,30 @@ def config_file(word: str) -> Path:
 
 
 def data_file(word: str) -> Path:
-    """A path as it is, or, for the bare name `suffixes`, the list of answer beginnings in the package.
+    """`word` as a path; the bare name `suffixes` stands for the list of answer beginnings in the package.
 
     Raises:
-        ValueError: there is a file of that name, too.
+        ValueError: the working folder has a file of that name as well.
     """
     return _file_or_name(word, {path.stem: path for path in CONFIGS.glob("data/*.txt")})
 
 
 def _file_or_name(word: str, shipped: Mapping[str, Path]) -> Path:
-    """The package's own file of this name, or the word as a path; raises ValueError if it is both."""
+    """The package's own file of this name, or the word as a path; raises ValueError if both exist."""
     if word in shipped and Path(word).is_file():
-        raise ValueError(f"{word!r} is a file here and a name in the package: write ./{word} for the file, or move it")
+        raise ValueError(f"{word!r} is both a file and a name in the package: write ./{word} for the file, or move it")
     return shipped.get(word, Path(word))
 
 
 def names_of(kinds: Sequence[type]) -> list[str]:
-    """The keys of dataclasses of arguments."""
+    """The names of the fields of argument dataclasses."""
     return [field.name for kind in kinds for field in fields(kind) if field.init]
 
 
 def hints_for(kinds: Sequence[type]) -> Mapping[str, Any]:
-    """The declared types, with their limits, of the keys of dataclasses of arguments.
+    """The declared types, with their limits, of the fields of argument dataclasses.
 
-    Where names of transformers may be given as text, the text must be one of them.
+    A field that takes a member of an enum of transformers or a text takes only the enum's names as text.
     """
     return _hints_for(tuple(kinds))
 
@@ -90,7 +90,7 @@ def _named(hint: Any) -> Any:
 
 
 def default_of(field: Field[Any]) -> Any:
-    """The default value of a dataclass's field; None without one."""
+    """The default value of a dataclass field; None if it has no default."""
     if field.default_factory is not MISSING:
         return field.default_factory()
     return None if field.default is MISSING else field.default
@@ -104,16 +104,16 @@ def defaults_of(kinds: Sequence[type]) -> dict[str, Any]:
 def read_configs(
     words: Sequence[str], hints: Mapping[str, Any], aside: Callable[[str], bool] = lambda name: False
 ) -> dict[str, Any]:
-    """The keys of configurations, each checked by its declared type; later ones override earlier ones.
+    """Read configurations and check each value against its declared type. Later files override earlier ones.
 
     Args:
-        words: names of the package's own configurations, or files.
+        words: names of the package's own configurations, or paths.
         hints: types by key.
-        aside: says of a key without a type whether it is left aside.
+        aside: tells whether a key that is not in `hints` is ignored.
 
     Raises:
-        FileNotFoundError: there is no such configuration.
-        ValueError: a file holds something else than allowed keys and their values.
+        FileNotFoundError: a configuration does not exist.
+        ValueError: a file has an unknown key, or a value that is not of its key's type.
     """
     given: dict[str, Any] = {}
     for word in words:
@@ -128,10 +128,10 @@ def read_configs(
 
 
 def split_configs(argv: Sequence[str]) -> tuple[list[str] | None, list[str]]:
-    """What follows `--config`, None without one, and the other words.
+    """Split a command line into the words after `--config` (None if the flag is missing) and all other words.
 
     Raises:
-        ValueError: nothing follows.
+        ValueError: no word follows the flag.
     """
     configs: list[str] | None = None
     rest: list[str] = []
@@ -145,14 +145,14 @@ def split_configs(argv: Sequence[str]) -> tuple[list[str] | None, list[str]]:
             into = rest if word.startswith("--") else into
             into.append(word)
     if configs is not None and not all(configs):
-        raise ValueError("--config: the name of a file is empty")
+        raise ValueError("--config: a file name is empty")
     if configs == []:
         raise ValueError(f"--config needs a YAML file, or one of {', '.join(shipped_configs())}")
     return configs, rest
 
 
 def read_given(kinds: Sequence[type], argv: Sequence[str], default_config: str | Path | None = None) -> dict[str, Any]:
-    """The values that `--config NAME_OR_FILE …` and the rest of the command line give; see `parse_into`."""
+    """The values in the files of `--config NAME_OR_FILE …` and in the rest of the command line; see `parse_into`."""
     hints = hints_for(kinds)
     configs, rest = split_configs(argv)
     on_the_line = read_words(rest, hints, defaults_of(kinds))
@@ -165,27 +165,27 @@ def read_given(kinds: Sequence[type], argv: Sequence[str], default_config: str |
 def parse_into(
     kinds: Sequence[type], argv: Sequence[str], default_config: str | Path | None = None
 ) -> tuple[Any, ...]:
-    """One object of each dataclass, from `--config NAME_OR_FILE …` overridden by the rest of the command line.
+    """One object of each dataclass, from `--config NAME_OR_FILE …` and the rest of the command line, which overrides.
 
     Args:
-        kinds: dataclasses of arguments without common names.
+        kinds: argument dataclasses without common field names.
         argv: the command line.
-        default_config: the configuration where the command line names neither one nor a model or a behaviour.
+        default_config: the configuration that is used if the command line names no configuration, model or behaviour.
 
     Raises:
-        ValueError: an unknown key, with the nearest valid one, or a value that is not of its type.
-        FileNotFoundError: there is no such configuration.
+        ValueError: a key is unknown (the message names the nearest valid one), or a value is not of its type.
+        FileNotFoundError: a configuration does not exist.
     """
     return built(kinds, read_given(kinds, argv, default_config))
 
 
 def built(kinds: Sequence[type], given: Mapping[str, Any]) -> tuple[Any, ...]:
-    """One object of each dataclass, of the values that are given."""
+    """One object of each dataclass, made from the given values."""
     return tuple(kind(**{name: given[name] for name in names_of([kind]) if name in given}) for kind in kinds)
 
 
 def add_keys(parser: argparse.ArgumentParser, kinds: Sequence[type], title: str) -> None:
-    """Add the keys of dataclasses to a plain parser, as texts: `read_words` gives them their types."""
+    """Add the fields of dataclasses to a parser, as texts; `read_words` converts them to their types."""
     group = parser.add_argument_group(title)
     hints = hints_for(kinds)
     for kind in kinds:

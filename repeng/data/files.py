@@ -1,4 +1,4 @@
-"""Reading files of texts, and writing files whole or not at all."""
+"""Reading files of texts, and writing files atomically: whole or not at all."""
 
 import difflib
 import json
@@ -15,16 +15,16 @@ from repeng._command import undisturbed
 from repeng.data.reading import MARKUP, TABLES, is_json, lines_of, read_json_rows, read_text
 from repeng.model.script import visible
 
-STAGING = ".saving-"  # begins the names of folders in which files are written before they move to their places
+STAGING = ".saving-"  # name prefix of the temporary folders in which files are written before they are moved
 
 
 def load_texts(path: str | Path) -> list[str]:
-    """Texts from JSON Lines or a JSON list (strings, or objects with `text`), or one text a line.
+    """Texts from JSON Lines or a JSON list (strings, or objects with `text`), or from a file with one text per line.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is empty, no text, or of another form, or a value (numbered from 1) is no text that can be
-            seen.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is empty, is not text or has another form, or a value (numbered from 1) is not a visible
+            text.
     """
     from repeng.data.schema import checked, checked_keys  # it imports this module
 
@@ -32,7 +32,8 @@ def load_texts(path: str | Path) -> list[str]:
     if is_json(path, text):
         rows = read_json_rows(path, text, example)
     elif Path(path).suffix.lower() in (*TABLES, *MARKUP):
-        raise ValueError(f"{path} is {Path(path).suffix[1:].upper()} by its name; write a text a line, or JSON Lines")
+        kind = Path(path).suffix[1:].upper()
+        raise ValueError(f"{path} is a {kind} file by its name; give one text per line, or JSON Lines")
     else:
         rows = [(f"{path}, line {number}", line) for number, line in lines_of(path, text)]
     texts = []
@@ -41,7 +42,7 @@ def load_texts(path: str | Path) -> list[str]:
         if not isinstance(given, str):
             raise ValueError(f"{where}: should be {example}; got {given!r:.60}")
         if not visible(checked(str, given, where)):
-            raise ValueError(f"{where}: the text {given[:60]!r} holds nothing that can be seen; leave it out")
+            raise ValueError(f"{where}: the text {given[:60]!r} has no visible characters; leave it out")
         texts.append(given.strip())
     if not texts:
         raise ValueError(f"{path} has no rows; write one text a line")
@@ -49,15 +50,15 @@ def load_texts(path: str | Path) -> list[str]:
 
 
 def nearest(given: str, allowed: Iterable[str]) -> str:
-    """A hint at the nearest allowed name, or nothing."""
+    """A hint that names the nearest allowed name; an empty text if none is near."""
     close = difflib.get_close_matches(given, list(allowed), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def give_usual_mode(files: Iterable[Path], beside: Path) -> None:
-    """Let files be read by whoever reads a new file in the folder `beside`.
+    """Give files the permissions that a new file in the folder `beside` gets.
 
-    Some libraries write files that nobody else may read, whatever the user's umask.
+    Some libraries write files that only their owner may read, whatever the user's umask.
     """
     probe = beside / ".mode"
     probe.touch()
@@ -66,20 +67,20 @@ def give_usual_mode(files: Iterable[Path], beside: Path) -> None:
 
 
 class WriteError(OSError):
-    """Files could not be written; what lay in their places before does so still."""
+    """Files could not be written. The older files of these names are unchanged."""
 
 
 @contextmanager
 def staged(folder: str | Path, names: Iterable[str], stale: Iterable[Path] = ()) -> Iterator[Path]:
-    """A temporary folder inside `folder`; files of these names move from it to their places if the block ends well.
+    """A temporary folder inside `folder`. If the block succeeds, its files of these names are moved into `folder`.
 
-    Otherwise nothing changes. Each file takes the place of an older one in one step, so that no reader finds half of
-    it, even after a kill.
+    If the block fails, nothing changes. Each file replaces an older one atomically, so a reader never sees half a
+    file, even after a kill.
 
     Args:
-        folder: where the files will lie.
-        names: of the files, in the order in which they move.
-        stale: files that speak of what the new ones replace; they go before the first one comes.
+        folder: destination of the files.
+        names: names of the files, in the order in which they are moved.
+        stale: files that describe the replaced files. They are deleted before the first new file is moved.
 
     Raises:
         WriteError: the folder cannot be made, or a file cannot be written.
@@ -97,14 +98,14 @@ def staged(folder: str | Path, names: Iterable[str], stale: Iterable[Path] = ())
                     os.replace(Path(temporary) / name, folder / name)
     except (OSError, SafetensorError) as error:
         told = str(error)
-        if not isinstance(error, WriteError):  # which one of several files has raised
+        if not isinstance(error, WriteError):  # a WriteError already names the file
             told = f"{folder}: {' and '.join(names)} could not be written: {getattr(error, 'strerror', None) or error}"
         raise WriteError(told.replace(temporary or str(folder), str(folder))) from error
 
 
 @contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
-    """Where to write what shall lie at `path`: it moves there if the block ends well; see `staged`."""
+    """A temporary path to write to. If the block succeeds, the file is moved to `path`; see `staged`."""
     path = Path(path)
     with staged(path.parent, [path.name]) as folder:
         yield folder / path.name
@@ -122,6 +123,6 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def cache_folder() -> Path:
-    """Where what can be measured again is kept: `$REPENG_CACHE`, or `repeng` in the user's cache folder."""
+    """The folder for cached measurements: `$REPENG_CACHE`, or `repeng` in the user's cache folder."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("REPENG_CACHE") or Path(home) / "repeng")

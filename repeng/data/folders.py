@@ -1,4 +1,4 @@
-"""Folders that a command writes into: checked before any work, and held by one command at a time."""
+"""Output folders of commands: they are checked before any work and locked by one command at a time."""
 
 import errno
 import os
@@ -13,7 +13,7 @@ from repeng.data.files import STAGING
 
 try:
     import fcntl
-except ImportError:  # on Windows: nothing is locked there
+except ImportError:  # Windows, where folders are not locked
     fcntl = None
 
 LOCK = ".lock"
@@ -21,16 +21,17 @@ LOCK = ".lock"
 
 @contextmanager
 def claimed(folder: str | Path, key: str) -> Iterator[Path]:
-    """Hold `folder` for one command; what killed ones left half-written in it is removed first.
+    """Lock `folder` for one command. Half-written files of killed commands are removed from it first.
 
-    The lock of a process that is gone holds nobody up. A folder that was made for it and stays empty is removed.
+    The lock of a dead process does not block. The context makes the folder if needed, and removes it again if it stays
+    empty.
 
     Args:
-        folder: where the command writes.
-        key: what the user calls the folder.
+        folder: output folder of the command.
+        key: the user's name for the folder, for messages.
 
     Raises:
-        OSError: the folder cannot be made or written, or another command holds it.
+        OSError: the folder cannot be made or written, or another command has locked it.
     """
     with _made(folder, key) as place:
         lock = _lock(place / LOCK, key)
@@ -45,20 +46,20 @@ def claimed(folder: str | Path, key: str) -> Iterator[Path]:
 
 
 def check_writable(folder: str | Path, key: str) -> None:
-    """Raise OSError, before any work, if `folder`, which the user calls `key`, cannot be made or written."""
+    """Raise OSError if `folder` cannot be made or written. `key` is the user's name for it, for the message."""
     with _made(folder, key):
         pass
 
 
 @contextmanager
 def _made(folder: str | Path, key: str) -> Iterator[Path]:
-    """The folder, made and written to; folders that were made for it and stay empty are removed at the end."""
+    """Make the folder and test that it can be written. At the end, new folders that are still empty are removed."""
     place, new = Path(folder), []
     try:
         try:
             if not str(folder).strip():
                 raise ValueError("it has no name")
-            str(folder).encode()  # what is no text cannot be named in a report
+            str(folder).encode()  # raises for surrogates: a report could not print such a name
             new = [path for path in (place, *place.parents) if not path.exists()]
             place.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=place, prefix=STAGING):
@@ -73,12 +74,12 @@ def _made(folder: str | Path, key: str) -> Iterator[Path]:
         for path in new:
             try:
                 path.rmdir()
-            except (OSError, ValueError):  # it is in use, or was never made
+            except (OSError, ValueError):  # it is not empty, or was never made
                 continue
 
 
 def _lock(path: Path, key: str) -> int | None:
-    """Lock the file; its descriptor, or None where files cannot be locked."""
+    """Lock the file and return its descriptor; None if the system or the file system has no locks."""
     if fcntl is None:
         return None
     while True:
@@ -89,7 +90,7 @@ def _lock(path: Path, key: str) -> int | None:
             holder = os.read(lock, 1000).decode(errors="replace") or "another process"
             os.close(lock)
             if error.errno not in (errno.EAGAIN, errno.EACCES):
-                return None  # some network file systems know no locks
+                return None  # some network file systems have no locks
             raise OSError(
                 f"{key} {str(path.parent)!r} is in use by {holder}; wait until it ends, or give another {key}"
             ) from error
@@ -97,7 +98,7 @@ def _lock(path: Path, key: str) -> int | None:
             same = os.path.samestat(os.fstat(lock), os.stat(path))
         except FileNotFoundError:
             same = False
-        if same:  # else the one who held it has just removed it
+        if same:  # otherwise the previous holder has just removed the file
             os.truncate(lock, 0)
             os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
             return lock

@@ -1,4 +1,4 @@
-"""Types of arguments that several keys share, with what is checked of them before any work."""
+"""Argument types that several keys share, with their checks."""
 
 import os
 import re
@@ -13,14 +13,14 @@ LONGEST_NAME = 255  # bytes, of a file or folder
 
 
 def listed(value: Any) -> Any:
-    """YAML's one text without brackets, a tuple and a range as a list; anything else as it is."""
+    """Turn a single text, a tuple or a range into a list; return anything else unchanged."""
     if isinstance(value, tuple | range):
         return list(value)
     return [value] if isinstance(value, str) else value
 
 
 def reports(value: Any) -> Any:
-    """What `report_to` of transformers may be, as a list of names: nothing is "none"."""
+    """The value of `report_to` of transformers as a list of names; an empty value becomes ["none"]."""
     return listed(value) if value else ["none"]
 
 
@@ -33,13 +33,13 @@ def _not_blank(text: str) -> str:
 def _template(text: str) -> str:
     others = [word for word in re.findall(r"\{[^{}]*\}", text) if word != PLACEHOLDER]
     if PLACEHOLDER not in text or others:
-        what = f"holds {others[0]}, which stands for nothing" if others else f"lacks {PLACEHOLDER}"
+        what = f"has the unknown placeholder {others[0]}" if others else f"lacks {PLACEHOLDER}"
         raise ValueError(f"should be texts with the placeholder {PLACEHOLDER}: {text!r} {what}")
     return text
 
 
 def _folder(text: str) -> str:
-    """The folder, `~` spelt out; raises ValueError where none can be made."""
+    """The path of the folder with `~` expanded; raises ValueError if the folder cannot be made."""
     if any(unicodedata.category(letter) == "Cc" for letter in text):
         raise ValueError("should be the name of a folder, without line breaks and other control characters")
     place = Path(text).expanduser()
@@ -52,7 +52,7 @@ def _folder(text: str) -> str:
     if longest > LONGEST_NAME:
         raise ValueError(f"should be a folder, with names of at most {LONGEST_NAME} bytes")
     if not parent.is_dir():
-        raise ValueError(f"should be a folder: {parent} is none; name a new or an older folder")
+        raise ValueError(f"should be a folder: {parent} is not a folder; name a new or an existing folder")
     return str(place)
 
 

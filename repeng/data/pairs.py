@@ -1,4 +1,4 @@
-"""Contrast pairs: prompts that differ in the persona word only and end where the next word depends on it."""
+"""Contrast pairs: two prompts that differ only in the persona, and end where the next word depends on it."""
 
 import random
 import re
@@ -17,16 +17,17 @@ from repeng.model.script import visible, words
 from repeng.model.tokens import encode, opened_turn, shared_suffix_length, special_id
 
 EXAMPLE = '{"chosen": "Be honest.", "rejected": "Be dishonest.", "suffix": "I"}'
-CONTENT = "\N{WHITE SQUARE}"  # what a template is tried with
+CONTENT = "\N{WHITE SQUARE}"  # prompt with which a chat template is tried
 ANSWER = re.compile(r"\(?([A-Z]|\d|[Yy]es|[Nn]o|[Tt]rue|[Ff]alse)[).]*")
 
 
 @dataclass(frozen=True)
 class ContrastPair:
-    """Two prompts toward and away from a behaviour, and the beginning of an answer that both share.
+    """A prompt toward a behaviour, a prompt away from it, and the beginning of an answer to both.
 
-    With a chat template the prompts are user turns and `suffix` opens the assistant's turn; without one they are plain
-    text, continued by `suffix`. Without a suffix the tokens that both prompts end with are the shared part.
+    With a chat template the prompts are user turns and `suffix` begins the assistant's turn. Without a template they
+    are plain text, which `suffix` continues. If `suffix` is empty, the shared part is the tokens at the end that both
+    prompts have in common.
     """
 
     chosen: str
@@ -36,7 +37,7 @@ class ContrastPair:
 
 @dataclass(frozen=True)
 class PairProblem:
-    """What `check_pairs` found: the pair's index, a short name of the problem, and what to do."""
+    """A problem that `check_pairs` found: the pair's index, a short name for the problem, and advice."""
 
     index: int
     problem: str
@@ -53,10 +54,20 @@ def make_pairs(
     n: int,
     seed: int,
 ) -> list[ContrastPair]:
-    """`n` different pairs from templates with a `{persona}` placeholder and incomplete answers, drawn by `seed`.
+    """Draw `n` different pairs from all combinations of a template and a suffix.
+
+    Args:
+        positive: persona word of the chosen prompts.
+        negative: persona word of the rejected prompts.
+        templates: prompts with a `{persona}` placeholder.
+        suffixes: incomplete answers.
+        tokenizer: tokenizer with which the pairs are checked.
+        n: number of pairs.
+        seed: seed of the random draw.
 
     Raises:
-        ValueError: a template lacks the placeholder, there are fewer than `n` combinations, or `check_pairs` objects.
+        ValueError: a template lacks the placeholder, there are fewer than `n` combinations, or `check_pairs` finds a
+            problem.
     """
     if not positive.strip() or not negative.strip() or positive == negative:
         raise ValueError(f"positive and negative must be two different words; got {positive!r} and {negative!r}")
@@ -66,8 +77,8 @@ def make_pairs(
     combinations = [(template, suffix) for template in templates for suffix in suffixes]
     if n > len(combinations):
         raise ValueError(
-            f"{n} pairs were asked for, but {len(templates)} templates and {len(suffixes)} suffixes make "
-            f"{len(combinations)}; add suffixes or ask for fewer"
+            f"{n} pairs were requested, but {len(templates)} templates and {len(suffixes)} suffixes make "
+            f"{len(combinations)}; add suffixes or request fewer pairs"
         )
     pairs = [
         ContrastPair(template.replace(PLACEHOLDER, positive), template.replace(PLACEHOLDER, negative), suffix)
@@ -81,8 +92,8 @@ def load_pairs(path: str | Path) -> list[ContrastPair]:
     """Pairs from JSON Lines or a JSON list: objects with `chosen`, `rejected` and, optionally, `suffix`.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is empty, no JSON, or a row (numbered from 1) is not such an object.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is empty or not JSON, or a row (numbered from 1) is not an object with these keys.
     """
     pairs = []
     for where, row in read_json_rows(path, read_text(path), EXAMPLE):
@@ -91,19 +102,21 @@ def load_pairs(path: str | Path) -> list[ContrastPair]:
         given = checked_keys(hints_of(ContrastPair), row, where)
         for key in ("chosen", "rejected"):
             if not visible(given.get(key, "")):
-                raise ValueError(f"{where}: {key!r} is missing or holds nothing that can be seen; write {EXAMPLE}")
+                raise ValueError(f"{where}: {key!r} is missing or has no visible characters; write {EXAMPLE}")
         if given.get("suffix") and not visible(given["suffix"]):
-            raise ValueError(f"{where}: 'suffix' is blank: {given['suffix']!r}; write how an answer begins, or none")
+            raise ValueError(
+                f"{where}: 'suffix' is blank: {given['suffix']!r}; write the beginning of an answer, or leave it out"
+            )
         pairs.append(ContrastPair(**given))
     if not pairs:
-        raise ValueError(f"{path} has no rows; write one pair a line, such as {EXAMPLE}")
+        raise ValueError(f"{path} has no rows; write one pair per line, such as {EXAMPLE}")
     return pairs
 
 
 def check_pairs(
     pairs: Sequence[ContrastPair], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
 ) -> list[PairProblem]:
-    """What is wrong with `pairs`; an empty list is good news.
+    """The problems of `pairs`; the list is empty if there are none.
 
     Raises:
         ValueError: the chat template fails.
@@ -124,43 +137,43 @@ def check_pairs(
 
 
 def _alike(pair: ContrastPair) -> list[tuple[str, str]]:
-    """Whether the sides are the same."""
+    """A problem if the sides are the same."""
     advice = "the sides must differ in the persona word"
     if pair.chosen == pair.rejected:
         return [("identical sides", advice)]
     if visible(pair.chosen) == visible(pair.rejected):
-        return [("sides that differ in spaces only", f"{advice}; both are {pair.chosen[:60]!r} to a reader")]
+        return [("sides that differ in spaces only", f"{advice}; a reader sees {pair.chosen[:60]!r} on both")]
     return []
 
 
 def _of_texts(pair: ContrastPair, marks: Sequence[re.Pattern[str]], *, has_template: bool) -> list[tuple[str, str]]:
-    """What can be seen in the texts of a pair: a chat format, and answers where no answer is read."""
+    """Problems visible in a pair's texts: marks of a chat format, and answers inside the user's turn."""
     found = []
     texts = (pair.chosen, pair.rejected, pair.suffix)
     inside = next((match[0].strip() for mark in marks for text in texts if (match := mark.search(text))), None)
     if inside is not None:
-        advice = "write the bare text; what frames a turn is put around it" if has_template else "leave it out"
-        found.append(("formatted already", f"{inside!r} is a mark of the tokenizer's; {advice}"))
+        advice = "write the bare text; the chat template adds such marks" if has_template else "leave it out"
+        found.append(("formatted already", f"{inside!r} is a special mark of the tokenizer; {advice}"))
     ends = [side.split()[-1] for side in (pair.chosen, pair.rejected)]
     if has_template and not pair.suffix and ends[0] != ends[1] and all(map(ANSWER.fullmatch, ends)):
         advice = (
-            "the assistant's turn is read, which begins behind it: write in each prompt how to answer, and begin the "
-            "answer in suffix; or use a tokenizer without a chat template"
+            "but only the assistant's turn after the prompt is read: write in each prompt how to answer, and begin "
+            "the answer in suffix; or use a tokenizer without a chat template"
         )
-        found.append(("answers in the prompt", f"the sides end in answers, {ends[0]!r} and {ends[1]!r}; {advice}"))
+        found.append(("answers in the prompt", f"the sides end in the answers {ends[0]!r} and {ends[1]!r}, {advice}"))
     return found
 
 
 def _of_tokens(
     pair: ContrastPair, tokenizer: PreTrainedTokenizerBase, max_length: int | None
 ) -> list[tuple[str, str]]:
-    """What the tokenizer makes of a pair."""
+    """Problems in the tokens of a pair."""
     chosen, rejected = (encode(tokenizer, side, pair.suffix) for side in (pair.chosen, pair.rejected))
     if chosen.ids == rejected.ids:
         return [
             (
                 "same tokens",
-                f"to this tokenizer the sides are the same (words that it does not know, or a template that leaves "
+                f"both sides have the same tokens (the tokenizer does not know the words, or its chat template leaves "
                 f"the prompt out): {pair.chosen[:60]!r}; use other words",
             )
         ]
@@ -173,12 +186,12 @@ def _of_tokens(
         found.append(("unequal suffix", "the sides end in different tokens; end both in the same words"))
     longest = max(len(chosen.ids), len(rejected.ids))
     if max_length is not None and longest > max_length:
-        found.append(("truncation", f"{longest} tokens, over max_length={max_length}; shorten the prompt"))
+        found.append(("truncation", f"it has {longest} tokens, over max_length={max_length}; shorten the prompt"))
     return found
 
 
 def _differing(left: Sequence[Any], right: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
-    """What two sequences hold between their common beginning and their common end."""
+    """The parts of two sequences between their common beginning and their common end."""
     end = shared_suffix_length(left, right)
     left, right = left[: len(left) - end], right[: len(right) - end]
     start = next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
@@ -186,7 +199,10 @@ def _differing(left: Sequence[Any], right: Sequence[Any]) -> tuple[Sequence[Any]
 
 
 def turn_marks(tokenizer: PreTrainedTokenizerBase) -> list[re.Pattern[str]]:
-    """What no bare text holds: the special tokens of a tokenizer, and what its chat template writes before a user."""
+    """Patterns of marks that no bare text holds: special tokens, and the chat template's opening of a user turn.
+
+    If the opening has no bracket or bar, its pattern matches at the beginning of a text only.
+    """
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     special = {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
     marks = [re.escape(mark) for mark in sorted(special - {str(tokenizer.unk_token)}) if len(mark) > 2]
@@ -199,17 +215,17 @@ def turn_marks(tokenizer: PreTrainedTokenizerBase) -> list[re.Pattern[str]]:
 
 
 def warn_of_swapped_sides(pairs: Sequence[ContrastPair]) -> None:
-    """Warn of pairs in which other pairs' words stand on the other side."""
+    """Warn if two pairs have the same differing words on opposite sides."""
     seen: dict[tuple[str, ...], int] = {}
     for index, pair in enumerate(pairs):
         chosen, rejected = words(pair.chosen), words(pair.rejected)
         if not pair.suffix and not shared_suffix_length(chosen, rejected):
-            continue  # answers, which may be the other way round to another question
+            continue  # the sides end in answers, which may rightly be exchanged for another question
         sides = tuple(" ".join(part) for part in _differing(chosen, rejected))
         if sides[::-1] in seen:
             warnings.warn(
-                f"pairs {seen[sides[::-1]]} and {index} have the same words the other way round, {sides[0][:60]!r} "
-                f"and {sides[1][:60]!r}: +1 is toward chosen; exchange the sides of one, unless that is meant",
+                f"pairs {seen[sides[::-1]]} and {index} have the words {sides[0][:60]!r} and {sides[1][:60]!r} on "
+                "opposite sides. c = +1 is toward chosen: exchange the sides of one pair, unless this is intended",
                 stacklevel=3,
             )
             return
@@ -219,10 +235,10 @@ def warn_of_swapped_sides(pairs: Sequence[ContrastPair]) -> None:
 def require_sound(
     pairs: Sequence[ContrastPair], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
 ) -> None:
-    """Raise ValueError, listing the first problems, unless `check_pairs` finds none.
+    """Raise ValueError if `check_pairs` finds problems; the message lists the first ones.
 
     Warns:
-        UserWarning: some pairs have the same words the other way round.
+        UserWarning: two pairs have the same words on opposite sides.
     """
     problems = check_pairs(pairs, tokenizer, max_length)
     if problems:

@@ -1,4 +1,4 @@
-"""Other questions than those of the behaviour: what else a dial moves, and where its effect holds."""
+"""Questions beyond those of the behaviour: which other traits a dial moves, and whether its effect is robust."""
 
 import random
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from repeng.model.script import joined
 from repeng.model.tokens import plain_ids
 
 TRAIT_SUFFIXES, TRAIT_TEMPLATES = 6, 2
-MOST = 16  # questions of a probe
+MOST = 16  # questions per probe
 ROBUSTNESS = ("argued against", "reworded", "another language", "several turns")
 REWORDED = "I have something for you. {prompt} Thank you in advance."
 FOREIGN = "Hola, tengo una petición. {prompt} Muchas gracias por tu ayuda."
@@ -26,14 +26,14 @@ TURNS = ("Hello! How are you?", "Hello! I am here to help. What can I do for you
 
 
 class Probe(NamedTuple):
-    """Questions at which the + arm is looked at, and those for the − arm: mostly the same."""
+    """The questions on which the + arm is measured, and those for the − arm. Mostly they are the same."""
 
     plus: list[Question]
     minus: list[Question]
 
 
 def trait_arguments() -> dict[str, tuple[str, str, list[str]]]:
-    """The package's traits by name: the persona's words, + and −, and templates."""
+    """The package's traits by name: the words for the persona, + and −, and the templates."""
     found = {}
     for path in sorted(CONFIGS.glob("traits/*.yaml")):
         keys = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -42,7 +42,7 @@ def trait_arguments() -> dict[str, tuple[str, str, list[str]]]:
 
 
 def trait_pairs(name: str, suffixes: Sequence[str], templates: Sequence[str] | None = None) -> list[ContrastPair]:
-    """Pairs of one of the package's traits: templates, by default its first ones, with each suffix."""
+    """Pairs for a trait of the package: each suffix with each template, by default the trait's first templates."""
     positive, negative, own = trait_arguments()[name]
     return [
         ContrastPair(template.replace(PLACEHOLDER, positive), template.replace(PLACEHOLDER, negative), suffix)
@@ -52,14 +52,14 @@ def trait_pairs(name: str, suffixes: Sequence[str], templates: Sequence[str] | N
 
 
 def some_suffixes(tokenizer: PreTrainedTokenizerBase, n: int = TRAIT_SUFFIXES) -> list[str]:
-    """Some of the package's beginnings of answers, always the same; none if the tokenizer cannot spell them."""
+    """`n` of the package's answer beginnings, always the same; an empty list if the tokenizer cannot encode them."""
     drawn = random.Random(0).sample(load_texts(data_file("suffixes")), n)
     unknown = tokenizer.unk_token_id
     return [] if any(unknown is not None and unknown in plain_ids(tokenizer, text) for text in drawn) else drawn
 
 
 def other_traits(args: TaskArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Probe]:
-    """Questions on the package's traits, but the one that is steered; none for a model of another language."""
+    """Questions on the package's traits except the steered one; empty if the tokenizer cannot encode English."""
     own = {args.positive, args.negative}
     names = [name for name, (positive, negative, _) in trait_arguments().items() if {positive, negative} != own]
     found = _trait_questions(names, model, tokenizer)
@@ -67,7 +67,7 @@ def other_traits(args: TaskArguments, model: PreTrainedModel, tokenizer: PreTrai
 
 
 def traits_that_move(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, least: float) -> dict[str, float]:
-    """The package's traits whose personas move this model by at least `least` nats, and by how much, most first."""
+    """Traits of the package whose personas move this model by `least` nats or more, with the effect, largest first."""
     found = _trait_questions([*trait_arguments()], model, tokenizer)
     effects = {name: of_it.effect for name, of_it in found.items()}
     return {name: effect for name, effect in sorted(effects.items(), key=lambda item: -item[1]) if effect >= least}
@@ -76,7 +76,7 @@ def traits_that_move(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
 def _trait_questions(
     names: Sequence[str], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, WordQuestions]:
-    """Questions on some of the package's traits, by name; none for a model of another language."""
+    """Questions on some of the package's traits, by name; empty if the tokenizer cannot encode English."""
     suffixes = some_suffixes(tokenizer)
     if not suffixes or not names:
         return {}
@@ -87,7 +87,7 @@ def _trait_questions(
 
 
 def _some_units(questions: Sequence[Question]) -> list[Question]:
-    """About `MOST` of the questions, evenly: all or none of a unit, such as both orders of the options."""
+    """About `MOST` of the questions, spread evenly. A unit, such as both orders of the options, is never split."""
     units = list(dict.fromkeys(q.unit or str(index) for index, q in enumerate(questions)))
     kept = set(units[:: max(1, -(-len(questions) // MOST))])
     return [q for index, q in enumerate(questions) if (q.unit or str(index)) in kept]
@@ -96,10 +96,10 @@ def _some_units(questions: Sequence[Question]) -> list[Question]:
 def robustness(
     questions: Sequence[Question], personas: tuple[str, str] | None, *, has_template: bool
 ) -> dict[str, Probe]:
-    """The target questions in other circumstances.
+    """The target questions under changed conditions.
 
-    Behind the persona that argues against the dial. For a model with a chat template also in other words, in a request
-    of another language, and after other turns.
+    With personas, each question follows the persona of the opposite direction. For a model with a chat template, the
+    questions are also reworded, embedded in a request in another language, and asked after other turns.
     """
     targets = _some_units([q for q in questions if q.kind == "target"])
     probes = {}

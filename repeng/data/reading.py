@@ -1,4 +1,4 @@
-"""Files of rows: JSON Lines, a JSON list, or lines of text, whatever they are called; anything else is named."""
+"""Reading files of rows: JSON Lines, a JSON list, or lines of text. Errors name the kind of any other file."""
 
 import json
 import math
@@ -10,9 +10,9 @@ from typing import Any, NoReturn
 
 SHOWN = 60  # characters of a line in a message
 LONGEST = 1 << 20  # characters of one line
-DEEPEST = 100  # brackets within each other in one value
-Row = tuple[str, Any]  # where it stands, for messages, and its value
-# What files of other kinds begin with, and what to do about them.
+DEEPEST = 100  # levels of nesting in one value; an object counts as two
+Row = tuple[str, Any]  # a value and, before it, its place in the file for messages
+# The first bytes of files of other kinds, the name of the kind, and the advice to the user.
 UNPACK, CONVERT = "unpack it first", "convert it to JSON Lines in UTF-8"
 MAGIC = (
     (b"\x1f\x8b", "gzip-compressed", UNPACK),
@@ -37,7 +37,7 @@ WIDE = (
 TABLES = (".csv", ".tsv")
 MARKUP = (".yaml", ".yml", ".toml", ".xml", ".html")
 JSON_NAMES = (".json", ".jsonl", ".ndjson")
-# How a text begins that is meant as JSON, whatever the file is called.
+# The beginning of a text that is treated as JSON, whatever the name of the file.
 LIST = re.compile(r'\s*\[\s*($|["{\[\]])')
 OBJECT = re.compile(r'\s*\{\s*($|["}])')
 
@@ -46,8 +46,8 @@ def read_text(path: str | Path) -> str:
     """The text of a file in UTF-8, without a byte-order mark.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is a folder, empty, of another kind or encoding, or holds bytes of no text.
+        FileNotFoundError: the file does not exist.
+        ValueError: the path is a folder, or the file is empty, of another kind or encoding, or not text.
     """
     if Path(path).is_dir():
         raise ValueError(f"{path} is a folder; give a file")
@@ -63,34 +63,34 @@ def read_text(path: str | Path) -> str:
     except UnicodeDecodeError as error:
         line, byte = data.count(b"\n", 0, error.start) + 1, data[error.start]
         kind = (
-            "binary, no text; give a file of texts" if b"\0" in data else "not in UTF-8 (latin-1?); save it in UTF-8"
+            "binary, not text; give a file of texts" if b"\0" in data else "not in UTF-8 (latin-1?); save it in UTF-8"
         )
         raise ValueError(f"{path}, line {line}: byte 0x{byte:02x}: the file is {kind}") from None
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise ValueError(f"{path}, line {line} holds NUL: the file is binary or in UTF-16; save it as text in UTF-8")
     if not text.strip():
-        raise ValueError(f"{path} is empty; write one value a line")
+        raise ValueError(f"{path} is empty; write one value per line")
     return text
 
 
 def lines_of(path: str | Path, text: str) -> list[tuple[int, str]]:
-    """The lines of a text that are not empty, with their numbers; a line ends at a line feed and nowhere else.
+    """The non-empty lines of a text with their numbers. Only a line feed ends a line.
 
     Raises:
-        ValueError: a line is longer than any text that a model reads.
+        ValueError: a line is longer than any text that a model can read.
     """
     found = [(number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), start=1)]
     for number, line in found:
         if len(line) > LONGEST:
             raise ValueError(
-                f"{path}, line {number} has {len(line)} characters; at most {LONGEST} may stand on one line: split it"
+                f"{path}, line {number} has {len(line)} characters; at most {LONGEST} per line are allowed: split it"
             )
     return [(number, line) for number, line in found if line.strip()]
 
 
 def is_json(path: str | Path, text: str) -> bool:
-    """Whether a file of texts is meant as JSON: by its name, its beginning, or JSON strings on all lines."""
+    """Whether to read a file of texts as JSON: by its name, by its beginning, or if each line is a JSON string."""
     if Path(path).suffix.lower() in JSON_NAMES or LIST.match(text.split("\n", 1)[0]) or OBJECT.match(text):
         return True
     return all(map(_is_json_string, filter(str.strip, text.split("\n"))))
@@ -104,17 +104,17 @@ def _is_json_string(line: str) -> bool:
 
 
 def read_json_rows(path: str | Path, text: str, example: str, name: str | None = None) -> list[Row]:
-    """The values of JSON Lines, or of one JSON list, each with where it stands.
+    """The values of JSON Lines or of one JSON list, each with its place in the file.
 
     Args:
-        path: the file.
-        text: what it holds.
-        example: a value as it should be, for messages.
-        name: what messages call the file, if not by its path.
+        path: path of the file.
+        text: contents of the file.
+        example: a correct value, for messages.
+        name: name of the file in messages; None for its path.
 
     Raises:
-        ValueError: the file is no JSON, or of a form that it does not have twice: two equal keys, numbers that are
-            none or have no end, half a character, brackets without end.
+        ValueError: the file is not JSON, or it has a repeated key, a number that is not finite or too long, a lone
+            surrogate, or values that are nested too deeply.
     """
     name = name or str(path)
     if text.lstrip()[0] == "[":
@@ -124,14 +124,14 @@ def read_json_rows(path: str | Path, text: str, example: str, name: str | None =
     first = numbered[0][1].strip()
     if first in ("{", "[") or (first[0] == "{" and first[-1] in "{,[" and len(numbered) > 1):
         raise ValueError(
-            f"{name}, line {numbered[0][0]}: an object goes on over several lines; write each on one line, such as "
-            f"{example}, or all in one list in [ ]"
+            f"{name}, line {numbered[0][0]}: an object spans several lines; write each object on one line, such as "
+            f"{example}, or write all objects as one list in [ ]"
         )
     return [(f"{name}, line {number}", parse(line, f"{name}, line {number}", example)) for number, line in numbered]
 
 
 def parse(text: str, where: str, example: str) -> Any:
-    """The value of a JSON text, in the strict sense of the standard.
+    """The value of a JSON text, read strictly as in the JSON standard.
 
     Raises:
         ValueError: see `read_json_rows`.
@@ -144,7 +144,7 @@ def parse(text: str, where: str, example: str) -> Any:
         value = json.loads(
             text,
             object_pairs_hook=lambda pairs: _object(pairs, refuse),
-            parse_constant=lambda name: refuse(f"{name} is no JSON value; write a finite number or a text"),
+            parse_constant=lambda name: refuse(f"{name} is not a JSON value; write a finite number or a text"),
             parse_int=lambda digits: _number(digits, int, refuse),
             parse_float=lambda digits: _number(digits, float, refuse),
         )
@@ -156,23 +156,23 @@ def parse(text: str, where: str, example: str) -> Any:
         ) from None
     except RecursionError:
         value = DEEPEST
-        refuse(f"brackets stand within each other too deeply; a row looks like {example}")
+        refuse(f"the value is nested too deeply; a row looks like {example}")
     _check_values(value, refuse)
     return value
 
 
 def _object(pairs: list[tuple[str, Any]], refuse: Callable[[str], NoReturn]) -> dict[str, Any]:
-    """The object of these keys and values."""
+    """The object with these keys and values; a repeated key is refused."""
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            refuse(f"the key {key!r} is there twice; leave one out")
+            refuse(f"the key {key!r} is given twice; leave one out")
         found[key] = value
     return found
 
 
 def _number(digits: str, kind: type[int] | type[float], refuse: Callable[[str], NoReturn]) -> int | float:
-    """The number of these digits."""
+    """The number with these digits; a long or infinite number is refused."""
     if len(digits) > SHOWN:
         refuse(f"a number of {len(digits)} digits is too long: {digits[:SHOWN]}…")
     value = kind(digits)
@@ -182,17 +182,17 @@ def _number(digits: str, kind: type[int] | type[float], refuse: Callable[[str], 
 
 
 def _check_values(value: Any, refuse: Callable[[str], NoReturn]) -> None:
-    """Refuse half characters, which no tokenizer reads, and depth that nothing here has."""
+    """Refuse lone surrogates, which no tokenizer can read, and values that are nested too deeply."""
     level = [value]
     for _ in range(DEEPEST):
         for text in level:
             if isinstance(text, str) and (half := re.search("[\ud800-\udfff]", text)):
                 refuse(
-                    f"{text[:SHOWN]!r} holds half a character (\\u{ord(half[0]):04x}); write the whole one, or leave "
-                    "it out"
+                    f"{text[:SHOWN]!r} holds half a character (\\u{ord(half[0]):04x}, a lone surrogate); write the "
+                    "whole character, or leave it out"
                 )
         inner = [list(v.items()) if isinstance(v, dict) else v for v in level if isinstance(v, list | dict | tuple)]
         level = [part for values in inner for part in values]
         if not level:
             return
-    refuse(f"brackets stand within each other more than {DEEPEST // 2} deep")
+    refuse(f"the value is nested more than {DEEPEST // 2} levels deep")

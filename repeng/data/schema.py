@@ -1,4 +1,4 @@
-"""Values from files and command lines, checked against declared types: strictly, with messages of one line."""
+"""Strict checks of values from files and command lines against declared types, with messages of one line."""
 
 import re
 import reprlib
@@ -11,9 +11,9 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, TypeAdapter, V
 from repeng.data.files import nearest
 
 SHOWN = 60  # characters of a value in a message
-_SHORT = reprlib.Repr()  # takes no longer of what repeats itself many times over
+_SHORT = reprlib.Repr()  # fast even for values that repeat one value very often
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 4 * SHOWN
-# true is no 1, "5" is no number, and NaN and infinity are never meant.
+# Strict: true is not 1, "5" is not a number, and NaN and infinity are rejected.
 _STRICT = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 PLAIN_WORDS = {
     "bool": "should be true or false",
@@ -24,12 +24,12 @@ PLAIN_WORDS = {
 
 
 def checked(hint: Any, value: Any, name: str) -> Any:
-    """`value` as the declared type `hint` has it.
+    """Check `value` against the declared type `hint` and return it.
 
     Args:
-        hint: a type, with the limits of `pydantic.Field` in `Annotated`.
-        value: from a file.
-        name: what the value is, as a message names it: a key, with the file and the line where they are known.
+        hint: a type, with limits as `pydantic.Field` in `Annotated`.
+        value: a value from a file.
+        name: name of the value in messages: its key, with the file and the line if they are known.
 
     Raises:
         ValueError: the value is not of this type. The message has the name, the value and what is allowed.
@@ -41,7 +41,7 @@ def checked(hint: Any, value: Any, name: str) -> Any:
 
 
 def checked_text(hint: Any, text: str, name: str) -> Any:
-    """The value that `text`, a word of a command line, stands for; see `checked`."""
+    """Convert `text`, a word of a command line, to the type `hint`; see `checked`."""
     try:
         return _adapter(hint).validate_strings(text, strict=False)
     except ValidationError as error:
@@ -49,16 +49,16 @@ def checked_text(hint: Any, text: str, name: str) -> Any:
 
 
 def checked_keys(hints: Mapping[str, Any], values: Any, where: str, *, needed: Collection[str] = ()) -> dict[str, Any]:
-    """The entries of an object, each checked by its declared type.
+    """The entries of an object, each checked against its declared type.
 
     Args:
         hints: types by key; no other key is allowed.
-        values: from a file.
-        where: the file, with the line where it is known.
-        needed: keys that must be there.
+        values: the object from a file.
+        where: the file, with the line if it is known.
+        needed: keys that must be present.
 
     Raises:
-        ValueError: `values` is no object, a key is unknown or missing, or a value is not of its type.
+        ValueError: `values` is not an object, a key is unknown or missing, or a value is not of its type.
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{where}: should be an object with the keys {', '.join(hints)}; got {shown(values)}")
@@ -70,7 +70,7 @@ def checked_keys(hints: Mapping[str, Any], values: Any, where: str, *, needed: C
 
 
 def one_of(names: Collection[str]) -> Any:
-    """The type of a text that is one of these names."""
+    """A type for texts that accepts only these names."""
 
     def check(name: str) -> str:
         if name not in names:
@@ -78,14 +78,14 @@ def one_of(names: Collection[str]) -> Any:
         return name
 
     def no(value: Any) -> Any:
-        return "no" if value is False and "no" in names else value  # YAML reads the word so
+        return "no" if value is False and "no" in names else value  # YAML reads the word no as false
 
     return Annotated[str, AfterValidator(check), BeforeValidator(no)]
 
 
 @cache
 def hints_of(kind: type) -> Mapping[str, Any]:
-    """The declared types of a class's fields, with their limits."""
+    """The declared types of the fields of a class, with their limits."""
     return get_type_hints(kind, include_extras=True)
 
 
@@ -100,7 +100,7 @@ def refuse_unknown(keys: Collection[Any], allowed: Collection[str], where: str) 
 
 
 def shown(value: Any) -> str:
-    """A value in one short line."""
+    """A value as one short line."""
     text = _SHORT.repr(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
 
@@ -111,7 +111,7 @@ def _adapter(hint: Any) -> TypeAdapter[Any]:
 
 
 def _allowed(error: ValidationError) -> str:
-    """What is allowed, of each alternative that a type has."""
+    """The allowed values, for all alternatives of the type."""
     problems = []
     for one in error.errors(include_url=False, include_input=True, include_context=True):
         place = "".join(f"[{part}]" for part in one["loc"] if isinstance(part, int))

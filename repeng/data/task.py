@@ -33,13 +33,13 @@ from repeng.model.tokens import encode, special_id
 
 MAX_PAIRS = 1024
 MAX_QUESTIONS = 48
-SAME_OPENING = 0.2  # share of pairs that must open alike for that to be the persona prompt
+SAME_OPENING = 0.2  # share of the pairs that must have the same opening for it to be used as the persona prompt
 NEUTRAL_TRAIN, NEUTRAL_TEST = 256, 64
-SAMPLED_TRAIN, SAMPLED_TEST = 128, 16  # of a real model, where each takes time
+SAMPLED_TRAIN, SAMPLED_TEST = 128, 16  # fewer for a real model, which takes time for each text
 HELD_OUT_SHARE = 0.1
 NEUTRAL_LENGTH = 32
-MOST_WRITTEN = 10  # texts that a model writes for each that is used
-KEPT_TEXTS = 1  # counts up when the model is asked for them in another way
+MOST_WRITTEN = 10  # the model writes at most this many texts per text that is needed
+KEPT_TEXTS = 1  # version of the sampling method; increase it when the method changes
 DEFAULT_TEMPLATES = (
     "Pretend you are a {persona} person making statements about the world.",
     "Answer as a {persona} person would.",
@@ -52,17 +52,18 @@ class Task:
     """The data of one behaviour.
 
     Attributes:
-        behaviour: what is dialled, in a few words.
-        pairs: what vectors and adapters are made from.
-        neutral_texts: texts that training must leave alone.
-        unseen_neutral_texts: such texts for the evaluation.
-        questions: what the evaluation asks.
-        personas: openings of the prompt baseline, + and −; None if nothing says what they are.
-        words: the persona's words, + and −; None if only a pairs file says what the behaviour is.
-        persona_effect: how far the personas move the log-odds of the questions, + against −, in nats, and the standard
-            error of that; None where questions were not made of pairs.
-        probes: other questions, by name, at which a dial is looked at where it costs as much as the personas.
-        accepts: says of a generated sentence whether it belongs to the language; None where that is not known.
+        behaviour: a few words for the behaviour that is steered.
+        pairs: contrast pairs from which vectors and adapters are made.
+        neutral_texts: texts on which training must not change the model.
+        unseen_neutral_texts: further neutral texts, for the evaluation.
+        questions: the questions of the evaluation.
+        personas: openings of the prompt baseline, + and −; None if they are unknown.
+        words: the words for the persona, + and −; None if the behaviour is given by a pairs file only.
+        persona_effect: difference of the questions' log-odds between the personas, + minus −, in nats, and its
+            standard error; None if the questions were not made from pairs.
+        probes: further questions, by name. The dial is measured on them at the coefficients where it costs as much as
+            the personas.
+        accepts: tells whether a generated sentence belongs to the language of the model; None if that is unknown.
     """
 
     behaviour: str
@@ -80,16 +81,16 @@ class Task:
 def read_pairs(
     args: TaskArguments, tokenizer: PreTrainedTokenizerBase, *, seed: int, own: Task | None = None
 ) -> list[ContrastPair]:
-    """Pairs from the file, from templates and suffixes, or from the model's own task, in an order drawn by `seed`.
+    """Pairs from the pairs file, from templates and suffixes, or from the model's own task; `seed` draws the order.
 
     Args:
-        args: what the user asked for.
-        tokenizer: checks the pairs.
-        seed: draws them.
-        own: the task that belongs to the model, if it has one; see `repeng.tiny.task`.
+        args: the user's arguments.
+        tokenizer: tokenizer with which the pairs are checked.
+        seed: seed of the random choice and order of the pairs.
+        own: the model's own task, if it has one; see `repeng.tiny.task`.
 
     Raises:
-        ValueError, FileNotFoundError: naming what does not fit and what would.
+        ValueError, FileNotFoundError: an argument does not fit; the message names it and how to correct it.
     """
     if args.pairs_file:
         pairs = load_pairs(args.pairs_file)
@@ -98,8 +99,8 @@ def read_pairs(
     if own is not None and args.suffixes_file is None:
         if args.templates:
             raise ValueError(
-                f"templates {args.templates} need suffixes_file. This model has pairs of its own, with persona "
-                "sentences that it knows: give only positive and negative"
+                f"templates {args.templates} need suffixes_file. This model has its own pairs with its own persona "
+                "sentences: give only positive and negative"
             )
         return own.pairs
     if args.suffixes_file is None or args.positive is None or args.negative is None:
@@ -120,20 +121,20 @@ def make_task(
     seed: int,
     own: Task | None = None,
 ) -> Task:
-    """The task on these pairs, with the questions and texts that were asked for.
+    """Make the task from these pairs, with the questions and neutral texts that the arguments name.
 
-    Without a questions file, the questions are the model's own, or are made of pairs that are held out.
+    Without a questions file, the questions are the model's own, or they are made from held-out pairs.
 
     Args:
-        args: what the user asked for.
-        model: writes neutral texts and answers held-out pairs, where no file has them.
+        args: the user's arguments.
+        model: base model. It writes the neutral texts and the questions for which no file is given.
         tokenizer: its tokenizer.
-        pairs: from `read_pairs`.
-        seed: draws neutral texts.
-        own: the task that belongs to the model, if it has one.
+        pairs: pairs from `read_pairs`.
+        seed: seed for sampling neutral texts.
+        own: the model's own task, if it has one.
 
     Raises:
-        ValueError, FileNotFoundError: naming what does not fit and what would.
+        ValueError, FileNotFoundError: an argument does not fit; the message names it and how to correct it.
     """
     check_pair_lengths(model, tokenizer, pairs)
     learned_from, held_out = split_pairs(args, pairs, own)
@@ -146,11 +147,11 @@ def make_task(
         questions, *effect = word_questions(model, tokenizer, held_out, most=MAX_QUESTIONS)
         if not questions:
             raise ValueError(
-                f"this model continues both sides of the {len(held_out)} held-out pairs alike: there is nothing "
-                "to ask. Use other personas or suffixes, or give questions_file"
+                f"this model continues both sides of the {len(held_out)} held-out pairs alike, so no question can be "
+                "made from them. Use other personas or suffixes, or give questions_file"
             )
     for question in questions:
-        choice_tokens(tokenizer, question)  # raises now what the evaluation would drop after the training
+        choice_tokens(tokenizer, question)  # raise before the training: the evaluation would drop the question
     check_question_lengths(model, tokenizer, questions)
     neutral, unseen = neutral_texts(args, model, tokenizer, seed=seed, own=own)
     words = (args.positive, args.negative) if args.positive and args.negative else None
@@ -173,24 +174,25 @@ def make_task(
 def split_pairs(
     args: TaskArguments, pairs: list[ContrastPair], own: Task | None = None
 ) -> tuple[list[ContrastPair], list[ContrastPair]]:
-    """Pairs to learn from, and pairs that questions are made of: none if the questions come from elsewhere."""
+    """Pairs to learn from, and pairs to make questions from; the latter are empty if the questions are given."""
     if args.questions_file or (own is not None and not args.pairs_file):
         return pairs, []
     return hold_out(pairs)
 
 
 def hold_out(pairs: list[ContrastPair], most: int = MAX_PAIRS) -> tuple[list[ContrastPair], list[ContrastPair]]:
-    """The pairs without a share of them, and that share: at least one pair, about `most` at most, and no pair is lost.
+    """Split the pairs into a training part and a held-out part of at least one and about `most` pairs at most.
 
-    No suffix is on both sides, or, of pairs without one, no text behind the persona, the rarest of which are held out;
-    unless all pairs have the same. A suffix is held out with all its pairs, so that they may be a few more.
+    No suffix is in both parts. Pairs without a suffix are told apart by the text after the persona, and the rarest
+    texts are held out. If all pairs have the same suffix or text, single pairs are held out. All pairs of a suffix are
+    held out together, so the held-out part can be slightly larger than `most`.
 
     Raises:
-        ValueError: a single pair cannot be on both sides.
+        ValueError: there are fewer than two pairs.
     """
     if len(pairs) < 2:
         raise ValueError(
-            f"{len(pairs)} pair cannot be both learned from and asked about; give more pairs, or questions_file"
+            f"{len(pairs)} pair cannot serve for both training and questions; give more pairs, or questions_file"
         )
     n = min(most, max(1, round(HELD_OUT_SHARE * len(pairs))))
     ends = [pair.suffix or without_persona(pair, has_template=False) for pair in pairs]
@@ -209,7 +211,7 @@ def hold_out(pairs: list[ContrastPair], most: int = MAX_PAIRS) -> tuple[list[Con
 
 
 def personas(args: TaskArguments, pairs: Sequence[ContrastPair], own: Task | None) -> tuple[str, str] | None:
-    """Openings for the prompt baseline; None where only whole texts say what the behaviour is."""
+    """Openings for the prompt baseline, + and −; None if the pairs are whole texts without a common opening."""
     if args.positive is None or args.negative is None:
         if not all(
             pair.suffix or without_persona(pair, has_template=False) == shared_sentences(pair) for pair in pairs
@@ -226,7 +228,7 @@ def personas(args: TaskArguments, pairs: Sequence[ContrastPair], own: Task | Non
 def neutral_texts(
     args: TaskArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int, own: Task | None
 ) -> tuple[list[str], list[str]]:
-    """Texts for the coherence region, and unseen ones for the evaluation."""
+    """Neutral texts for the coherence region of the training, and unseen neutral texts for the evaluation."""
     if args.neutral_file:
         texts = load_texts(args.neutral_file)
         check_texts(args.neutral_file, texts, model, tokenizer)
@@ -240,16 +242,17 @@ def neutral_texts(
 
 @torch.no_grad()
 def _sample_texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n: int, seed: int) -> list[str]:
-    """Texts that the base model itself writes at temperature 1: neutral for any model and language.
+    """`n` texts that the base model writes at temperature 1. They are neutral for any model and language.
 
-    With a chat template they are answers to a neutral request; without, plain text. They are kept in the cache folder.
+    With a chat template the texts are answers to a neutral request, otherwise plain text. They are stored in the cache
+    folder.
     """
     if tokenizer.chat_template:
         start = encode(tokenizer, NEUTRAL_REQUEST).ids
     else:
         start = special_id(tokenizer, "bos", "eos")
     if not start:
-        raise ValueError("this tokenizer has no token to begin a text with (bos, eos); give neutral_file")
+        raise ValueError("this tokenizer has no token that begins a text (bos or eos); give neutral_file")
     settings = model.generation_config.to_dict() if model.generation_config else {}
     where = str(model.dtype), model.device.type
     key = model_key(model, tokenizer, KEPT_TEXTS, start, n, seed, NEUTRAL_LENGTH, settings, where)
@@ -279,19 +282,19 @@ def _sample_texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n:
             written += len(decoded)
             if written >= MOST_WRITTEN * n and len(texts) < n:
                 raise ValueError(
-                    f"of {written} texts that this model wrote, {len(texts)} have three words or more, and {n} are "
+                    f"this model wrote {written} texts, of which {len(texts)} have three words or more; {n} are "
                     "needed; give neutral_file"
                 )
             bar.update(len(found))
     try:
         write_json(path, texts[:n])
     except OSError as error:
-        warnings.warn(f"the neutral texts are not kept for another run: {error}", stacklevel=2)
+        warnings.warn(f"the neutral texts cannot be stored for later runs: {error}", stacklevel=2)
     return texts[:n]
 
 
 def _kept_texts(path: Path) -> list[str]:
-    """The texts of an earlier run; none if there is no such file, or it holds something else."""
+    """The texts that an earlier run stored; an empty list if the file is missing or does not hold texts."""
     try:
         texts = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What the configuration in a folder that somebody else may have written is followed to."""
+"""Limits on which files a configuration from an untrusted folder may name."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,25 +10,25 @@ CONFIG = "config.yaml"
 
 
 def own_config(folder: Path) -> Path | None:
-    """The configuration that lies in a folder, if there is one.
+    """The path of the configuration in a folder; None if there is none.
 
     Raises:
-        ValueError: it is a link out of the folder.
+        ValueError: the file is a link that leads out of the folder.
     """
     path = folder / CONFIG
     if not path.is_file():
         return None
     if not path.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{path} is a link out of its folder, to {path.resolve()}; put the file itself there")
+        raise ValueError(f"{path} is a link out of its folder, to {path.resolve()}; replace it with the file itself")
     return path
 
 
 def check_followed(keys: Mapping[str, Any], path: Path) -> None:
-    """Raise ValueError, naming the key, for a file of data in neither the working folder nor the configuration's own.
+    """Raise ValueError if a data file is neither in the working folder nor in the folder of the configuration.
 
     Args:
-        keys: of the configuration, those that are not given on the command line.
-        path: of the configuration, which nobody has named on the command line.
+        keys: keys of the configuration that the command line does not override.
+        path: path of the configuration, which was found beside an adapter and not named on the command line.
     """
     for key in FILES:
         value = keys.get(key)
@@ -37,12 +37,12 @@ def check_followed(keys: Mapping[str, Any], path: Path) -> None:
         place = Path(value).resolve()
         if not any(place.is_relative_to(one.resolve()) for one in (Path(), path.parent)):
             raise ValueError(
-                f"{path} names {key}: {value!r}, which lies outside of this folder and of its own. If you trust that, "
-                f"give --{key} {value}, or --config {path}"
+                f"{path} names {key}: {value!r}, which is outside the working folder and the configuration's folder. "
+                f"If you trust the file, give --{key} {value}, or --config {path}"
             )
 
 
 def say_model(keys: Mapping[str, Any], path: Path) -> None:
-    """Say which base model a configuration names, since its reader has not."""
+    """Print the base model that a configuration names, since the user did not name it."""
     if keys.get("model_name_or_path"):
-        print(f"base model: {keys['model_name_or_path']!r}, as {path} says")
+        print(f"base model: {keys['model_name_or_path']!r}, named by {path}")

@@ -1,4 +1,4 @@
-"""Questions without a persona, made of pairs: which next words tell the two sides apart."""
+"""Questions without a persona, made from pairs: their answers are the next words that differ between the sides."""
 
 import math
 from collections.abc import Sequence
@@ -18,17 +18,18 @@ from repeng.model.script import joined, sentences, visible, words
 from repeng.model.tokens import answer_ids, encode
 
 TOP = 5
-TELLING = 1e-4  # change of a word's probability from which on it tells the sides apart
-NEUTRAL_REQUEST = "Write a short text."  # what a chat model is asked where no persona and no other request is left
+TELLING = 1e-4  # least change of a word's probability between the sides for the word to be an answer
+NEUTRAL_REQUEST = "Write a short text."  # for a chat model, if a prompt without its persona is empty
 
 
 class WordQuestions(NamedTuple):
-    """Questions made of pairs, and how far the pairs' own prompts move them.
+    """Questions made from pairs, and the effect of the pairs' own prompts on them.
 
     Attributes:
-        questions: one for each suffix and request, without a persona.
-        effect: log-odds behind the chosen prompts minus those behind the rejected ones, mean over the questions, nats.
-        error: its standard error; infinite for fewer than two questions.
+        questions: one question per suffix and request, without a persona.
+        effect: log-odds after the chosen prompts minus log-odds after the rejected ones, in nats, mean over the
+            questions.
+        error: standard error of the effect; infinite for fewer than two questions.
     """
 
     questions: list[Question]
@@ -44,18 +45,19 @@ def word_questions(
     most: int | None = None,
     batch_size: int = 128,
 ) -> WordQuestions:
-    """Questions for data without any: the next words that the base's own personas favour.
+    """Make questions from pairs, for data without questions: the answers are next words that the personas favour.
 
-    The target choices are the tokens whose probability the chosen prompts raise most over the rejected ones, the other
-    choices those that they lower most. The effect of a pair's own prompts is measured on words that the other pairs of
-    the same question have chosen, if there are others: words that a pair has chosen for itself always move with it.
+    The target choices are the tokens whose probability rises most from the rejected prompts to the chosen ones. The
+    other choices are the tokens whose probability falls most. The effect of a pair's prompts is measured on the words
+    that the other pairs of the same question select, if there are other pairs: on words that a pair selects itself,
+    its effect would always be positive.
 
     Args:
-        model: the base.
+        model: base model.
         tokenizer: its tokenizer.
         pairs: contrast pairs.
-        most: keep so many questions, those on which the personas disagree most.
-        batch_size: prompts per forward.
+        most: maximum number of questions; the questions on which the personas differ most are kept.
+        batch_size: prompts per forward pass.
     """
     return questions_of(tokenizer, pairs, next_logp(model, tokenizer, pairs, batch_size), most)
 
@@ -63,7 +65,7 @@ def word_questions(
 def questions_of(
     tokenizer: PreTrainedTokenizerBase, pairs: Sequence[ContrastPair], logp: Tensor, most: int | None = None
 ) -> WordQuestions:
-    """`word_questions` from the next-token log-probabilities `(n 2 v)` that `next_logp` gives."""
+    """`word_questions` from next-token log-probabilities `(n 2 v)`, the result of `next_logp`."""
     shift = logp[:, 0].exp() - logp[:, 1].exp()
     members: dict[tuple[str, str], list[int]] = {}
     for index, pair in enumerate(pairs):
@@ -91,10 +93,10 @@ def questions_of(
 
 
 def without_persona(pair: ContrastPair, *, has_template: bool) -> str:
-    """What is asked of the model where a pair has a persona: the prompt without the sentences in which sides differ.
+    """The prompt of a pair without the sentences in which the sides differ.
 
-    With a chat template, a neutral request if nothing is left. Without one, nothing stands before a suffix, and of
-    pairs whose last sentences differ the words are left that both end with.
+    With a chat template, the result is a neutral request if no sentence is left. Without a template, the result is
+    empty if the pair has a suffix, and is the words at the end that both prompts share if the last sentences differ.
     """
     if has_template:
         return shared_sentences(pair) or NEUTRAL_REQUEST
@@ -120,7 +122,7 @@ def persona_sentences(pair: ContrastPair) -> tuple[str, str]:
 
 
 def _shared_end(chosen: str, rejected: str) -> str:
-    """The words that both prompts end with; the first prompt if there are none."""
+    """The words at the end that both prompts share; the whole chosen prompt if there are none."""
     left, right = words(chosen), words(rejected)
     n = sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(reversed(left), reversed(right), strict=False)))
     return joined(*left[len(left) - n :]) or chosen
@@ -129,7 +131,7 @@ def _shared_end(chosen: str, rejected: str) -> str:
 def _telling_words(
     tokenizer: PreTrainedTokenizerBase, shift: Tensor, pair: ContrastPair
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The words whose probability rises most, and those whose falls most, for a change of probabilities `(v)`."""
+    """The words whose probability rises most, and those whose probability falls most; `shift (v)` is the change."""
     found = []
     for sign in (1, -1):
         top = (sign * shift).topk(min(8 * TOP, len(shift)))
@@ -140,7 +142,7 @@ def _telling_words(
 def _odds(
     tokenizer: PreTrainedTokenizerBase, logp: Tensor, pair: ContrastPair, words: tuple[tuple[str, ...], ...]
 ) -> float:
-    """Log-odds of the first words against the second ones behind the chosen prompt minus behind the rejected one."""
+    """Log-odds of the first words against the second, after the chosen prompt minus after the rejected prompt."""
     probe = Question(pair.chosen, (*words[0], *words[1]), words[0], suffix=pair.suffix)
     ids = choice_ids(tokenizer, probe)
     target, other = (logp[:, [ids[word] for word in some]].logsumexp(dim=1) for some in words)
@@ -151,7 +153,7 @@ def _odds(
 def next_logp(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[ContrastPair], batch_size: int = 128
 ) -> Tensor:
-    """Next-token log-probabilities `(n 2 v)` behind both prompts of each pair, float32, on the CPU."""
+    """Next-token log-probabilities `(n 2 v)` after both prompts of each pair, float32, on the CPU."""
     rows = [encode(tokenizer, side, pair.suffix).ids for pair in pairs for side in (pair.chosen, pair.rejected)]
     parts = read_rows(
         model,
@@ -169,7 +171,7 @@ def next_logp(
 def distinct_words(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], n: int, pair: ContrastPair
 ) -> tuple[str, ...]:
-    """The first `n` of `ids` that, written as a word, are encoded as that very token again."""
+    """The words of the first `n` of `ids` whose decoded word is encoded as the same token again."""
     special = tokenizer.all_special_ids
     found: list[str] = []
     for token in ids:
@@ -180,7 +182,7 @@ def distinct_words(
 
 
 def _sole_token(tokenizer: PreTrainedTokenizerBase, pair: ContrastPair, word: str) -> int | None:
-    """The only token of a word behind a pair's chosen side; None if there are more, or it has none of its own."""
+    """The token of a word after a pair's chosen side; None if the word has several tokens, or none of its own."""
     try:
         (ids,) = answer_ids(tokenizer, pair.chosen, pair.suffix, [word])
     except ValueError:

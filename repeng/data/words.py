@@ -1,4 +1,4 @@
-"""The words of a command line, as keys and the words that follow each."""
+"""Parsing of a command line into keys and their values."""
 
 from collections.abc import Mapping, Sequence
 from types import NoneType
@@ -10,18 +10,18 @@ LINE = "the command line"
 
 
 def read_words(argv: Sequence[str], hints: Mapping[str, Any], on: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that a command line gives, each checked by its declared type; of a key given twice, the last.
+    """The values on a command line, each checked against its declared type. The last value of a repeated key counts.
 
-    A switch is `true` without a value, and `--no_KEY` is false of a key whose default is true. Hyphens may stand for
+    A switch without a value is true. `--no_KEY` sets a switch to false if its default is true. Hyphens may replace
     underscores.
 
     Args:
-        argv: the words, which begin with a key.
+        argv: the words of the command line; the first one is a key.
         hints: types by key.
         on: default values by key.
 
     Raises:
-        ValueError: a word is no key, a value is missing or not of its type, or there are too many.
+        ValueError: a key is unknown, or a value is missing, not of its type, or one too many.
     """
     given: dict[str, Any] = {}
     for flag, words in flags_and_words(argv):
@@ -38,10 +38,10 @@ def read_words(argv: Sequence[str], hints: Mapping[str, Any], on: Mapping[str, A
 
 
 def flags_and_words(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Each word that begins with `--`, and those behind it; `--r=8` is `--r` and `8`.
+    """Each word that begins with `--`, with the words that follow it; `--r=8` is `--r` and `8`.
 
     Raises:
-        ValueError: a word stands before every flag.
+        ValueError: a word comes before the first flag.
     """
     found: list[tuple[str, list[str]]] = []
     for word in argv:
@@ -61,22 +61,22 @@ def name_of(flag: str) -> str:
 
 
 def argument(hint: Any, value: Any, name: str) -> Any:
-    """A value of a file or of a caller, as the declared type has it: "5" is no number.
+    """Check a value from a file or a caller strictly against its declared type: "5" is not a number.
 
     Raises:
-        ValueError: it is not of this type, or holds characters that no file could hold.
+        ValueError: the value is not of this type, or holds characters that UTF-8 text cannot hold.
     """
     _refuse_odd_text(value, name)
     return checked(hint, value, name)
 
 
 def takes_several(hint: Any) -> bool:
-    """Whether a type, or one of its alternatives, is a list."""
+    """Whether a type is a list or has a list among its alternatives."""
     return get_origin(hint) is list or any(takes_several(part) for part in get_args(hint))
 
 
 def is_switch(hint: Any) -> bool:
-    """Whether a type is true or false, and perhaps nothing."""
+    """Whether a type is bool, or bool or None."""
     return hint is bool or {*get_args(hint)} == {bool, NoneType}
 
 
@@ -92,7 +92,7 @@ def _value(hint: Any, name: str, words: Sequence[str]) -> Any:
         except ValueError:
             return checked_text(hint, words[0], f"--{name}")
     if not takes_several(hint):
-        raise ValueError(f"--{name} takes one value; {shown(words[1])} behind it belongs to no key")
+        raise ValueError(f"--{name} takes one value; {shown(words[1])} after it belongs to no key")
     return argument(hint, list(words), f"--{name}")
 
 

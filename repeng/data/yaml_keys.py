@@ -1,4 +1,4 @@
-"""Keys and values of YAML files, with the lines they stand on; what YAML can do beyond that is refused."""
+"""Keys and values of YAML files, with their line numbers. Other features of YAML are rejected."""
 
 import re
 from collections.abc import Hashable
@@ -10,13 +10,13 @@ import yaml
 from repeng.data.schema import shown
 
 LARGEST = 1_000_000  # bytes
-DEEPEST = 10  # lists and objects inside each other
-MOST = 10_000  # values, those of aliases counted wherever they stand
+DEEPEST = 10  # levels of nested lists and objects
+MOST = 10_000  # values; the values of an alias count at each place where it is used
 PLAIN = tuple(f"tag:yaml.org,2002:{kind}" for kind in "null bool int float str seq map merge value".split())
 
 
 class Key(NamedTuple):
-    """A key, its value, and its line, from 1."""
+    """A key, its value, and its line number, counted from 1."""
 
     name: str
     value: Any
@@ -24,7 +24,7 @@ class Key(NamedTuple):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose numbers are decimal: 010 is 10, 1:30 is a text, 1e-3 is a number."""
+    """A YAML loader that reads decimal numbers only: 010 is 10, 1:30 is a text, 1e-3 is a number."""
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         return int(node.value.replace("_", ""))
@@ -37,7 +37,7 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, regexp) for tag, regexp in resolvers if tag.rpartition(":")[2] not in ("int", "float", "timestamp")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_INT = re.compile(r"[-+]?[0-9][0-9_]{0,4000}")  # Python reads no longer ones
+_INT = re.compile(r"[-+]?[0-9][0-9_]{0,4000}")  # Python does not convert longer integers
 _FLOAT = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?|[-+]?\.(inf|nan)", re.I)
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(f"({_INT.pattern})$"), [*"-+0123456789"])
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"({_FLOAT.pattern})$", re.I), [*"-+.0123456789"])
@@ -46,12 +46,12 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
 
 
 def read_keys(path: str | Path) -> list[Key]:
-    """The keys of a YAML file, in its order; none of an empty file.
+    """The keys of a YAML file, in the order of the file; an empty list for an empty file.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no YAML, or holds something else than one object with keys that are texts, each once. The
-            message has the file and, where there is one, the line.
+        ValueError: the file is not YAML, or is not a single object whose keys are different texts. The message names
+            the file and, if known, the line.
     """
     text = _text_of(Path(path))
     try:
@@ -71,52 +71,52 @@ def read_keys(path: str | Path) -> list[Key]:
     except yaml.MarkedYAMLError as error:
         place = error.problem_mark or error.context_mark
         at = "" if place is None else f", line {place.line + 1}"
-        raise ValueError(f"{path}{at} is no YAML: {error.problem or error.context}; write KEY: VALUE") from None
+        raise ValueError(f"{path}{at} is not YAML: {error.problem or error.context}; write KEY: VALUE") from None
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     return [Key(name, value, lines.get(name, 1)) for name, value in values.items()]
 
 
 def _text_of(path: Path) -> str:
     if path.stat().st_size > LARGEST:
-        raise ValueError(f"{path} is no configuration: it is longer than {LARGEST:,} bytes")
+        raise ValueError(f"{path} is not a configuration: it is longer than {LARGEST:,} bytes")
     data = path.read_bytes()
     if b"\0" in data:
-        raise ValueError(f"{path} is no text in UTF-8 (it has NUL bytes); give a YAML file")
+        raise ValueError(f"{path} is not text in UTF-8 (it has NUL bytes); give a YAML file")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}, line {line} is no text in UTF-8; save the file as UTF-8") from None
+        raise ValueError(f"{path}, line {line} is not text in UTF-8; save the file as UTF-8") from None
 
 
 def _refuse_depth(text: str, path: str | Path) -> None:
-    """Raise ValueError for deep nesting, before anything descends into it."""
+    """Raise ValueError for deep nesting, before any recursive code reads it."""
     depth = 0
     for event in yaml.parse(text, _Loader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > DEEPEST:
-            raise ValueError(f"{path}{_line(event)}: more than {DEEPEST} lists and objects inside each other")
+            raise ValueError(f"{path}{_line(event)}: lists and objects are nested more than {DEEPEST} levels deep")
 
 
 class _Check:
-    """Walks through the nodes of a file, whose aliases count wherever they stand."""
+    """Checks the nodes of a file. The values of an alias count at each place where it is used."""
 
     def __init__(self, path: str | Path) -> None:
         self.path, self.seen = path, 0
 
     def node(self, node: yaml.Node, above: tuple[yaml.Node, ...]) -> None:
-        """Raise ValueError for a tag, a key that is no text or stands twice, an endless or a huge value."""
+        """Raise ValueError for a tag, a key that is not text or is repeated, or an endless or huge value."""
         where = f"{self.path}{_line(node)}"
         self.seen += 1
         if self.seen > MOST:
-            raise ValueError(f"{where}: more than {MOST:,} values; write them without aliases (*name)")
+            raise ValueError(f"{where}: there are more than {MOST:,} values; write them without aliases (*name)")
         if len(above) > DEEPEST:
-            raise ValueError(f"{where}: more than {DEEPEST} lists and objects inside each other")
+            raise ValueError(f"{where}: lists and objects are nested more than {DEEPEST} levels deep")
         if node in above:
-            raise ValueError(f"{where}: a value that holds itself; write it without an alias (*name)")
+            raise ValueError(f"{where}: a value contains itself; write it without an alias (*name)")
         if node.tag not in PLAIN:
-            raise ValueError(f"{where}: the tag {shown(node.tag)} is not taken; write plain values and lists")
+            raise ValueError(f"{where}: the tag {shown(node.tag)} is not allowed; write plain values and lists")
         if isinstance(node, yaml.SequenceNode):
             for child in node.value:
                 self.node(child, (*above, node))
@@ -132,9 +132,9 @@ class _Check:
             if not isinstance(key, yaml.ScalarNode):
                 raise ValueError(f"{where}: a key is a {key.id}; a key must be a text, as in max_steps: 100")
             if key.tag not in (PLAIN[4], "tag:yaml.org,2002:merge"):
-                raise ValueError(f"{where}: the key {shown(name)} is no text; write a name, as in max_steps: 100")
+                raise ValueError(f"{where}: the key {shown(name)} is not a text; write a name, as in max_steps: 100")
             if name in first:
-                raise ValueError(f"{where}: the key {name!r} stands on line {first[name]} already; leave one of them")
+                raise ValueError(f"{where}: the key {name!r} is already on line {first[name]}; keep one of them")
             first[name] = key.start_mark.line + 1
 
 

@@ -1,1 +1,1 @@
-"""The base model: its layers and sites, hidden states, log-probabilities, tokens, generation, loading."""
+"""The base model: layers and sites, hidden states, log-probabilities, tokens, generation and loading."""

@@ -1,4 +1,4 @@
-"""Hidden states of many prompts at many sites, in one pass; and gradients of a loss with respect to them."""
+"""Hidden states of many prompts at many sites, collected in one pass, and gradients of a loss with respect to them."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -19,18 +19,18 @@ from repeng.model.sites import Place, decoder_layers, edit_outputs, eval_mode, s
 from repeng.model.tokens import last_tokens, pad_rows
 from repeng.model.types import CausalLM
 
-TRIED = 4  # rows with which is tried whether a model takes packed ones
-SAVED = 4096  # tokens from which on it pays to try
+TRIED = 4  # rows for the trial whether a model accepts packed rows
+SAVED = 4096  # least number of saved tokens for which the trial pays
 Tokens = int | str
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class _Deepest(Exception):
-    """Raised after the deepest layer that is read, since nothing behind it is needed."""
+    """Ends a forward pass after the deepest layer that is read: the later layers are not needed."""
 
 
 class Tap(NamedTuple):
-    """A module, and whether its first input or its output is read."""
+    """A module, and the end at which it is read: its first input or its output."""
 
     module: nn.Module
     end: Literal["input", "output"]
@@ -38,23 +38,32 @@ class Tap(NamedTuple):
 
 @dataclass(frozen=True)
 class Gradients:
-    """By place, `(2b d)`: `descent`, minus the gradient of the loss; `scores`, whose covariance is Fisher's matrix."""
+    """Gradients `(2b d)` by place.
+
+    Attributes:
+        descent: minus the gradient of the loss.
+        scores: random scores whose covariance is the Fisher information matrix.
+    """
 
     descent: dict[Place, Tensor]
     scores: dict[Place, Tensor]
 
 
 def token_weights(attention_mask: Tensor, tokens: Tokens) -> Tensor:
-    """Weights `(b t)`, each row summing to 1, of the tokens that are read: "last", the last n, or "mean" of all.
+    """Weights `(b t)` of the tokens that are read; each row sums to 1.
+
+    Args:
+        attention_mask: mask `(b t)` of the real tokens.
+        tokens: "last" for the last token, n for the last n tokens, or "mean" for all tokens.
 
     Raises:
-        ValueError: `tokens` is something else.
+        ValueError: `tokens` has another value.
     """
     if tokens == "mean":
         return attention_mask / attention_mask.sum(dim=1, keepdim=True)
     n = 1 if tokens == "last" else tokens
     if isinstance(n, str) or not isinstance(n, int | Integral) or n < 1:
-        raise ValueError(f"tokens must be 'last', 'mean', or how many of the last tokens to read; got {tokens!r}")
+        raise ValueError(f"tokens must be 'last', 'mean', or the number of last tokens to read; got {tokens!r}")
     index, exists = last_tokens(attention_mask, int(n))
     weights = torch.zeros(attention_mask.shape, device=attention_mask.device)
     return weights.scatter_add_(1, index, exists / exists.sum(dim=1, keepdim=True))
@@ -77,11 +86,11 @@ def collect(
     tokens: Tokens,
     batch_size: int = 32,
 ) -> list[Tensor]:
-    """What goes into or comes out of each tapped module, `(rows d)`, float32 on the CPU, read as `token_weights` says.
+    """The input or output of each tapped module, averaged over tokens by `token_weights`: `(rows d)`, float32, CPU.
 
-    What rows begin with together is computed once, if it is much and the model takes packed rows; else rows of similar
-    length share a batch. The forward ends behind `deepest`, so that no logits are computed. Of a module that does not
-    run on text the tensor is empty.
+    Common beginnings of rows are computed once if they are long and the model accepts packed rows; otherwise rows of
+    similar length share a batch. The forward pass ends after `deepest`, so no logits are computed. The tensor of a
+    module that does not run on text is empty.
     """
     parts: list[list[Tensor]] = [[] for _ in taps]
     weights = where = torch.empty(0)
@@ -131,7 +140,7 @@ def hidden_states(
     tokens: Tokens = "last",
     batch_size: int = 32,
 ) -> dict[Place, Tensor]:
-    """Hidden states `(rows d)` by (site, layer), as `collect` reads them, of those that run on text."""
+    """Hidden states `(rows d)` by (site, layer), read by `collect`. Sites that do not run on text are left out."""
     taps = [Tap(module, "output") for module in site_modules(model, places)]
     deepest = decoder_layers(model)[max(layer for _, layer in places)]
     states = collect(model, tokenizer, rows, taps, deepest, tokens=tokens, batch_size=batch_size)
@@ -139,23 +148,24 @@ def hidden_states(
 
 
 def persona_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """`KL(p_chosen ‖ p_rejected) − KL(p_rejected ‖ p_chosen)` `(b)` of next-token logits `(b v)`, firsts held fixed.
+    """`KL(p_chosen ‖ p_rejected) − KL(p_rejected ‖ p_chosen)` `(b)` of next-token logits `(b v)`.
 
-    Lowering it makes the rejected prompt continue like the chosen one, and the chosen one less like the rejected one.
+    No gradient flows through the first argument of each KL. Lowering the loss makes the model continue the rejected
+    prompt more like the chosen one, and the chosen prompt less like the rejected one.
     """
     return kl_divergence(chosen.detach(), rejected) - kl_divergence(rejected.detach(), chosen)
 
 
 def _checked(loss: Tensor, b: int) -> Tensor:
-    """The loss, or a ValueError: a mean over pairs would weigh them by the size of their batch."""
+    """Return the loss if it has one value per pair, else raise ValueError: a mean would weigh pairs by batch size."""
     if not isinstance(loss, Tensor) or loss.shape != (b,) or not loss.requires_grad:
         what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"loss must give one value with gradient for each pair, shape ({b},); got {what}")
+        raise ValueError(f"loss must return one value with gradient per pair, shape ({b},); got {what}")
     return loss
 
 
 def fisher_noise(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Random `(b v)` with the covariance `diag p − p pᵀ` of the softmax of each row."""
+    """Random vectors `(b v)` with covariance `diag p − p pᵀ`, where p is the softmax of each row."""
     root = logits.softmax(dim=-1).sqrt()
     scaled = root * torch.randn(logits.shape, generator=generator).to(logits.device)
     return scaled - root.square() * scaled.sum(dim=-1, keepdim=True)
@@ -172,12 +182,12 @@ def gradients(
     batch_size: int = 16,
     seed: int = 0,
 ) -> Gradients:
-    """Gradients at the sites, `(2b d)` in rows `[chosen ; rejected]`, of `loss` and of random scores.
+    """Gradients of `loss` and of random scores at the sites, `(2b d)` in rows `[chosen ; rejected]`.
 
-    `loss` takes next-token logits `(b v)` of both sides and gives `(b)`. A score is `Jᵀ a` with J the derivative of
-    the logits and `a = √p ∘ z − p (√p·z)`, z standard normal: its covariance `Jᵀ (diag p − p pᵀ) J` is the Fisher
-    information of the activation, with less variance than gradients of log p of drawn tokens. Parameters gather no
-    gradients.
+    `loss` takes the next-token logits `(b v)` of both sides and returns `(b)`. A score is `Jᵀ a`, where J is the
+    derivative of the logits and `a = √p ∘ z − p (√p·z)` with z standard normal. Its covariance `Jᵀ (diag p − p pᵀ) J`
+    is the Fisher information of the activation. The estimate has less variance than gradients of log p of sampled
+    tokens. Parameters get no gradients.
     """
     modules = site_modules(model, places)
     seen: list[Tensor] = [torch.empty(0)] * len(places)
@@ -212,7 +222,7 @@ def gradients(
                 up = torch.autograd.grad((logits * noise).sum(), seen)
                 for into, computed in ((descent, down), (scores, up)):
                     for sides, gradient in zip(into, computed, strict=True):
-                        # What a shift shared by the tokens that are read changes: the sum over them.
+                        # The gradient for one shift of all tokens that are read: the sum over these tokens.
                         counted = (weights > 0).to(gradient.device)[..., None]
                         rows = torch.where(counted, gradient.float(), 0.0).sum(dim=1).cpu()
                         for side, part in zip(sides, rows.chunk(2), strict=True):

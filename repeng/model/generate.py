@@ -1,4 +1,4 @@
-"""Generating from token ids: continuations, bounded thinking, and samples with what can be counted about them."""
+"""Generation from token ids: continuations, and thinking of limited length."""
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
@@ -18,10 +18,10 @@ THINK_CLOSE = "</think>"
 
 @contextmanager
 def _bare_generation(model: CausalLM) -> Iterator[None]:
-    """Inside the context, `generate` knows only which tokens end and pad a text.
+    """Inside the context, the generation config of the model holds only its special tokens.
 
-    A model's own settings, such as a repetition penalty, would otherwise fill in whatever is not said, and hide what
-    steering does.
+    Otherwise the model's own settings, such as a repetition penalty, would apply as defaults and hide the effect of
+    steering.
     """
     base_of_adapters = getattr(model, "get_base_model", None)
     owners: list[Any] = [model] if base_of_adapters is None else [model, base_of_adapters()]
@@ -50,27 +50,28 @@ def continuations(
     stop: str | None = None,
     seed: int | None = None,
 ) -> list[tuple[list[int], int | None]]:
-    """What follows each row of ids; with each, the token that ended it before the limit, if one did.
+    """The continuation of each row, and the token that ended it before the limit (None if no token did).
 
     Args:
-        model, tokenizer: what generates.
+        model: model that generates.
+        tokenizer: its tokenizer.
         rows: token ids.
-        max_new_tokens: the longest continuation, its end included.
-        batch_size: rows a forward.
-        stop: a text behind which a row may end as well; it is then followed by padding.
-        seed: draws at temperature 1 from it; None is greedy.
+        max_new_tokens: maximum length of a continuation, including the token that ends it.
+        batch_size: rows per forward pass.
+        stop: a text after which a row may also end; padding then follows it in the continuation.
+        seed: seed for sampling at temperature 1; None for greedy decoding.
     """
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends]) - {None}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
     settings = {"do_sample": seed is not None, "pad_token_id": pad, "max_new_tokens": max_new_tokens}
     if is_sharded(model):
-        settings["synced_gpus"] = True  # a process that ends earlier would leave the others waiting
+        settings["synced_gpus"] = True  # otherwise the other processes would wait for a process that ends earlier
     if seed is not None:
         settings |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
     if stop is not None:
         tag = tokenizer(stop, add_special_tokens=False)["input_ids"]
-        # Strings are searched for in the vocabulary, which not every tokenizer allows, and slower.
+        # `stop_strings` is slower, and needs a search in the vocabulary that not every tokenizer allows.
         if len(tag) == 1:
             settings["eos_token_id"] = [*ends, *tag]
         else:
@@ -94,11 +95,11 @@ def continuations(
 def think(
     model: CausalLM, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]], max_new_tokens: int
 ) -> tuple[list[list[int]], list[bool]]:
-    """Each row with the thinking that follows it, closed, and whether the model closed it by itself."""
+    """Each row with the thinking that follows it, closed by the tag, and whether the model itself closed it."""
     thoughts = continuations(model, tokenizer, rows, max_new_tokens, len(rows), stop=THINK_CLOSE)
     whole, closed = [], []
     for row, (ids, _) in zip(rows, thoughts, strict=True):
-        # Batched generation pads what has ended, and a token may reach beyond the tag.
+        # In a batch, padding follows a row that has ended, and a token may extend beyond the tag.
         lengths = range(len(ids) + 1)
         until = bisect_left(lengths, True, key=lambda n, ids=ids: THINK_CLOSE in tokenizer.decode(ids[:n]))
         closed.append(until in lengths)

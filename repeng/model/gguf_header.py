@@ -1,6 +1,6 @@
-"""The header of a GGUF file, read without trust: what it promises is compared with how long the file is.
+"""Check of the header of an untrusted GGUF file: its counts and lengths are compared with the size of the file.
 
-Other readers believe the counts and lengths in it, and run or allocate for hours at those that lie.
+Other readers trust these counts and lengths. With false ones they run or allocate memory for hours.
 """
 
 import struct
@@ -16,7 +16,7 @@ ALIGNMENT, LARGEST_ALIGNMENT = "general.alignment", 1 << 16
 
 
 class Stored(NamedTuple):
-    """A tensor's entry: shape as written, number of its type, offset in bytes from the beginning of the data."""
+    """A tensor's entry in the header: shape as written, type number, offset in bytes from the start of the data."""
 
     shape: tuple[int, ...]
     type: int
@@ -24,10 +24,10 @@ class Stored(NamedTuple):
 
 
 def check_gguf(path: str | Path) -> dict[str, Stored]:
-    """The tensors that a GGUF file's header lists, by name.
+    """The tensors in the header of a GGUF file, by name.
 
     Raises:
-        ValueError: it is no GGUF file, or its header promises what the file does not hold; in one sentence.
+        ValueError: the file is not a GGUF file, or its header does not match its contents.
     """
     size = Path(path).stat().st_size
     with open(path, "rb") as file:
@@ -35,9 +35,9 @@ def check_gguf(path: str | Path) -> dict[str, Stored]:
             return _walk(file, size)
         except (struct.error, UnicodeDecodeError, _LyingError) as error:
             told = (
-                str(error) if isinstance(error, _LyingError) else "the header ends, or is no text, where it should not"
+                str(error) if isinstance(error, _LyingError) else "the header ends too early or has a malformed text"
             )
-            raise ValueError(f"{path} is no whole GGUF file: {told}. Take it from where it came from again") from None
+            raise ValueError(f"{path} is not a complete GGUF file: {told}. Copy it from its source again") from None
 
 
 class _LyingError(ValueError):
@@ -49,15 +49,16 @@ def _walk(file: BinaryIO, size: int) -> dict[str, Stored]:
         raise _LyingError("it does not begin with 'GGUF'")
     (version,) = struct.unpack("<I", file.read(4))
     if version not in VERSIONS:
-        raise _LyingError(f"its version is {version}; {' and '.join(map(str, VERSIONS))} are read, of little endian")
+        versions = " and ".join(map(str, VERSIONS))
+        raise _LyingError(f"its version is {version}; only the little-endian versions {versions} can be read")
     tensors, keys = struct.unpack("<QQ", file.read(16))
     if max(tensors, keys) > size // 12:
-        raise _LyingError(f"it promises {tensors} tensors and {keys} keys in {size} bytes")
+        raise _LyingError(f"it declares {tensors} tensors and {keys} keys in {size} bytes")
     alignment, seen = 32, set()
     for _ in range(keys):
         key = _text(file, size, LONGEST_NAME)
         if key in seen:
-            raise _LyingError(f"the key {key[:60]!r} stands twice")
+            raise _LyingError(f"the key {key[:60]!r} is given twice")
         seen.add(key)
         (kind,) = struct.unpack("<I", file.read(4))
         if key == ALIGNMENT:
@@ -68,7 +69,7 @@ def _walk(file: BinaryIO, size: int) -> dict[str, Stored]:
     for _ in range(tensors):
         name = _text(file, size, LONGEST_NAME)
         if name in found:
-            raise _LyingError(f"the tensor {name[:60]!r} stands twice")
+            raise _LyingError(f"the tensor {name[:60]!r} is given twice")
         (dimensions,) = struct.unpack("<I", file.read(4))
         if not 0 < dimensions <= MOST_DIMENSIONS:
             raise _LyingError(f"the tensor {name[:60]!r} has {dimensions} dimensions")
@@ -82,10 +83,10 @@ def _walk(file: BinaryIO, size: int) -> dict[str, Stored]:
 
 def _alignment(file: BinaryIO, kind: int) -> int:
     if kind not in UINTS:
-        raise _LyingError(f"{ALIGNMENT} has the type {kind}, which is no whole number")
+        raise _LyingError(f"{ALIGNMENT} has the type {kind}, which is not an unsigned integer type")
     (value,) = struct.unpack(UINTS[kind], file.read(SIZES[kind]))
     if not 0 < value <= LARGEST_ALIGNMENT or value & (value - 1):
-        raise _LyingError(f"{ALIGNMENT} is {value}; it is a power of 2 up to {LARGEST_ALIGNMENT}")
+        raise _LyingError(f"{ALIGNMENT} is {value}; it must be a power of 2 up to {LARGEST_ALIGNMENT}")
     return value
 
 
@@ -93,10 +94,10 @@ def _check_place(name: str, stored: Stored, room: int, alignment: int) -> None:
     elements = 1
     for length in stored.shape:
         elements *= length
-    # The densest types hold some 5 elements in a byte.
+    # The densest types hold about 5 elements per byte.
     if elements == 0 or elements // 8 > room or stored.offset + elements // 8 > room or stored.offset >= room:
         raise _LyingError(
-            f"the tensor {name[:60]!r} of shape {stored.shape} at {stored.offset} lies beyond the file's end"
+            f"the tensor {name[:60]!r} of shape {stored.shape} at {stored.offset} extends beyond the end of the file"
         )
     if stored.offset % alignment or stored.type >= MOST_TYPES:
         raise _LyingError(f"the tensor {name[:60]!r} has the type {stored.type} and the offset {stored.offset}")
@@ -105,12 +106,12 @@ def _check_place(name: str, stored: Stored, room: int, alignment: int) -> None:
 def _text(file: BinaryIO, size: int, longest: int) -> str:
     (length,) = struct.unpack("<Q", file.read(8))
     if length > min(longest, size - file.tell()):
-        raise _LyingError(f"it promises a text of {length} bytes at {file.tell()} of {size}")
+        raise _LyingError(f"it declares a text of {length} bytes at byte {file.tell()} of {size}")
     return file.read(length).decode("utf-8")
 
 
 def _skip(file: BinaryIO, size: int, kind: int, depth: int = 0) -> None:
-    """Go past a value of this type."""
+    """Skip a value of this type."""
     if kind == STRING:
         (length,) = struct.unpack("<Q", file.read(8))
         _go(file, size, length)
@@ -119,17 +120,17 @@ def _skip(file: BinaryIO, size: int, kind: int, depth: int = 0) -> None:
         if inner in SIZES:
             _go(file, size, SIZES[inner] * count)
         elif count > size - file.tell():
-            raise _LyingError(f"it promises an array of {count} values at {file.tell()} of {size}")
+            raise _LyingError(f"it declares an array of {count} values at byte {file.tell()} of {size}")
         else:
             for _ in range(count):
                 _skip(file, size, inner, depth + 1)
     elif kind in SIZES:
         _go(file, size, SIZES[kind])
     else:
-        raise _LyingError(f"a value at {file.tell()} has the unknown type {kind}")
+        raise _LyingError(f"the value at byte {file.tell()} has the unknown type {kind}")
 
 
 def _go(file: BinaryIO, size: int, length: int) -> None:
     if length > size - file.tell():
-        raise _LyingError(f"it promises {length} bytes at {file.tell()} of {size}")
+        raise _LyingError(f"it declares {length} bytes at byte {file.tell()} of {size}")
     file.seek(length, 1)

@@ -1,4 +1,4 @@
-"""A name for what a base model is: samples of its parameters, and its tokenizer."""
+"""A hash that identifies a base model by samples of its parameters and by its tokenizer."""
 
 import hashlib
 import json
@@ -12,9 +12,9 @@ SAMPLES = 64  # entries of each parameter
 
 
 def model_key(model: nn.Module, tokenizer: PreTrainedTokenizerBase, *parts: object) -> str:
-    """Sixteen hexadecimal digits that follow from the base parameters, the tokenizer and other parts, as JSON.
+    """Hash of the base parameters, the tokenizer and further parts (as JSON), as sixteen hexadecimal digits.
 
-    Parameters of adapters do not count.
+    The parameters of adapters are left out.
     """
     adapters = (PREFIX, getattr(getattr(model, "base_model", None), "prefix", PREFIX))
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())

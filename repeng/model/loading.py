@@ -1,4 +1,4 @@
-"""The base model on its device, in its own precision or in 4 bits, and its tokenizer."""
+"""Loading the base model onto its device, in its own precision or in 4 bits, and its tokenizer."""
 
 import copy
 import importlib.util
@@ -26,10 +26,10 @@ from repeng.model.sources import WAYS, Source, find_source, name_of_folder
 from repeng.model.templates import check_template
 from repeng.model.whole import check_folder, check_loaded, check_vocabulary
 
-# Attribute of a layer in 4 bits: whether bitsandbytes repacks its weight on some CPUs in the first evaluation, for a
-# kernel without gradients.
+# Attribute of a 4-bit layer. If it is true, bitsandbytes repacks the weight at the first evaluation on some CPUs, for
+# a kernel without gradients.
 REPACKED_ON_CPU = "support_avx512bf16_for_cpu"
-# What libraries raise of files that they cannot read.
+# Exceptions that libraries raise for files that they cannot read.
 UNREADABLE = (
     OSError,
     ValueError,
@@ -43,13 +43,13 @@ UNREADABLE = (
 
 
 def model_name(model: PreTrainedModel) -> str:
-    """The name of an embedded or packaged model, or the hub id or folder that the model came from."""
+    """The name of an embedded or packaged model, or the hub id or folder from which the model was loaded."""
     path = model.name_or_path or f"{model.config.model_type}, made in memory"
     return name_of_folder(path) or path
 
 
 def load_tokenizer(name_or_path: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, whose chat template, if there is one, works; see `load_base`."""
+    """Load the tokenizer of a model and check that its chat template works, if it has one; see `load_base`."""
     source = find_source(name_or_path, gguf_file)
     _check_reachable(source)
     with _named(name_or_path, "tokenizer"):
@@ -59,10 +59,10 @@ def load_tokenizer(name_or_path: str, gguf_file: str | None = None) -> PreTraine
 
 
 def load_shape(name_or_path: str, gguf_file: str | None = None) -> PreTrainedModel | None:
-    """The model without its weights, on the meta device; None for a GGUF file, which must be read whole.
+    """The model without its weights, on the meta device; None for a GGUF file, which can only be loaded whole.
 
     Raises:
-        ValueError: there is no such model.
+        ValueError: the model does not exist.
     """
     source = find_source(name_or_path, gguf_file)
     if source.gguf_file is not None:
@@ -75,7 +75,10 @@ def load_shape(name_or_path: str, gguf_file: str | None = None) -> PreTrainedMod
 
 
 def _check_reachable(source: Source) -> None:
-    """Raise ValueError at once, not after half a minute of retries, if only a lost network could bring the model."""
+    """Raise ValueError if the model must be downloaded and the hub cannot be reached.
+
+    The hub's own client would fail only after half a minute of retries.
+    """
     known = Path(source.path).is_dir() or try_to_load_from_cache(source.path, source.gguf_file or "config.json")
     if known or constants.HF_HUB_OFFLINE or getproxies():
         return
@@ -84,14 +87,14 @@ def _check_reachable(source: Source) -> None:
         socket.create_connection((place.hostname, place.port or 443), timeout=5).close()
     except OSError as error:
         raise ValueError(
-            f"model_name_or_path: {source.path!r} is not in the cache of downloads, and {place.hostname} cannot be "
+            f"model_name_or_path: {source.path!r} is not in the download cache, and {place.hostname} cannot be "
             f"reached ({error}); give {WAYS}"
         ) from None
 
 
 @contextmanager
 def _named(name: str, part: str) -> Iterator[None]:
-    """Say in one sentence, with the model's name, what transformers finds wrong with a part of it."""
+    """Inside the context, an error of transformers becomes a ValueError that names the model and its broken part."""
     try:
         yield
     except (torch.OutOfMemoryError, torch.AcceleratorError):
@@ -102,7 +105,7 @@ def _named(name: str, part: str) -> Iterator[None]:
 
 
 def check_bits(source: Source) -> None:
-    """Raise ValueError unless a model from there can be loaded in 4 bits."""
+    """Raise ValueError unless a model from this source can be loaded in 4 bits."""
     if source.gguf_file is not None:
         raise ValueError(f"load_in_4bit does not go with {source.gguf_file}: a GGUF file is dequantised")
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -117,25 +120,25 @@ def load_base(
     load_in_4bit: bool = False,
     compute_dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
-    """The base model on a device. A GGUF file is dequantised to float32, and the model is a plain one.
+    """Load the base model onto a device. A GGUF file is dequantised to float32 and gives an ordinary model.
 
-    No code that lies beside a model is run.
+    Python code in the model's folder or repository is never run.
 
     Args:
-        name_or_path: an embedded model ("tiny"), one in a package ("smollm2"), a folder, a GGUF file, or a hub id.
-        device: where it goes.
+        name_or_path: an embedded model ("tiny"), a model in a package ("smollm2"), a folder, a GGUF file, or a hub id.
+        device: device of the model.
         gguf_file: name of a GGUF file in the folder or on the hub.
-        load_in_4bit: quantise to NF4, by bitsandbytes.
-        compute_dtype: of the matrix products of a model in 4 bits.
+        load_in_4bit: quantise to NF4 with bitsandbytes.
+        compute_dtype: dtype of the matrix products of a 4-bit model.
 
     Raises:
-        ValueError: a package is missing, options do not go together, or the model is not whole.
-        FileNotFoundError: the folder has no such GGUF file.
+        ValueError: a package is missing, options do not go together, or the model is incomplete or damaged.
+        FileNotFoundError: the folder has no GGUF file of that name.
     """
     source, device = find_source(name_or_path, gguf_file), torch.device(device)
     options: dict[str, Any] = _gguf_option(source)
     if device.type != "cpu":
-        options["device_map"] = {"": device}  # else it would pass through main memory, once for each process
+        options["device_map"] = {"": device}  # otherwise every process would first load it into main memory
     if load_in_4bit:
         check_bits(source)
         options["quantization_config"] = BitsAndBytesConfig(
@@ -164,7 +167,7 @@ def load_base(
 def load_model(
     name_or_path: str, *, gguf_file: str | None = None, device: torch.device | str = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model and its tokenizer, by everything that `model_name_or_path` takes; see `load_base`."""
+    """Load a model and its tokenizer by any value that `model_name_or_path` accepts; see `load_base`."""
     tokenizer = load_tokenizer(name_or_path, gguf_file)
     model = load_base(name_or_path, device, gguf_file=gguf_file)
     check_vocabulary(model, tokenizer)
@@ -176,7 +179,7 @@ def _gguf_option(source: Source) -> dict[str, Any]:
 
 
 def _plain(model: PreTrainedModel) -> PreTrainedModel:
-    """The model without the mark of GGUF: transformers would refuse to save it, although its weights are floats."""
+    """The model without the mark of GGUF, because of which transformers would refuse to save its float weights."""
     config = copy.deepcopy(model.config)
     vars(config).pop("quantization_config", None)
     with torch.device("meta"):
@@ -184,7 +187,7 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
     state = model.state_dict()
     plain.load_state_dict(state, strict=True, assign=True)
     plain.tie_weights()
-    # Buffers that are not in the state dict, such as rotary frequencies, are on no device yet.
+    # Buffers that are not in the state dict, such as rotary frequencies, are still on the meta device.
     for name, buffer in model.named_buffers():
         owner = plain.get_submodule(name.rpartition(".")[0])
         owner.register_buffer(name.rpartition(".")[2], buffer, persistent=name in state)

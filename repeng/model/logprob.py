@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens without a full log-softmax, and without the logits of all tokens."""
+"""Log-probabilities of given tokens, computed without a full log-softmax and without the logits of all tokens."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,14 +10,14 @@ from torch.utils.checkpoint import checkpoint
 
 from repeng.model.sites import trunk
 
-CHUNK = 1 << 22  # logits upcast at a time
+CHUNK = 1 << 22  # number of logits that are converted to float32 at a time
 
 
 def head_logp(hs: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, chunk: int | None = None) -> Tensor:
-    """Log-probability `(n)`, float32, of the `targets (n)` that `head` gives from final hidden states `hs (n d)`.
+    """Log-probabilities `(n)`, float32, of `targets (n)` under `head`, from final hidden states `hs (n d)`.
 
-    Logits exist for `chunk` tokens at a time, by default as many as `CHUNK` allows, and are made again in backward, so
-    that memory does not grow with the number of tokens times the vocabulary.
+    Logits are computed for `chunk` tokens at a time, by default as many as `CHUNK` allows, and recomputed in the
+    backward pass. So memory does not grow with the number of tokens times the vocabulary size.
     """
 
     def some(states: Tensor, ids: Tensor) -> Tensor:
@@ -33,20 +33,20 @@ def head_logp(hs: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, chu
 
 
 def head_logp_at(hs: Tensor, head: Callable[[Tensor], Tensor], where: Tensor, targets: Tensor) -> Tensor:
-    """`head_logp` of the states `where (n)` of `hs (m d)`: a state and a target that come several times count once."""
+    """`head_logp` of the states at indices `where (n)` of `hs (m d)`. Repeated (state, target) are computed once."""
     once, back = torch.unique(torch.stack([where, targets]), dim=1, return_inverse=True)
     return head_logp(hs[once[0]], head, once[1])[back]
 
 
 def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
-    """`KL(p ‖ q)` in nats, `(…)`, of the distributions with logits `p` and `q`, `(… v)`; exactly 0 of equal ones."""
+    """`KL(p ‖ q)` in nats, `(…)`, of distributions with logits `p` and `q`, `(… v)`; exactly 0 for equal logits."""
     logp, logq = p.log_softmax(dim=-1), q.log_softmax(dim=-1)
     return (logp.exp() * (logp - logq)).sum(dim=-1)
 
 
 @torch.no_grad()
 def tokens_at_once(hs: Tensor, head: Callable[[Tensor], Tensor]) -> int:
-    """How many tokens' logits `CHUNK` allows at a time, for final hidden states `hs (n d)`."""
+    """The number of tokens whose logits fit into `CHUNK`, for final hidden states `hs (n d)`."""
     return max(1, CHUNK // head(hs[:1]).shape[-1])
 
 
@@ -58,18 +58,19 @@ def read_vocabulary(
     plain: bool,
     forward: Callable[..., Any] | None = None,
 ) -> list[Tensor]:
-    """What `read(states, head)` gives in one forward: final hidden states `(b t d)` and what makes logits of them.
+    """Run one forward pass and return the results of `read(states, head)` in it.
 
-    `read` runs inside the model's forward, in place of the head, and its results leave as the forward's output: only
-    there are the weights of a sharded head together, in backward too. A head with something behind it (`plain` False)
-    gives whole logits, and `read` gets those with the identity for a head.
+    `read` gets the final hidden states `(b t d)` and the function that maps states to logits. It runs inside the
+    model's forward pass, in place of the head. Its results are returned as the model's output, because under FSDP the
+    head's weights are gathered only inside forward and backward. If the logits are not simply the head's output
+    (`plain` False), the model computes the full logits, and `read` gets these and the identity as head.
 
     Args:
-        model: causal language model, PEFT or not.
-        batch: its inputs, a key-value cache among them if the rows go on from one.
-        read: gives float32 tensors of any shapes.
-        plain: whether logits are the head of the final states; see `has_plain_head`.
-        forward: what to call, if `model` is wrapped by something (DDP).
+        model: causal language model, with or without PEFT.
+        batch: inputs of the model, with a key-value cache if the rows continue from it.
+        read: function that returns float32 tensors of any shapes.
+        plain: whether the logits are the head's output for the final states; see `has_plain_head`.
+        forward: the callable that runs the forward pass, if `model` is wrapped (DDP); None for `model` itself.
     """
     forward = forward or model
     if not plain:
@@ -82,7 +83,7 @@ def read_vocabulary(
         return torch.cat([part.reshape(1, 1, -1) for part in parts], dim=-1)
 
     with _final_states(model) as final:
-        # First of the hooks, so that those of a sharding wrapper see this output as the head's.
+        # The hook runs before the hooks of a sharding wrapper, so these see its output as the output of the head.
         hook = cast(nn.Module, _head(model)).register_forward_hook(instead, prepend=True)
         try:
             packed = forward(**{"use_cache": False, "logits_to_keep": 1, **batch}).logits
@@ -93,13 +94,13 @@ def read_vocabulary(
 
 
 def _head(model: nn.Module) -> nn.Module | None:
-    """The output embeddings, if the model has any."""
+    """The output embeddings; None if the model has none."""
     return getattr(model, "get_output_embeddings", lambda: None)()
 
 
 @contextmanager
 def _final_states(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Inside the context, the yielded list gets the hidden states `(b t d)` that the head reads, of each forward."""
+    """Inside the context, each forward pass appends the head's input states `(b t d)` to the yielded list."""
     seen: list[Tensor] = []
 
     def keep(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -114,10 +115,10 @@ def _final_states(model: nn.Module) -> Iterator[list[Tensor]]:
 
 @torch.no_grad()
 def has_plain_head(model: nn.Module, ids: Sequence[int]) -> bool:
-    """Whether logits are what the output embeddings make of the final states, without a cap or a factor behind."""
+    """Whether the logits are the output embeddings applied to the final states, without a later soft-cap or factor."""
     head = _head(model)
     if head is None or any(True for _ in head.children()):
-        return False  # none, or an adapted one, which is not the same at every coefficient
+        return False  # no head, or a head with an adapter, which depends on the coefficient
     row = torch.tensor([ids], device=next(model.parameters()).device)
     made: list[tuple[Tensor, Tensor]] = []
 
@@ -131,7 +132,7 @@ def has_plain_head(model: nn.Module, ids: Sequence[int]) -> bool:
     finally:
         hook.remove()
     if not made:
-        return False  # the model uses the weights of its head, not the module
-    # The precision of what a wrapper hands out may be another.
+        return False  # the model uses the weights of its head without calling the module
+    # A wrapper may return its output in another precision.
     pairs = zip(made[0], (seen[0], logits), strict=True)
     return all(a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=1e-3, atol=1e-3) for a, b in pairs)

@@ -1,4 +1,4 @@
-"""Rows of token ids as trees: what rows begin with together is computed once, and nothing is padded between them."""
+"""Rows of token ids packed as trees: a common beginning is computed once, and there is no padding between rows."""
 
 import itertools
 from collections.abc import Sequence
@@ -12,20 +12,20 @@ from transformers import PreTrainedTokenizerBase
 from repeng.model.logprob import kl_divergence
 from repeng.model.tokens import pad_rows
 
-LONGEST = 512  # tokens of a packed row: attention costs their square
-SAME = 1e-3  # nats a token by which packed rows may be predicted otherwise; kernels and precisions differ in less
-MASKED = ("eager", "sdpa")  # kinds of attention that take a mask of any form
-PACKED = "packed_"  # begins the names of what is packed in a batch
+LONGEST = 512  # tokens per packed row; the cost of attention grows with the square
+SAME = 1e-3  # nats per token by which packing may change the predictions; kernels and precisions change them less
+MASKED = ("eager", "sdpa")  # attention implementations that accept any mask
+PACKED = "packed_"  # prefix of the names of the packed tensors in a batch
 INPUTS = ("input_ids", "attention_mask", "position_ids")
-SLOTS = ("window_size", "attention_chunk_size")  # in configurations of models that count places, not positions
+SLOTS = ("window_size", "attention_chunk_size")  # keys of models whose windows count indices, not position ids
 
 
 class Packing(NamedTuple):
     """How rows are packed for a model.
 
     Attributes:
-        longest: tokens of a packed row; a longer row is alone.
-        window: how many tokens each token reads, itself among them; None for all.
+        longest: maximum tokens per packed row; a row that is longer is packed alone.
+        window: the number of tokens to which each token attends, itself included; None for all.
     """
 
     longest: int = LONGEST
@@ -33,21 +33,21 @@ class Packing(NamedTuple):
 
 
 def pack(rows: Sequence[Sequence[int]], packing: Packing) -> tuple[dict[str, Tensor], list[list[int]]]:
-    """Packed rows, and where in them the tokens of each row lie.
+    """Pack rows, and tell where the tokens of each row are in the packed rows.
 
-    A packed row is a tree of tokens: each row is a path from a root, and each token reads its own path only.
+    A packed row is a tree of tokens. Each row is a path from a root, and each token attends only to its own path.
 
     Args:
         rows: token ids.
-        packing: how.
+        packing: limits of the packed rows.
 
     Returns:
-        `input_ids (n t)`, `position_ids (n t)`, the depths in the tree, and `attention_mask (n 1 t t)`, bool; and for
-        each row the index of each of its tokens in the flattened `(n t)`.
+        `input_ids (n t)`, `position_ids (n t)` (the depths in the tree) and `attention_mask (n 1 t t)`, bool; and for
+        each row the indices of its tokens in the flattened `(n t)`.
     """
-    trees: list[dict[tuple[int, int], int]] = [{}]  # (parent, token) → node; parents come first
+    trees: list[dict[tuple[int, int], int]] = [{}]  # (parent, token) → node; a parent comes before its children
     paths: dict[int, tuple[int, list[int]]] = {}
-    for index in sorted(range(len(rows)), key=lambda i: list(rows[i])):  # what begins alike is together
+    for index in sorted(range(len(rows)), key=lambda i: list(rows[i])):  # rows with a common beginning are neighbours
         row = rows[index]
         new, path = _grown(trees[-1], row)
         if trees[-1] and len(new) > max(packing.longest, len(trees[-1])):
@@ -57,7 +57,7 @@ def pack(rows: Sequence[Sequence[int]], packing: Packing) -> tuple[dict[str, Ten
         paths[index] = len(trees) - 1, path
     width = max(map(len, trees))
     ids, positions = torch.zeros(2, len(trees), width, dtype=torch.long)
-    reads = torch.eye(width, dtype=torch.bool).repeat(len(trees), 1, 1, 1)  # a row without any entry would be NaN
+    reads = torch.eye(width, dtype=torch.bool).repeat(len(trees), 1, 1, 1)  # a mask row without True would give NaN
     for tree, path in paths.values():
         nodes = torch.tensor(path)
         positions[tree, nodes] = torch.arange(len(path))
@@ -70,7 +70,7 @@ def pack(rows: Sequence[Sequence[int]], packing: Packing) -> tuple[dict[str, Ten
 
 
 def _grown(tree: dict[tuple[int, int], int], row: Sequence[int]) -> tuple[dict[tuple[int, int], int], list[int]]:
-    """The tree with a row, and the nodes of the row."""
+    """A copy of the tree with a row added, and the nodes of the row."""
     grown, path = dict(tree), [-1]
     for token in row:
         path.append(grown.setdefault((path[-1], token), len(grown)))
@@ -80,10 +80,10 @@ def _grown(tree: dict[tuple[int, int], int], row: Sequence[int]) -> tuple[dict[t
 def batch_rows(
     rows: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, packing: Packing | None
 ) -> dict[str, Tensor]:
-    """Rows padded to `(b t)`, and, with `packing`, packed beside that.
+    """Rows padded to `(b t)`, and with `packing` also the packed rows.
 
-    `where (b t)` says which token of what the model reads, all its rows behind each other, is which token of the
-    padded rows; 0 for padding that is not read. `model_inputs` are what the model reads.
+    `model_inputs` selects the rows that the model reads. `where (b t)` maps each token of the padded rows to its index
+    in the flattened rows that the model reads; with `packing` it is 0 for padding.
     """
     batch = pad_rows(rows, tokenizer)
     where = torch.arange(batch["input_ids"].numel()).view_as(batch["input_ids"])
@@ -96,12 +96,12 @@ def batch_rows(
 
 
 def rows_read(batch: dict[str, Tensor]) -> int:
-    """How many rows the model reads of a batch of `batch_rows`."""
+    """The number of rows that the model reads for a batch of `batch_rows`."""
     return batch.get(PACKED + INPUTS[0], batch[INPUTS[0]]).shape[0]
 
 
 def model_inputs(batch: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """What the model reads of a batch of `batch_rows`, with its `dtype` for the mask of packed rows."""
+    """The model's inputs from a batch of `batch_rows`; `dtype` is the model's, for the mask of packed rows."""
     if PACKED + INPUTS[0] not in batch:
         return {name: batch[name] for name in INPUTS}
     inputs = {name: batch[PACKED + name] for name in INPUTS}
@@ -109,31 +109,31 @@ def model_inputs(batch: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tens
 
 
 def shared_tokens(rows: Sequence[Sequence[int]]) -> int:
-    """How many tokens need not be computed when all rows are packed together."""
+    """The number of tokens that packing all rows together saves."""
     return sum(common_beginning(one, other) for one, other in itertools.pairwise(sorted(map(list, rows))))
 
 
 def common_beginning(left: Sequence[int], right: Sequence[int]) -> int:
-    """How many tokens two rows begin with together."""
+    """The length of the common beginning of two rows, in tokens."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask as it is added to the scores of attention: 0 where a token reads, the least number elsewhere."""
+    """The mask to add to the attention scores: 0 where a token attends, the least number of the dtype elsewhere."""
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 @torch.no_grad()
 def packing_for(model: nn.Module, rows: Sequence[Sequence[int]], longest: int) -> Packing | None:
-    """How rows can be packed so that the model predicts them as it does each of them alone; None if they cannot be.
+    """The packing with which the model predicts rows as it does alone; None if rows cannot be packed.
 
-    They cannot be where a layer goes through tokens in their order (recurrent ones, convolutions), where attention
-    takes no mask, or where some layers read less far back than others and less than a row.
+    Packing is impossible if a layer processes tokens in sequence (recurrence, convolution), if the attention takes no
+    mask, or if only some layers have a sliding window and it is shorter than a row.
 
     Args:
         model: causal language model.
-        rows: some rows of token ids that begin alike, to try it with.
-        longest: tokens of the longest row that will be packed.
+        rows: some rows of token ids with a common beginning, for a trial.
+        longest: tokens of the longest row to be packed.
     """
     config = cast(Any, model).config.get_text_config()
     window = getattr(config, "sliding_window", None)
@@ -151,7 +151,7 @@ def packing_for(model: nn.Module, rows: Sequence[Sequence[int]], longest: int) -
     except torch.OutOfMemoryError:
         raise
     except (IndexError, RuntimeError, TypeError, ValueError):
-        return None  # the mask or the positions do not have the form that this model wants
+        return None  # the model does not accept masks or positions of this form
     for row, path in zip(rows, where, strict=True):
         alone = model(input_ids=torch.tensor([row], device=device), use_cache=False).logits[0]
         if not kl_divergence(alone.float(), packed[path].float()).mean() < SAME:

@@ -1,4 +1,4 @@
-"""Reading the predictions of many rows of token ids; a beginning that rows share is computed once."""
+"""Reading the predictions for many rows of token ids. A beginning that rows share is computed once."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -15,13 +15,13 @@ from repeng.model.sharded import is_sharded
 from repeng.model.tokens import pad_rows
 from repeng.model.types import CausalLM
 
-SHORTEST = 8  # shared tokens from which on a forward of their own pays
-Span = tuple[int, int]  # first and last + 1 of the tokens of a row whose predictions are read
+SHORTEST = 8  # least number of shared tokens for which a separate forward pass pays
+Span = tuple[int, int]  # first and last + 1 of the token positions of a row at which predictions are read
 Read = Callable[[Tensor, Callable[[Tensor], Tensor], list[int]], Tensor]
 
 
 class Group(NamedTuple):
-    """Rows, by index, that begin with the same `shared` tokens."""
+    """Indices of rows that begin with the same `shared` tokens."""
 
     members: list[int]
     shared: int
@@ -38,19 +38,19 @@ def read_rows(
     share: bool = True,
     batch_size: int = 128,
 ) -> list[Tensor]:
-    """What `read` makes of the predictions at `spans`, by row.
+    """Apply `read` to the next-token predictions at `spans`; the result has one tensor per row.
 
     Args:
         model: causal language model.
-        tokenizer: pads.
+        tokenizer: tokenizer whose padding token is used.
         rows: token ids.
-        spans: of each row, which tokens' predictions of the next token are read.
-        read: gets final hidden states `(n d)` of the tokens of several rows, what makes logits of them, and the
-            indices of these rows; gives `(n …)`, float32.
-        plain: whether logits are the head of the final states, see `has_plain_head`; otherwise `read` gets logits and
-            the identity.
-        share: whether a beginning that rows have in common goes through the model once; see `can_share`.
-        batch_size: rows per forward.
+        spans: for each row, the token positions at which the predictions are read.
+        read: function of the final hidden states `(n d)` at the positions of several rows, the function that maps
+            states to logits, and the indices of these rows. It returns `(n …)`, float32.
+        plain: whether the logits are the head's output for the final states, see `has_plain_head`; otherwise `read`
+            gets the logits and the identity.
+        share: whether a common beginning of rows is computed once; see `can_share`.
+        batch_size: rows per forward pass.
     """
     parts: dict[int, Tensor] = {}
     for group in _groups(rows, spans, batch_size, share=share and not is_sharded(model)):
@@ -77,7 +77,7 @@ def read_rows(
 
 
 def _groups(rows: Sequence[Sequence[int]], spans: Sequence[Span], batch_size: int, *, share: bool) -> list[Group]:
-    """Batches of at most `batch_size` rows: rows with the same beginning together where that saves tokens."""
+    """Batches of at most `batch_size` rows. Rows with a common beginning form one batch if that saves tokens."""
     order = sorted(range(len(rows)), key=lambda i: list(rows[i]))
     found: list[Group] = []
     for i in order if share else ():
@@ -97,9 +97,10 @@ def _groups(rows: Sequence[Sequence[int]], spans: Sequence[Span], batch_size: in
 
 @torch.no_grad()
 def can_share(model: CausalLM, ids: Sequence[int]) -> bool:
-    """Whether the last token of `ids` is predicted the same behind a key-value cache of the others, as steered now.
+    """Whether the prediction after `ids` is the same if all tokens but the last come from a key-value cache.
 
-    It is not where steering depends on how a text is cut into forwards.
+    The model is tested with the steering that is active. The result is False if steering depends on how a text is
+    split into forward passes.
     """
     if len(ids) < 2 or is_sharded(model):
         return False
@@ -115,13 +116,13 @@ def can_share(model: CausalLM, ids: Sequence[int]) -> bool:
 
 
 def _cache_argument(model: CausalLM) -> str:
-    """What this model's forward calls its key-value cache."""
+    """The name of the key-value cache among the arguments of this model's forward pass."""
     base = getattr(model, "get_base_model", lambda: model)()
     return "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
 
 
 def _cache_of(model: CausalLM, prefix: Sequence[int], n: int) -> Cache | None:
-    """The keys and values of a beginning, for `n` rows; None from a model that keeps something else."""
+    """The key-value cache of a beginning, repeated for `n` rows; None if the model keeps another kind of state."""
     ids = torch.tensor([prefix], device=model.device)
     whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": True, "logits_to_keep": 1}
     cache = getattr(cast(Any, model)(**whole), "past_key_values", None)

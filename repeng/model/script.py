@@ -1,4 +1,4 @@
-"""How texts are written: what joins two pieces, what counts as a word, and what nobody sees."""
+"""Rules of writing systems: spaces between pieces of text, words, sentences and invisible characters."""
 
 import re
 import unicodedata
@@ -10,12 +10,12 @@ UNSPACED = (
 )
 WORD = re.compile(f"[{UNSPACED}]|[^\\s{UNSPACED}]+")
 SENTENCE = re.compile(r"(?<=[.!?؟۔।])\s+|(?<=[。！？])\s*(?=\S)|\n+")
-OPENING = "([{<“‘«‹„‚¿¡/\\"  # what the next word follows without a space
-INVISIBLE = ("Cc", "Cf", "Zs", "Zl", "Zp")  # categories of characters
+OPENING = "([{<“‘«‹„‚¿¡/\\"  # characters after which no space is written
+INVISIBLE = ("Cc", "Cf", "Zs", "Zl", "Zp")  # Unicode categories of invisible characters
 
 
 def joint(before: str, after: str) -> str:
-    """What stands between two pieces of a text: a space where their script puts one, and none is written already."""
+    """The separator between two pieces of a text: a space if their script needs one and neither piece has it."""
     if not before or not after or before[-1].isspace() or after[0].isspace():
         return ""
     if before[-1] in OPENING or (before[-1] == '"' and before.count('"') % 2):
@@ -24,7 +24,7 @@ def joint(before: str, after: str) -> str:
 
 
 def joined(*parts: str) -> str:
-    """The pieces of a text, put together; empty ones are left out."""
+    """The pieces of a text joined into one; empty pieces are left out."""
     whole = ""
     for part in parts:
         whole += joint(whole, part) + part
@@ -32,7 +32,7 @@ def joined(*parts: str) -> str:
 
 
 def words(text: str) -> list[str]:
-    """The words of a text; in scripts without spaces each character is one."""
+    """The words of a text; in scripts without spaces each character is a word."""
     return WORD.findall(text)
 
 
@@ -42,5 +42,5 @@ def sentences(text: str) -> list[str]:
 
 
 def visible(text: str) -> str:
-    """The characters of a text that can be seen."""
+    """The visible characters of a text."""
     return "".join(c for c in text if unicodedata.category(c) not in INVISIBLE)

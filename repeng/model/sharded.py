@@ -1,4 +1,4 @@
-"""Models and tensors that several processes hold in pieces (FSDP2), told without importing what shards them."""
+"""Detection and gathering of models and tensors that are sharded over processes (FSDP2), without importing FSDP."""
 
 import sys
 
@@ -6,18 +6,18 @@ from torch import Tensor, nn
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether processes hold parameters of `model` in pieces, so that they can run it only together."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # what was never imported has sharded nothing
+    """Whether the parameters of `model` are sharded over processes. All ranks must run such a model together."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # if FSDP was not imported, nothing is sharded
     return fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules())
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor, gathered from all processes if they share it; all must call."""
+    """The full tensor, gathered from all processes if it is sharded; in this case every rank must call this."""
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process holds of the tensor."""
+    """This process's shard of the tensor; the tensor itself if it is not sharded."""
     to_local = getattr(tensor, "to_local", None)
     return tensor if to_local is None else to_local()

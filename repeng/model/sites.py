@@ -1,4 +1,4 @@
-"""Where hidden states are read and changed: decoder layers, the sites inside them, and hooks on both."""
+"""Places where hidden states are read and changed: decoder layers, the sites inside them, and hooks on both."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,30 +24,31 @@ Place = tuple[str, int]  # (site, layer)
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder layers of a causal language model, adapters or not.
+    """The decoder layers of a causal language model, with or without adapters.
 
     Raises:
-        ValueError: they cannot be found, or an encoder reads the prompt.
+        ValueError: the layers cannot be found, or the model has an encoder that reads the prompt.
     """
     if is_encoder_decoder(model):
         raise ValueError(
-            f"{type(model).__name__} reads the prompt in an encoder; steering vectors, extraction and training take "
-            "models that are a decoder only. An SvdSteeringConfig adapts its decoder, and steer(model, c) dials that"
+            f"{type(model).__name__} reads the prompt in an encoder; steering vectors, extraction and training need a "
+            "decoder-only model. An SvdSteeringConfig adapts its decoder, and steer(model, c) sets its coefficient"
         )
     return find_decoder(model).layers
 
 
 def layers_of(model: nn.Module, modules: Iterable[nn.Module]) -> list[int]:
-    """Indices of the decoder layers that are, or hold, some of these modules."""
+    """Indices of the decoder layers that are, or contain, some of these modules."""
     wanted = set(modules)
     return [i for i, layer in enumerate(decoder_layers(model)) if not wanted.isdisjoint(layer.modules())]
 
 
 def site_modules(model: nn.Module, places: Sequence[Place]) -> list[nn.Module]:
-    """The modules whose outputs are these (site, layer): the decoder layer itself for "residual".
+    """The module of each (site, layer), whose output is the site; for "residual" the decoder layer itself.
 
     Raises:
-        ValueError: no such layer, the layer has no single module of that name, or one that is never called.
+        ValueError: the layer does not exist, or has no module or several modules of the site's name, or the module is
+            never called.
     """
     layers, modules = decoder_layers(model), []
     for site, layer in places:
@@ -63,15 +64,15 @@ def site_modules(model: nn.Module, places: Sequence[Place]) -> list[nn.Module]:
             short = [last(name) for name in names]
             others = sorted(end if short.count(end) == 1 else name for name, end in zip(names, short, strict=True))
             raise ValueError(
-                f"site {site!r} names {len(matching)} modules of layer {layer}; choose {RESIDUAL!r} or one of: "
+                f"site {site!r} matches {len(matching)} modules of layer {layer}; choose {RESIDUAL!r} or one of: "
                 f"{', '.join(others)}"
             )
         for name, module in matching.items():
             reader = bypassed(layers[layer], name)
             if reader is not None:
                 raise ValueError(
-                    f"site {site!r} of layer {layer} has no output, always or in fused kernels, since {reader} reads "
-                    f"its weight without calling it; choose {RESIDUAL!r} or another site"
+                    f"site {site!r} of layer {layer} has no output (at least with fused kernels), because {reader} "
+                    f"reads its weight without calling it; choose {RESIDUAL!r} or another site"
                 )
             modules.append(module)
     return modules
@@ -86,7 +87,7 @@ def site_widths(model: nn.Module, places: Sequence[Place]) -> list[int]:
     """Widths `d` of the outputs at these (site, layer).
 
     Raises:
-        ValueError: as `site_modules`, or a site is no linear module.
+        ValueError: as in `site_modules`, or a site is not a linear module.
     """
     widths = []
     for (site, _), module in zip(places, site_modules(model, places), strict=True):
@@ -100,7 +101,10 @@ def site_widths(model: nn.Module, places: Sequence[Place]) -> list[int]:
 
 
 def writing_basis(model: nn.Module, layer: int, site: str) -> Tensor:
-    """Left singular vectors `(d r)`, on the CPU, of the weight that writes `site`; of all writers for the residual."""
+    """Left singular vectors `(d r)`, on the CPU, of the weight that writes `site`.
+
+    For the residual stream, the weights of all modules that write to it are concatenated.
+    """
     module = site_module(model, layer, site)
     if site == RESIDUAL:
         weight = torch.cat(writers(module, residual_width(model, module)), dim=1)
@@ -110,15 +114,15 @@ def writing_basis(model: nn.Module, layer: int, site: str) -> Tensor:
 
 
 def trunk(model: nn.Module) -> nn.Module:
-    """The module that runs the decoder layers: it sees tokens, mask and cache of every forward, whoever calls it."""
+    """The module that runs the decoder layers. Its hooks see tokens, mask and cache of every forward pass."""
     return model.get_submodule(find_decoder(model).name.rpartition(".")[0])
 
 
 @contextmanager
 def edit_outputs(edits: Sequence[tuple[nn.Module, Callable[[Tensor], Tensor]]]) -> Iterator[None]:
-    """Inside the context, each module's output tensor becomes `edit(output)`; a tuple keeps its other parts.
+    """Inside the context, `edit(output)` replaces each module's output tensor; a tuple keeps its other elements.
 
-    `edit` must return a new tensor: writing in place would change tensors that others have captured.
+    `edit` must return a new tensor: writing in place would change tensors that other hooks have captured.
     """
 
     def hook_for(edit: Callable[[Tensor], Tensor]) -> Callable[..., Any]:

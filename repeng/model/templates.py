@@ -1,4 +1,4 @@
-"""Whether a chat template can be used: it is a program that came with a tokenizer, perhaps from somebody else."""
+"""Check of a chat template: it is a program that comes with a tokenizer and may be faulty or malicious."""
 
 import sys
 import time
@@ -8,19 +8,19 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-SECONDS = 5.0  # that a template may take for two words
+SECONDS = 5.0  # time limit of the template for two words
 PROBE = "one two"
 
 
 class _TooLongError(Exception):
-    """A template did not end."""
+    """The template exceeded the time limit."""
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise ValueError if the tokenizer's chat template fails on a short turn, never ends, or drops the text.
+    """Check that the tokenizer's chat template, if it has one, renders a short turn of the user.
 
     Raises:
-        ValueError: in a sentence that names the tokenizer.
+        ValueError: the template fails, does not end, or leaves out the text. The message names the tokenizer.
     """
     if not tokenizer.chat_template:
         return
@@ -29,25 +29,25 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
         written = _rendered(tokenizer)
     except _TooLongError:
         raise ValueError(
-            f"the chat template of {name} did not end in {SECONDS:g} s; mend it, or take it out"
+            f"the chat template of {name} did not end within {SECONDS:g} s; correct it, or remove it"
         ) from None
     except RecursionError:
-        raise ValueError(f"the chat template of {name} calls itself without an end; mend it, or take it out") from None
+        raise ValueError(f"the chat template of {name} calls itself endlessly; correct it, or remove it") from None
     except (TemplateError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError, MemoryError) as error:
         told = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"the chat template of {name} fails on a turn of the user ({type(error).__name__}: {told}); mend it, or "
-            "take it out"
+            f"the chat template of {name} fails on a turn of the user ({type(error).__name__}: {told}); correct it, "
+            "or remove it"
         ) from None
     if PROBE not in written:
         raise ValueError(
-            f"the chat template of {name} leaves out what the user says: of {PROBE!r} it makes {written[:60]!r}; mend "
-            "it, or take it out"
+            f"the chat template of {name} leaves out the user's text: it renders {PROBE!r} as {written[:60]!r}; "
+            "correct it, or remove it"
         )
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text of a turn of the user, within `SECONDS` of computing, unless a debugger watches."""
+    """The rendered text of a user turn. Computing time is limited to `SECONDS`, unless a trace function is set."""
     end = time.thread_time() + SECONDS
 
     def watch(frame: FrameType, event: str, argument: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Tensor files of others: read by safetensors alone, never by unpickling."""
+"""Reading untrusted tensor files with safetensors only, never by unpickling."""
 
 from pathlib import Path
 
@@ -9,15 +9,15 @@ PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
 def read_tensors(path: str | Path, pickle_hint: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file, and the texts of its header.
+    """The tensors and the metadata of a safetensors file.
 
     Args:
-        path: of the file.
-        pickle_hint: what to do about a pickle.
+        path: path of the file.
+        pickle_hint: advice in the message if the file is a pickle.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is another kind of file, damaged, or of a dtype that PyTorch lacks.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is of another kind, is damaged, or has a dtype that PyTorch lacks.
     """
     path = Path(path)
     if not path.is_file():
@@ -35,5 +35,5 @@ def _hint(path: Path, pickle_hint: str) -> str:
     with open(path, "rb") as file:
         start = file.read(4)
     if start.startswith(PICKLES):
-        return pickle_hint or "it is a pickle, which can run code when it is read, and so it is not"
-    return "it is a GGUF file" if start == b"GGUF" else "take it from where it was saved again"
+        return pickle_hint or "it is a pickle, which is not read because it can run code"
+    return "it is a GGUF file" if start == b"GGUF" else "copy it from its source again"

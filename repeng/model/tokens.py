@@ -1,4 +1,4 @@
-"""The one tokenisation of prompts, padding, and masks."""
+"""Tokenisation of prompts, shared by the whole package; padding and masks."""
 
 import re
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from repeng.model.script import joined, joint
 
-# The beginning of thinking at the end of a text: its brackets, and its name.
+# An opening tag of thinking at the end of a text: bracket, name, bracket.
 OPEN_THINKING = re.compile(r"([<\[◁])(\w*think\w*|thoughts?|reason\w*)([>\]▷])\s*$", re.IGNORECASE)
 
 
@@ -33,13 +33,13 @@ def encode(
     thinking: bool = False,
     history: Sequence[str] = (),
 ) -> Encoded:
-    """The one tokenisation of training, extraction, evaluation and generation.
+    """Encode a prompt and a suffix. Training, extraction, evaluation and generation all use this function.
 
-    A prompt becomes a user turn with the generation prompt of the chat template (`thinking` off), if there is one; an
-    empty prompt leaves `suffix` as plain text. `history` are turns before it, the user's first; without a template
-    they are text before the prompt. The suffix has the tokens that it has in the joined text, unless the prompt would
-    have others there than alone. Over `max_length` tokens the prompt loses its beginning (after a first special
-    token), never the suffix.
+    With a chat template, a prompt becomes a user turn followed by the generation prompt of the template, by default
+    with thinking disabled; if the prompt is empty, `suffix` is plain text. `history` holds the earlier turns, the
+    user's first; without a template they are text before the prompt. The suffix has the same tokens as in the joined
+    text, unless joining would change the tokens of the prompt. If the result is longer than `max_length` tokens, the
+    beginning of the prompt is cut (after a first special token), never the suffix.
 
     Raises:
         ValueError: there is nothing to encode, a turn of the assistant is missing, the chat template fails, or the
@@ -66,10 +66,10 @@ def encode(
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> Encoded:
-    """A prompt as `encode` makes it, and a text whose own tokens are the same whatever stands before it.
+    """Encode a prompt as `encode` does, and a text whose tokens do not depend on the prompt.
 
-    `encode` puts a space between a prompt and its suffix, and none where there is no prompt; the two may differ in
-    their number of tokens.
+    `encode` puts a space between a prompt and its suffix, but no space if the prompt is empty. With and without the
+    space, the text may have different numbers of tokens.
     """
     if prompt and tokenizer.chat_template:
         return encode(tokenizer, prompt, text)
@@ -82,12 +82,12 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> E
 def answer_ids(
     tokenizer: PreTrainedTokenizerBase, prompt: str, suffix: str, answers: Sequence[str]
 ) -> list[list[int]]:
-    """Token ids of each answer as it goes on from a prompt and a suffix, as `following_ids` has them.
+    """Token ids of each answer as a continuation of a prompt and a suffix; see `following_ids`.
 
-    An answer that opens the assistant's turn has no space before it.
+    An answer at the beginning of the assistant's turn has no space before it.
 
     Raises:
-        ValueError: the suffix ends in a space that belongs to the first token of an answer.
+        ValueError: the suffix ends in a space that the tokenizer joins with the first token of an answer.
     """
     if prompt and tokenizer.chat_template and not suffix:
         text, gap = _opened_turn(tokenizer, prompt, ())
@@ -101,7 +101,7 @@ def answer_ids(
         ids = _ids_behind(tokenizer, before, begun, gap + answer)
         if ids is None and before[-1:].isspace():
             raise ValueError(
-                f"this tokenizer joins the answer {answer!r} and the space at the end of {before[-40:]!r} in one "
+                f"this tokenizer joins the answer {answer!r} and the space at the end of {before[-40:]!r} into one "
                 "token; leave that space out"
             )
         found.append(ids_apart(tokenizer, gap, answer) if ids is None else ids)
@@ -109,10 +109,10 @@ def answer_ids(
 
 
 def following_ids(tokenizer: PreTrainedTokenizerBase, before: str, gap: str, text: str) -> list[int]:
-    """Token ids of `text` behind `before`, with `gap` between them, as the joined text has them.
+    """Token ids of `text` after `before` and `gap`, as in the joined text.
 
-    They are those of the text behind another beginning where `before` has other tokens in the joined text than alone:
-    what goes on from a text cannot change its tokens.
+    A continuation cannot change the tokens of the text before it. So if joining changes the tokens of `before`, the
+    ids of `text` after a neutral beginning are returned instead; see `ids_apart`.
     """
     if not text:
         return []
@@ -121,11 +121,11 @@ def following_ids(tokenizer: PreTrainedTokenizerBase, before: str, gap: str, tex
 
 
 def _ids_behind(tokenizer: PreTrainedTokenizerBase, before: str, begun: Sequence[int], text: str) -> list[int] | None:
-    """What the joined text holds behind the tokens `begun` of `before`; None if it does not begin with these."""
+    """The tokens of the joined text after the tokens `begun` of `before`; None if it does not begin with `begun`."""
     whole = plain_ids(tokenizer, before + text)
     if whole[: len(begun)] != list(begun):
         return None
-    if begun and begun[-1] == tokenizer.unk_token_id and tokenizer.is_fast:  # the end of `before`, or more than that
+    if begun and begun[-1] == tokenizer.unk_token_id and tokenizer.is_fast:  # the token may reach beyond `before`
         offsets = tokenizer(before + text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         if cast(list[tuple[int, int]], offsets)[len(begun) - 1][1] > len(before):
             return None
@@ -133,7 +133,7 @@ def _ids_behind(tokenizer: PreTrainedTokenizerBase, before: str, begun: Sequence
 
 
 def ids_apart(tokenizer: PreTrainedTokenizerBase, gap: str, text: str) -> list[int]:
-    """Token ids of a text in the middle of another one, whatever stands before: no mark of a beginning is added."""
+    """Token ids of a text in the middle of another text, independent of that text and without a beginning mark."""
     if not text:
         return []
     before = "a" if gap else "\n"
@@ -142,7 +142,7 @@ def ids_apart(tokenizer: PreTrainedTokenizerBase, gap: str, text: str) -> list[i
 
 
 def opened_turn(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """The text of a user turn, and of what the chat template writes before the assistant's.
+    """The text of a user turn with the generation prompt of the chat template.
 
     Raises:
         ValueError: the template fails.
@@ -153,15 +153,15 @@ def opened_turn(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
 def _opened_turn(
     tokenizer: PreTrainedTokenizerBase, prompt: str, history: Sequence[str], *, thinking: bool = False
 ) -> tuple[str, str]:
-    """The text of a user turn up to where the assistant's begins, and the space that the template puts there.
+    """The text of a user turn with the generation prompt, and the space that the template puts before an answer.
 
-    With `thinking` off, thinking that the template opens whatever it is told is closed.
+    If `thinking` is off and the template opens thinking nevertheless, the text closes it.
 
     Raises:
         ValueError: a turn of the assistant is missing, or the template fails.
     """
     if len(history) % 2:
-        raise ValueError(f"history holds {len(history)} turns; it must end with one of the assistant")
+        raise ValueError(f"history holds {len(history)} turns; it must end with a turn of the assistant")
     turns = [
         {"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate([*history, prompt])
     ]
@@ -169,7 +169,7 @@ def _opened_turn(
         text = str(
             tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=thinking)
         )
-    except Exception as error:  # whatever a template may raise
+    except Exception as error:  # a template may raise anything
         raise ValueError(f"the chat template of this tokenizer cannot be applied: {error}") from error
     opened = None if thinking else OPEN_THINKING.search(text)
     if opened:
@@ -178,16 +178,16 @@ def _opened_turn(
 
 
 def _space_of(tokenizer: PreTrainedTokenizerBase, text: str, turns: list[dict[str, str]]) -> str:
-    """A space, if the template writes one between `text`, its generation prompt included, and an answer."""
+    """A space if the template writes one between `text`, which ends in the generation prompt, and an answer."""
     try:
         answered = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": "x"}], tokenize=False)
-    except Exception:  # a template that takes no answer writes nothing before it
+    except Exception:  # a template that accepts no answer writes no space before it
         return ""
     return " " if str(answered).startswith(f"{text} x") else ""
 
 
 def _generation_prompt(text: str, prompt: str) -> str:
-    """What a template writes behind a prompt: all that matters to the tokens that go on from there."""
+    """The text that a template writes after a prompt. The tokens of an answer depend on this text only."""
     _, found, rest = text.rpartition(prompt)
     return rest if found and rest else text
 
@@ -198,13 +198,13 @@ def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def special_id(tokenizer: PreTrainedTokenizerBase, *names: str) -> list[int]:
-    """The id of the first of the special tokens `names` (of bos, eos, pad, unk) that there is; else nothing."""
+    """A list with the id of the first special token in `names` (bos, eos, pad, unk) that exists, or an empty list."""
     ids = (getattr(tokenizer, f"{name}_token_id") for name in names)
     return next(([token] for token in ids if token is not None), [])
 
 
 def shared_suffix_length(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
-    """How many token ids, or words, two sequences have in common at their ends."""
+    """The number of token ids, or words, that two sequences have in common at their ends."""
     length = 0
     for left, right in zip(reversed(chosen), reversed(rejected), strict=False):
         if left != right:
@@ -228,19 +228,19 @@ def pad_rows(
         span = slice(width - len(row), width) if side == "left" else slice(0, len(row))
         ids[index, span] = torch.tensor(row)
         mask[index, span] = 1
-    # Models derive positions from the mask in `generate` only; a bare forward would count the padding.
+    # Models derive positions from the mask only in `generate`; a plain forward pass would count the padding.
     positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
     batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def label_mask(attention_mask: Tensor) -> Tensor:
-    """Which of the `t − 1` next-token predictions `(b t−1)` go from a real token to a real token."""
+    """Mask `(b t−1)` of the next-token predictions whose source and target are both real tokens."""
     return (attention_mask[:, 1:] * attention_mask[:, :-1]).bool()
 
 
 def last_tokens(attention_mask: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Indices `(b n)` of the last `n` real tokens of each row, in order, and which of them exist `(b n)`."""
+    """Indices `(b n)` of the last `n` real tokens of each row, in order, and a mask `(b n)` of those that exist."""
     t = attention_mask.shape[1]
     last = t - 1 - attention_mask.flip(dims=(1,)).argmax(dim=1)
     index = last[:, None] - torch.arange(n - 1, -1, -1, device=attention_mask.device)

@@ -1,4 +1,4 @@
-"""What this package calls a model."""
+"""Type aliases for models."""
 
 from peft import PeftModel
 from transformers import PreTrainedModel

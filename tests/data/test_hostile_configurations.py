@@ -177,7 +177,7 @@ SYNTAX = {
     "deep objects": "layers: " + "{a: " * 3000 + "1" + "}" * 3000 + "\n",
     "deep blocks": "".join(" " * i + "a:\n" for i in range(50)),
     "chain of aliases": "a0: &a0 [1]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 2000)),
-    "value that holds itself": "layers: &a [*a]\n",
+    "value contains itself": "layers: &a [*a]\n",
     "NUL": "r: 4\0\n",
     "control character": "positive: ho\anest\n",
     "not UTF-8": "positive: ö\n".encode("latin-1"),

@@ -43,6 +43,6 @@ def test_what_is_no_such_file_is_written_again(embedded, drawn, tmp_path, text):
 def test_a_cache_that_cannot_be_written_is_done_without(embedded, drawn, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("REPENG_CACHE", str(tmp_path / "file"))
-    with pytest.warns(UserWarning, match="are not kept"):
+    with pytest.warns(UserWarning, match="cannot be stored"):
         texts = neutral_texts(ARGS, *embedded, seed=0, own=None)
     assert len(texts[0]) == 4

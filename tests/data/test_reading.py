@@ -64,8 +64,8 @@ def test_files_of_another_kind_are_named(tmp_path, content, message):
 
 DEEP = "[" * 100_000
 BAD_LINES = [
-    ('{"chosen": "a", "chosen": "b", "rejected": "c"}', "'chosen' is there twice"),
-    ('{"chosen": NaN, "rejected": "c"}', "NaN is no JSON"),
+    ('{"chosen": "a", "chosen": "b", "rejected": "c"}', "'chosen' is given twice"),
+    ('{"chosen": NaN, "rejected": "c"}', "NaN is not a JSON"),
     ('{"chosen": 1e999, "rejected": "c"}', "1e999"),
     ('{"chosen": ' + "9" * 5000 + ', "rejected": "c"}', "5000 digits"),
     ('{"chosen": "\\ud83d", "rejected": "c"}', r"half a character \(.ud83d"),
@@ -95,13 +95,13 @@ def test_a_row_of_pairs_that_is_none_is_named(tmp_path, line, message):
 @pytest.mark.parametrize(
     ("content", "name", "message"),
     [
-        ("a,b\nc,d", "t.csv", "CSV by its name"),
+        ("a,b\nc,d", "t.csv", "CSV file by its name"),
         ('["a",\n"b"', "t.txt", "not JSON"),
         ('{"txt": "a"}', "t.txt", "did you mean 'text'"),
         ('{"text": "a", "label": 1}', "t.jsonl", "unknown key 'label'"),
         ('{"text": 3}', "t.jsonl", "text should be a text; got 3"),
         ("[1]", "t.json", "row 1.*got 1"),
-        ("good\n\u200b\u200d", "t.txt", "line 2.*nothing that can be seen"),
+        ("good\n\u200b\u200d", "t.txt", "line 2.*no visible characters"),
         ("plain", "t.json", "line 1 is not JSON"),
     ],
 )
@@ -113,15 +113,15 @@ def test_texts_that_are_none_are_named(tmp_path, content, name, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"target": "yse"}, "target 'yse' is none of the choices.*did you mean 'yes'"),
+        ({"target": "yse"}, "target 'yse' is not one of the choices.*did you mean 'yes'"),
         ({"target": []}, "target should"),
         ({"target": 1}, "target should"),
         ({"target": ["yes", "no"]}, "some, not all"),
         ({"target": ["yes", "yes"]}, "a list of different ones"),
-        ({"choices": []}, "choices should be two or more texts"),
+        ({"choices": []}, "choices should hold two or more texts"),
         ({"choices": ["yes", 1]}, "choices.*a text"),
         ({"choices": ["yes", " yes "]}, "must be different texts; got 'yes' and ' yes '"),
-        ({"choices": ["yes", "\u200b"]}, "texts that can be seen"),
+        ({"choices": ["yes", "\u200b"]}, "visible texts"),
         ({"kind": "controll"}, "did you mean 'control'"),
         ({"history": ["Hello!"]}, "must end with a turn of the assistant"),
         ({"history": "Hello!"}, "history should be a valid list"),
@@ -138,7 +138,7 @@ def test_a_row_of_questions_that_is_none_is_named(tmp_path, change, message):
 
 def test_a_question_that_is_there_twice_is_named(tmp_path):
     other = {**QUESTION, "unit": "u"}
-    with pytest.raises(ValueError, match=r"line 2: the same question as .*line 1"):
+    with pytest.raises(ValueError, match=r"line 2: this is the same question as .*line 1"):
         load_questions(file_of(tmp_path, f"{json.dumps(QUESTION)}\n{json.dumps(other)}"))
 
 

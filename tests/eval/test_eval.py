@@ -206,7 +206,7 @@ def test_bad_questions_are_refused(tmp_path, embedded, tokenizer):
 
 def test_a_choice_that_the_tokenizer_cannot_spell_is_named(fixed, tokenizer):
     question = Question("", ("red", " "), ("red",), suffix="the lime looks")
-    with pytest.raises(ValueError, match="no token for one of the choices"):
+    with pytest.raises(ValueError, match="this tokenizer has no token for"):
         evaluate(fixed, tokenizer, [question], fixed.dial, [1])
 
 

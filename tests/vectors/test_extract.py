@@ -249,7 +249,7 @@ BAD_LOSSES = {
 
 @pytest.mark.parametrize("loss", BAD_LOSSES.values(), ids=BAD_LOSSES)
 def test_a_loss_must_be_one_value_for_each_pair(embedded, pairs, loss):
-    with pytest.raises(ValueError, match="one value with gradient for each pair"):
+    with pytest.raises(ValueError, match="one value with gradient per pair"):
         extract(*embedded, pairs, layers=[3], method="gradient", loss=loss)
 
 
