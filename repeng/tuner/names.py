@@ -25,8 +25,8 @@ def check_new(model: nn.Module, name: str) -> None:
         )
     if name in _parts(model) or any(hasattr(holder, name) for holder in (nn.ParameterDict(), BufferDict())):
         raise ValueError(
-            f"an adapter cannot be called {name!r}: PEFT tells adapters apart by their names in keys, and parts of "
-            f"{type(model).__name__} or of PEFT have the same name; give another name, such as 'adapter-{name}'"
+            f"an adapter cannot be called {name!r}: PEFT tells adapters apart by their names in keys, and "
+            f"{type(model).__name__} or PyTorch already uses this name; give another name, such as 'adapter-{name}'"
         )
 
 
