@@ -165,7 +165,7 @@ def test_a_vector_is_exported(vector_file, capsys):
     assert capsys.readouterr().out == f"written: {path}\n"
     again = SteeringVector.load_gguf(path)
     assert [*again.directions] == [("residual", 2)] and again.metadata["model"] == "tiny"
-    with pytest.raises(SystemExit, match="an export writes over nothing"):
+    with pytest.raises(SystemExit, match="an export does not overwrite"):
         main(["export", str(vector_file), "--to", "gguf"])
     main(["export", str(vector_file), "--to", "gguf", "--output", str(vector_file.with_name("mine"))])
     assert SteeringVector.load_gguf(vector_file.with_name("mine.gguf")) == again

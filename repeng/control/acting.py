@@ -1,4 +1,4 @@
-"""Whether every adapted module has a part in what a model says: one that has none would be trained for nothing."""
+"""Find adapted modules that do not influence the model's output: training them would have no effect."""
 
 from typing import Any
 
@@ -15,17 +15,18 @@ SHOWN = 5
 
 
 def idle_sites(model: CausalLM, input_ids: Tensor) -> list[str]:
-    """Adapted modules on which the logits of these tokens do not depend.
+    """Adapted modules that do not influence the logits of these tokens.
 
-    One forward and one backward at c = 1 tell: an adapter that acts has a gradient, even if it is new and zero.
-    Weights, gradients, modes and random states stay as they are. Experts are left out, since a text reaches few.
+    The check is one forward and one backward pass at c = 1: an adapter that acts has a gradient, even if it is new and
+    zero. Weights, gradients, modes and random states do not change. Experts are not checked, since a text is routed to
+    only a few of them.
 
     Args:
         model: a model whose adapters are trainable.
-        input_ids: `(b t)`, at least two tokens a row: with one, attention has no choice.
+        input_ids: `(b t)`, at least two tokens per row, since attention over a single token has no choice.
 
     Returns:
-        Full names of modules, of a decoder layer for its residual stream, in the order of the model.
+        Full names of modules in the order of the model. A residual site has the name of its decoder layer.
     """
     sites = [(name, m) for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
     parameters = {
@@ -46,13 +47,13 @@ def idle_sites(model: CausalLM, input_ids: Tensor) -> list[str]:
 
 
 def check_sites(model: CausalLM, input_ids: Tensor) -> None:
-    """Raise ValueError, naming them, if adapted modules do nothing; see `idle_sites`."""
+    """Raise ValueError, naming the modules, if adapted modules have no effect; see `idle_sites`."""
     idle = idle_sites(model, input_ids)
     if idle:
         more = f" and {len(idle) - SHOWN} more" if len(idle) > SHOWN else ""
         raise ValueError(
-            f"the adapter does nothing to text at {', '.join(idle[:SHOWN])}{more}: the model does not run these "
-            "modules, or does not use what they give. Adapt other layers or other target_modules"
+            f"the adapter has no effect on text at {', '.join(idle[:SHOWN])}{more}: the model does not run these "
+            "modules, or does not use their outputs. Adapt other layers or other target_modules"
         )
 
 

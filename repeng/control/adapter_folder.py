@@ -1,4 +1,4 @@
-"""Folders of adapters, which somebody else may have written: read and checked before anything is loaded."""
+"""Read and check the folder of an adapter before anything is loaded, since its author may not be trusted."""
 
 import warnings
 from dataclasses import MISSING, dataclass, fields
@@ -24,7 +24,7 @@ from repeng.tuner.model import require_modules
 from repeng.tuner.stored import check_numbers, check_tensors, does_nothing
 
 KINDS: dict[str, type[PeftConfig]] = {PEFT_TYPE: SvdSteeringConfig, "LORA": LoraConfig}
-# Fields of a LoRA that may differ from their defaults: others would change what it does, or run code of their own.
+# Fields of a LoRA that may differ from their defaults. Other fields would make it another method, or could run code.
 PLAIN: dict[str, Any] = {
     "r": Annotated[int, Field(ge=1, le=1 << 20)],
     "lora_alpha": Annotated[float, Field(gt=0, le=1e6)],
@@ -35,7 +35,7 @@ PLAIN: dict[str, Any] = {
     "bias": Literal["none"],
     "use_rslora": bool,
     "modules_to_save": Annotated[list[str] | None, Field(max_length=0)],
-    # Others, such as pissa and olora, change the base's weights when they are loaded.
+    # Other values, such as pissa and olora, change the weights of the base model when the adapter is loaded.
     "init_lora_weights": bool | Literal["gaussian", "eva", "orthogonal"],
     "layers_to_transform": list[int] | int | None,
     "layers_pattern": list[str] | str | None,
@@ -49,12 +49,12 @@ PLAIN: dict[str, Any] = {
     "peft_version": str | None,
     "loftq_config": dict[str, Any] | None,
 }
-MEANS_NOTHING: tuple[Any, ...] = (None, False, 0, "", [], {})  # as a field that is not known here
+MEANS_NOTHING: tuple[Any, ...] = (None, False, 0, "", [], {})  # values with which an unknown field has no effect
 
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """The configuration and the tensors of an adapter, checked; `check` says whether a model is its base."""
+    """The checked configuration and tensors of an adapter. `check` tests whether a model fits them."""
 
     path: Path
     config: PeftConfig
@@ -62,11 +62,12 @@ class AdapterFolder:
 
     @classmethod
     def read(cls, path: str | Path) -> "AdapterFolder":
-        """Read a folder.
+        """Read and check the folder of an adapter.
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: a file holds what no adapter does, is of another kind, or would do nothing; names it.
+            ValueError: the content of a file is invalid, the adapter is of another kind, or it would do nothing. The
+                message names the file.
         """
         path = Path(path)
         for name in (CONFIG, WEIGHTS):
@@ -77,7 +78,7 @@ class AdapterFolder:
             raise ValueError(f"{path / WEIGHTS} holds no tensor; save the adapter again")
         for name in getattr(config, "modules_to_save", None) or ():
             if not any(f".{name}." in f".{key}" for key in tensors):
-                raise ValueError(f"{path}: modules_to_save names {name!r}, of which {WEIGHTS} holds nothing")
+                raise ValueError(f"{path}: modules_to_save names {name!r}, but {WEIGHTS} holds no tensor of it")
         try:
             if isinstance(config, SvdSteeringConfig):
                 own = {key: tensor for key, tensor in tensors.items() if ".svd_steering_" in key}
@@ -91,7 +92,7 @@ class AdapterFolder:
             raise ValueError(f"{path / WEIGHTS}: {error}") from None
         if idle:
             raise ValueError(
-                f"{path / WEIGHTS}: everything that this adapter learned is zero, so that it does nothing at any "
+                f"{path / WEIGHTS}: all learned parameters of this adapter are zero, so it does nothing at any "
                 "coefficient; train it first"
             )
         return cls(path, config, tensors)
@@ -112,20 +113,20 @@ class AdapterFolder:
             dimension, of_shape = side
             if tensor.shape[dimension] != linear_shape(module)[of_shape]:
                 raise ValueError(
-                    f"{self.path / WEIGHTS}: {key} has shape {tuple(tensor.shape)}, where {type(model).__name__} is "
-                    f"{linear_shape(module)[of_shape]} wide; load the base model that the adapter was made for"
+                    f"{self.path / WEIGHTS}: {key} has shape {tuple(tensor.shape)}, but {type(model).__name__} is "
+                    f"{linear_shape(module)[of_shape]} wide there; load the base model that the adapter was made for"
                 )
 
     def load(self, model: nn.Module, adapter_name: str = "default") -> PeftModel:
-        """The model with the adapter, whole.
+        """Load the whole adapter into the model.
 
         Raises:
-            ValueError: it does not fit the model, or the file holds other tensors than the adapter has.
+            ValueError: the adapter does not fit the model, or the file does not hold exactly the adapter's tensors.
         """
         self.check(model)
         try:
             with warnings.catch_warnings():
-                # One kind of adapter around another is meant; missing keys are refused below.
+                # An adapter of another kind may be in the model on purpose. Missing keys are refused below.
                 warnings.filterwarnings("ignore", message="Already found a `peft_config`|Found missing adapter keys")
                 if isinstance(model, PeftModel):
                     model.load_adapter(str(self.path), adapter_name=adapter_name)
@@ -140,7 +141,7 @@ class AdapterFolder:
         return adapted
 
 
-# Parts of keys: which dimension of the tensor belongs to which side of a linear module, (d_in, d_out).
+# By part of a key: the dimension of the tensor, and the index into (d_in, d_out) of the size that it must have.
 SIDES = {".lora_A.": (1, 0), ".lora_B.": (0, 1), ".svd_steering_u": (0, 1), ".svd_steering_v": (0, 0)}
 
 
@@ -152,20 +153,21 @@ def _module_of(key: str) -> str:
 
 
 def _check_file(folder: Path, name: str) -> None:
-    """Raise unless a plain file of this name lies in the folder itself, or in the hub's cache that it belongs to."""
+    """Raise unless the folder has a regular file of this name, or a link into itself or into its hub cache."""
     path = folder / name
     if not path.is_file():
         pickles = [one.name for one in folder.glob("adapter_model.*") if one.suffix in (".bin", ".pt", ".pth")]
-        more = f"; {pickles[0]} is a pickle, which can run code when it is read, and so it is not" if pickles else ""
-        raise FileNotFoundError(f"{folder} holds no {name}, so no adapter{more}; give the folder of an adapter")
+        more = f"; {pickles[0]} is a pickle and is not read, because reading it can run code" if pickles else ""
+        raise FileNotFoundError(f"{folder} is not an adapter's folder: it holds no {name}{more}; give another folder")
     whole = folder.resolve()
-    inside = (whole, *(above / "blobs" for above in list(whole.parents)[1:4]))  # of snapshots/REVISION/… in the cache
+    # In the hub's cache, a folder is snapshots/REVISION/…, and its files link to blobs beside snapshots.
+    inside = (whole, *(above / "blobs" for above in list(whole.parents)[1:4]))
     if path.is_symlink() and not any(path.resolve().is_relative_to(one) for one in inside):
-        raise ValueError(f"{path} is a link out of its folder, to {path.resolve()}; put the file itself there")
+        raise ValueError(f"{path} is a link to {path.resolve()}, outside its folder; put the file itself there")
 
 
 def read_config(folder: Path) -> PeftConfig:
-    """The configuration in an adapter's folder, each field of which is known and may hold what it holds.
+    """Read the configuration in an adapter's folder; check that all its fields are known and their values are allowed.
 
     Raises:
         FileNotFoundError, ValueError: as `AdapterFolder.read`.
@@ -175,29 +177,31 @@ def read_config(folder: Path) -> PeftConfig:
     values = read_json(path)
     kind = values.get("peft_type") if isinstance(values, dict) else None
     if kind == "APASTOADAPTER":
-        raise ValueError(f"{path} is of AntiPaSTO; read it by repeng.load_antipasto and save it with save_pretrained")
+        raise ValueError(
+            f"{path} is an AntiPaSTO adapter; load it with repeng.load_antipasto and save it with save_pretrained"
+        )
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"{path}: peft_type must be one of {', '.join(KINDS)}; got {shown(kind)}")
     config_class = KINDS[kind]
     version = values.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION and config_class is SvdSteeringConfig:
         raise ValueError(
-            f"{path}: format_version is {version}, and this version of repeng reads formats up to {FORMAT_VERSION}: "
+            f"{path}: format_version is {version}, but this version of repeng reads formats up to {FORMAT_VERSION}; "
             "install a newer repeng"
         )
     known = {field.name: field for field in fields(config_class) if field.init} | {"peft_type": None}
     for key in values.keys() - known.keys():
         if values[key] not in MEANS_NOTHING:
             raise ValueError(
-                f"{path}: unknown field {shown(key)}{nearest(key, known)}; it would be ignored. Install the peft that "
-                f"wrote it ({shown(values.get('peft_version'))}), or take the field out"
+                f"{path}: unknown field {shown(key)}{nearest(key, known)}; it would be ignored. Install the peft "
+                f"version that wrote it ({shown(values.get('peft_version'))}), or remove the field"
             )
     values = {key: value for key, value in values.items() if key in known and key != "peft_type"}
     try:
         if config_class is LoraConfig:
             _check_plain(values)
         elif values.get("resolved_modules") is None:
-            raise ValueError("resolved_modules is missing: the names of the adapted modules; save the adapter again")
+            raise ValueError("resolved_modules, the names of the adapted modules, is missing; save the adapter again")
         elif values.get("init_bases") is not False:
             raise ValueError(
                 f"init_bases must be false, as in every saved configuration; got {shown(values.get('init_bases'))}"
@@ -208,16 +212,16 @@ def read_config(folder: Path) -> PeftConfig:
 
 
 def _check_plain(values: dict[str, Any]) -> None:
-    """Raise ValueError unless a LoRA is a plain one, with values that can be meant."""
+    """Raise ValueError unless the configuration is that of a plain LoRA with valid values."""
     if values.get("target_modules") is None:
-        raise ValueError("target_modules is missing: the names of the adapted modules")
+        raise ValueError("target_modules, the names of the adapted modules, is missing")
     defaults = {field.name: _default(field) for field in fields(LoraConfig)}
     for key, value in values.items():
         if key in PLAIN:
             checked(PLAIN[key], value, key)
         elif value not in MEANS_NOTHING and value != defaults[key]:
             raise ValueError(
-                f"{key} is {shown(value)}: what is steered is a plain LoRA, where it is {defaults[key]!r}"
+                f"{key} is {shown(value)}; only a plain LoRA can be steered, where it is {defaults[key]!r}"
             )
     for key in ("target_modules", "exclude_modules"):
         if isinstance(values.get(key), str):
@@ -231,7 +235,7 @@ def _default(field: Any) -> Any:
 
 
 def _check_lora(tensors: dict[str, Tensor], config: LoraConfig) -> bool:
-    """Whether the LoRA does nothing; raises ValueError, naming a tensor, if it cannot be one of this rank."""
+    """Whether the LoRA does nothing. Raises ValueError, naming the tensor, if one does not fit the configuration."""
     strengths = {}
     ranks = {config.r, *(config.rank_pattern or {}).values()}
     for key, tensor in tensors.items():
@@ -241,18 +245,18 @@ def _check_lora(tensors: dict[str, Tensor], config: LoraConfig) -> bool:
             continue
         other = key.replace(".lora_A.", ".lora_B.") if ".lora_A." in key else key.replace(".lora_B.", ".lora_A.")
         if other not in tensors:
-            raise ValueError(f"{key} has no counterpart {other}; take the adapter from where it was saved again")
+            raise ValueError(f"{key} has no counterpart {other}; copy the adapter again from where it was saved")
         rank = tensor.shape[0 if ".lora_A." in key else -1] if tensor.ndim else 0
         if tensor.ndim != 2 or rank not in ranks:
             raise ValueError(
-                f"{key} has shape {tuple(tensor.shape)}, and {CONFIG} gives it the rank r={config.r}; take both files "
-                "from one save"
+                f"{key} has shape {tuple(tensor.shape)}, but {CONFIG} gives it the rank r={config.r}; use both files "
+                "from the same save"
             )
         if ".lora_A." in key:
             strengths[key] = (tensor.float().abs().max() * tensors[other].float().abs().max()).item()
     if not strengths:
-        raise ValueError("no tensor is called lora_A and lora_B; take the adapter from where it was saved again")
+        raise ValueError("no tensor is called lora_A or lora_B; copy the adapter again from where it was saved")
     key = max(strengths, key=lambda one: strengths[one])
     if not strengths[key] < 1e6:
-        raise ValueError(f"{key} times its lora_B reaches {strengths[key]:.3g}; up to 1e6 do. It is damaged")
+        raise ValueError(f"{key} times its lora_B reaches {strengths[key]:.3g}; the limit is 1e6. The file is damaged")
     return strengths[key] < 1e-30

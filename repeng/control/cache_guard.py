@@ -1,4 +1,4 @@
-"""A key-value cache remembers the coefficient that it was made at; going on with it at another one is an error."""
+"""Guard of key-value caches: a cache remembers how the model was steered, and use under other steering is an error."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +11,12 @@ from torch import nn
 from transformers import Cache, EncoderDecoderCache
 from transformers.cache_utils import CacheLayerMixin
 
-MARK = "_steering"  # attribute of a cache; a cache without it was made without steering
+MARK = "_steering"  # attribute of a cache; a cache without the attribute was made without steering
 
 
 @dataclass(frozen=True)
 class Influence:
-    """One thing that steers: what it is, how it acts, and its coefficient."""
+    """A steering influence: its name, how it acts, and its coefficient."""
 
     name: str
     how: tuple[Any, ...]
@@ -24,19 +24,19 @@ class Influence:
 
 
 State = tuple[Influence, ...]
-# By the module that runs the decoder layers: states of the open contexts, and whether other caches may go on in them.
+# By the module that runs the decoder layers: the state of each open context, and whether it accepts other caches.
 _open: WeakKeyDictionary[nn.Module, list[tuple[State, bool]]] = WeakKeyDictionary()
 
 
 def current(trunk: nn.Module) -> State:
-    """What steers the model in the innermost open context."""
+    """The influences that steer the model in the innermost open context."""
     contexts = _open.get(trunk)
     return contexts[-1][0] if contexts else ()
 
 
 @contextmanager
 def guarded(trunk: nn.Module, state: State, reuse_cache: bool) -> Iterator[None]:
-    """Inside the context, the model is in `state`, and a cache made in another one raises unless `reuse_cache`."""
+    """Inside the context, the model is in `state`; a cache from another state raises unless `reuse_cache` is set."""
     contexts = _open.setdefault(trunk, [])
     handles = (
         []
@@ -57,26 +57,26 @@ def guarded(trunk: nn.Module, state: State, reuse_cache: bool) -> Iterator[None]
 
 def _check_cache(trunk: nn.Module, _args: tuple, kwargs: dict[str, Any]) -> None:
     """Forward pre-hook: raise ValueError if the cache was made in another state than the current one."""
-    if torch.compiler.is_compiling():  # the state would be compiled in, once for each coefficient
+    if torch.compiler.is_compiling():  # the state would be compiled in, with a new compilation per coefficient
         return
     cache = cache_of(kwargs)
     if cache is None:
         return
     contexts = _open.get(trunk)
-    if not contexts:  # a copy, made inside the context together with this hook
+    if not contexts:  # the model is a copy that was made, with this hook, inside a context
         return
     state, reuse_cache = contexts[-1]
     made_in = getattr(cache, MARK, ())
     if made_in != state and not reuse_cache and columns_of(cache) != 0:
         raise ValueError(
-            f"this key-value cache was made {_told(made_in)}, and the model is now steered {_told(state)}; the cache "
-            "would go on acting as before. Start a new one, or say steer(…, reuse_cache=True) to mean it"
+            f"this key-value cache was made {_told(made_in)}, but the model now runs {_told(state)}; the old steering "
+            "would go on through the cache. Start a new cache, or allow this with steer(…, reuse_cache=True)"
         )
     setattr(cache, MARK, state)
 
 
 def _mark_cache(trunk: nn.Module, _args: tuple, output: Any) -> None:
-    """Forward hook: remember the state in a cache that the forward itself has made."""
+    """Forward hook: store the current state on a cache that this forward pass created."""
     if torch.compiler.is_compiling():
         return
     cache = cache_of(output) if isinstance(output, dict) else None
@@ -85,12 +85,12 @@ def _mark_cache(trunk: nn.Module, _args: tuple, output: Any) -> None:
 
 
 def cache_of(named: dict[str, Any]) -> Cache | None:
-    """The key-value cache among arguments or outputs of a forward, whatever this version of transformers calls it."""
+    """The key-value cache among the arguments or outputs of a forward pass; its name differs between versions."""
     return next((value for value in named.values() if isinstance(value, Cache)), None)
 
 
 def columns_of(cache: Cache) -> int | None:
-    """How many tokens a cache holds; None if it is not empty and does not tell, as that of a state-space model."""
+    """Number of tokens in a cache; None if it holds some but not their number, as caches of state-space models do."""
     if isinstance(cache, EncoderDecoderCache):
         return columns_of(cache.self_attention_cache)
     if any(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
@@ -99,4 +99,5 @@ def columns_of(cache: Cache) -> int | None:
 
 
 def _told(state: State) -> str:
-    return ", ".join(f"by {one.name} at {one.coefficient}" for one in state) or "without steering"
+    listed = ", ".join(f"{one.name} at {one.coefficient}" for one in state)
+    return f"with steering by {listed}" if listed else "without steering"

@@ -1,4 +1,4 @@
-"""The scale of PEFT's LoRA adapters as a coefficient, one for each row, without a change to PEFT's own state."""
+"""Scale PEFT's LoRA adapters by a coefficient, per row if needed, without changing PEFT's own state."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from repeng.tuner.coefficients import repeat_rows
 
 
 class Factor:
-    """What outputs are multiplied by: one number, or a tensor for rows or tokens, copied to a device only once."""
+    """A factor for outputs: a single number, or a tensor per row or token that is copied to each device only once."""
 
     def __init__(self, value: Tensor) -> None:
         self.number: float | None = None if value.ndim else value.item()
@@ -28,15 +28,16 @@ class Factor:
         return self._by_device[device]
 
 
-CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # names of starts of a LoRA
-_set: WeakKeyDictionary[nn.Module, Factor] = WeakKeyDictionary()  # by B of an adapter at a site
+# Values of init_lora_weights start with one of these if they change the weights of the base model.
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_set: WeakKeyDictionary[nn.Module, Factor] = WeakKeyDictionary()  # current factor, by B matrix
 
 
 def lora_modules(model: nn.Module, adapter_name: str | None = None) -> dict[str, list[nn.Module]]:
-    """The B matrices of the active LoRA adapters of a model, or of one of them, by adapter name.
+    """The B matrices of the active LoRA adapters of a model, or of the one called `adapter_name`, by adapter name.
 
     Raises:
-        ValueError: an adapter is merged into the weights, or a part of what it does would not scale.
+        ValueError: an adapter is merged into the weights, or has a part that a coefficient does not scale.
     """
     found: dict[str, list[nn.Module]] = {}
     for place, layer in model.named_modules():
@@ -44,8 +45,8 @@ def lora_modules(model: nn.Module, adapter_name: str | None = None) -> dict[str,
             continue
         if layer.merged:
             raise ValueError(
-                f"adapter {', '.join(layer.merged_adapters)} is merged into the weights, where no coefficient reaches "
-                "it; call unmerge_adapter() first"
+                f"adapter {', '.join(layer.merged_adapters)} is merged into the weights, where no coefficient can "
+                "scale it; call unmerge_adapter() first"
             )
         for name in layer.active_adapters:
             if adapter_name not in (None, name):
@@ -60,7 +61,7 @@ def lora_modules(model: nn.Module, adapter_name: str | None = None) -> dict[str,
                 found.setdefault(name, []).append(layer.lora_B[name])
     for place, module in model.named_modules() if found else ():
         if isinstance(module, AuxiliaryTrainingWrapper) and found.keys() & set(module.active_adapters):
-            _refuse(", ".join(found), f"a module of its own in place of {place}")
+            _refuse(", ".join(found), f"a trained copy of {place}")
     configs = getattr(model, "peft_config", {})
     for name in found:
         bias = getattr(configs.get(name), "bias", "none")
@@ -70,15 +71,15 @@ def lora_modules(model: nn.Module, adapter_name: str | None = None) -> dict[str,
         if isinstance(start, str) and start.startswith(CHANGE_THE_BASE):
             _refuse(
                 name,
-                f"a base that init_lora_weights={start!r} has changed, so that 0 would not be the base; save it with "
-                "path_initial_model_for_weight_conversion, which makes a plain LoRA of it",
+                f"init_lora_weights={start!r}, which has changed the base model; convert the adapter to a plain LoRA: "
+                "save it with path_initial_model_for_weight_conversion",
             )
     return found
 
 
 @torch.no_grad()
 def scale_weights(model: nn.Module, factor: float) -> None:
-    """Make the active LoRA adapters of a model `factor` times as strong, for everything that reads them.
+    """Multiply the B matrices of the model's active LoRA adapters by `factor`, in place.
 
     Raises:
         ValueError: see `lora_modules`.
@@ -96,16 +97,16 @@ def lora_names(model: nn.Module) -> set[str]:
 
 def _refuse(name: str, what: str) -> None:
     raise ValueError(
-        f"LoRA adapter {name!r} has {what}, which no coefficient scales, so that 0 would not be the base model. Steer "
+        f"LoRA adapter {name!r} has {what}. No coefficient scales this part, so 0 would not be the base model. Steer "
         "a plain LoRA on linear layers"
     )
 
 
 @contextmanager
 def scaled(modules: list[nn.Module], value: Tensor) -> Iterator[None]:
-    """Inside the context, the outputs of these modules are times `value`, `()`, `(b,)` or `(b t)`.
+    """Inside the context, the outputs of these modules are multiplied by `value`, `()`, `(b,)` or `(b t)`.
 
-    An inner context wins.
+    An inner context overrides an outer one.
     """
     factor = Factor(value)
     before = {module: _set.get(module) for module in modules}
@@ -126,7 +127,7 @@ def scaled(modules: list[nn.Module], value: Tensor) -> Iterator[None]:
 def _scale(module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
     factor = _set.get(module)
     if factor is None or factor.number == 1:
-        return output  # without a factor it is of a copy that was made inside a context
+        return output  # None: the module is a copy that was made inside a context
     if factor.number is not None:
         return output * factor.number
     value = repeat_rows(factor.on(output.device), output)

@@ -1,4 +1,4 @@
-"""What a steering vector does to an output."""
+"""Operators that apply a steering vector to an output."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -19,13 +19,13 @@ def add(h: Tensor, v: Tensor, c: Tensor) -> Tensor:
 
 
 def ablate(h: Tensor, v: Tensor, c: Tensor) -> Tensor:
-    """`h − c (h·û) û` with û = v/‖v‖: at c = 1 nothing is left along v (Arditi et al., arXiv 2406.11717)."""
+    """`h − c (h·û) û` with û = v/‖v‖: at c = 1 no component along v is left (Arditi et al., arXiv 2406.11717)."""
     unit = v / v.norm().clamp_min(TINY)
     return h - c * (h @ unit)[..., None] * unit
 
 
 def rotate(h: Tensor, v: Tensor, c: Tensor) -> Tensor:
-    """`‖h‖ (h + c v) / ‖h + c v‖`: toward v in the plane of h and v, at the norm of h."""
+    """`‖h‖ (h + c v) / ‖h + c v‖`: rotate h toward v in the plane of h and v, at constant norm."""
     moved = h + c * v
     return moved * (h.norm(dim=-1, keepdim=True) / moved.norm(dim=-1, keepdim=True).clamp_min(TINY))
 
@@ -34,11 +34,11 @@ OPERATORS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"add": add, 
 
 
 def _for(output: Tensor, tokens: Tensor) -> Tensor:
-    """Which tokens are steered, `(b t)`, in the shape of an output `(b t …)`."""
+    """The mask of steered tokens `(b t)`, reshaped to broadcast over an output `(b t …)`."""
     if output.shape[:2] != tokens.shape:
         raise ValueError(
-            f"a site gives an output of shape {tuple(output.shape)}, not (batch, tokens, …) for {tokens.shape[0]} × "
-            f"{tokens.shape[1]} tokens, so that padding is not known; steer 'residual' or another site"
+            f"the output of a site has shape {tuple(output.shape)}, not (batch, tokens, …) for {tokens.shape[0]} × "
+            f"{tokens.shape[1]} tokens, so its padding is not known; steer 'residual' or another site"
         )
     return tokens.to(output.device).reshape(*tokens.shape, *[1] * (output.ndim - 2))
 
@@ -51,12 +51,11 @@ def edit_with(
     where: TokenFilter,
     gate: Callable[[Tensor], Tensor] | None = None,
 ) -> Callable[[Tensor], Tensor]:
-    """An edit of an output `(b t d)` by `operator`, in float32.
+    """A function that edits an output `(b t d)` by `operator`, in float32.
 
-    The coefficient is `()`, `(b,)` for each row, or `(b t)` for each token.
-
-    With `clamp`, no token's norm grows above `clamp` times what it was. With `gate`, the coefficient of a token is
-    multiplied by what the gate makes `(b t 1)` of the output.
+    The coefficient is `()`, `(b,)` per row, or `(b t)` per token. With `clamp`, the norm of a token is limited to
+    `clamp` times its norm before the edit. With `gate`, each token's coefficient is multiplied by the factor `(b t 1)`
+    that the gate computes from the output.
     """
     apply = OPERATORS[operator]
     moved_to: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}  # copied to a device only once
@@ -65,7 +64,7 @@ def edit_with(
         h = output if output.dtype == torch.float64 else output.float()
         where_to = (h.device, h.dtype)
         if where_to not in moved_to:
-            with torch.inference_mode(False):  # a later forward may have gradients
+            with torch.inference_mode(False):  # a later forward pass may need gradients
                 moved_to[where_to] = coefficient.to(h.device, h.dtype), direction.to(h.device, h.dtype)
         c, v = moved_to[where_to]
         if c.ndim:

@@ -1,4 +1,4 @@
-"""Which tokens of a forward are steered, in the prompt and at every step of generation."""
+"""Select the tokens that are steered, in the prompt and at every step of generation."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,23 +12,23 @@ from transformers import Cache, GenerationMixin
 
 from repeng.control.cache_guard import cache_of, columns_of
 
-STATES = ("state", "cache_params", "mems")  # arguments with which recurrent models go on, if no cache holds it
+STATES = ("state", "cache_params", "mems")  # arguments that carry the state of recurrent models without a cache
 PACKING = ("generate_batch", "init_continuous_batching")  # methods of models that batch continuously
 Positions = Literal["all", "prompt", "generated"] | slice
 
 
 class TokenFilter:
-    """Which tokens of the running forward are steered: `tokens (b t)`, or None for all of them.
+    """Selects the steered tokens of the current forward pass: `tokens (b t)`, or None for all of them.
 
-    The prompt is what `generate` is given, or, outside of it, what a forward without a filled cache sees; what follows
-    is generated. Padding is never steered where a mask `(b t)` tells it.
+    The prompt is the input of `generate`, or, outside of `generate`, the input of a forward pass without a filled
+    cache. All later tokens are generated. If a mask `(b t)` marks padding, padding is never steered.
 
     Args:
-        positions: "all", "prompt", "generated", or a slice of real tokens, counted from the first; negative bounds
-            count from the end of the prompt.
+        positions: "all", "prompt", "generated", or a slice of real tokens. A slice counts from the first real token;
+            negative bounds count from the end of the prompt.
 
     Raises:
-        ValueError: `positions` is something else.
+        ValueError: `positions` has another value.
     """
 
     def __init__(self, positions: Positions) -> None:
@@ -37,16 +37,16 @@ class TokenFilter:
             raise ValueError(f"positions must be 'all', 'prompt', 'generated' or a slice; got {positions!r}")
         self.positions: Positions = positions
         self.tokens: Tensor | None = None
-        self._given: int | None = None  # columns of the prompt that `generate` was given, while it runs
-        self._given_mask: Tensor | None = None  # and its mask (b t)
-        self._outside: tuple[Any, ...] = ()  # the mask that the forward around the trunk's was given, if there is one
-        self._seen: WeakKeyDictionary[Cache, int] = WeakKeyDictionary()  # columns, of caches that do not tell them
+        self._given: int | None = None  # prompt columns passed to `generate`, while it runs
+        self._given_mask: Tensor | None = None  # the mask (b t) passed to `generate`
+        self._outside: tuple[Any, ...] = ()  # (mask of the model around the trunk,), if that model runs
+        self._seen: WeakKeyDictionary[Cache, int] = WeakKeyDictionary()  # columns in caches that do not report them
         self._prompt = 0  # columns of the prompt
         self._lengths: Tensor | None = None  # real tokens of each prompt, (b,)
 
     @contextmanager
     def watching(self, model: nn.Module, trunk: nn.Module) -> Iterator[None]:
-        """Inside the context, follow the forwards of `trunk` and the calls of `generate` anywhere in `model`."""
+        """Inside the context, track the forward passes of `trunk` and all calls of `generate` in `model`."""
         with ExitStack() as stack:
             stack.callback(trunk.register_forward_pre_hook(self._before, with_kwargs=True).remove)
             for module in model.modules():
@@ -78,7 +78,7 @@ class TokenFilter:
         inputs = kwargs["inputs_embeds"] if inputs is None else inputs
         if self.positions != "all" and kwargs.get("cu_seq_lens_q") is not None:
             raise ValueError(
-                f"positions={self.positions!r} is not known in continuous batching, which packs tokens of several "
+                f"positions={self.positions!r} does not work with continuous batching, which packs tokens of several "
                 "texts into one row; steer 'all' positions, or use generate"
             )
         t = inputs.shape[1]
@@ -94,7 +94,7 @@ class TokenFilter:
         lengths = self._lengths
         if past == 0 or lengths is None or len(lengths) != len(mask):
             self._prompt = past + t if self._given is None else self._given
-            # A prompt that comes in chunks shows its padding in the mask of `generate` only.
+            # If the prompt comes in chunks, only the mask passed to `generate` covers all of its padding.
             whole = mask if mask.shape[1] >= self._prompt else self._extended(len(mask), self._prompt)
             lengths = mask.new_full((len(mask),), self._prompt, dtype=torch.long)
             if whole is not None:
@@ -103,10 +103,10 @@ class TokenFilter:
         self.tokens = self._select(mask, past, lengths) if known or self.positions != "all" else None
 
     def _past(self, kwargs: dict[str, Any], t: int) -> int | None:
-        """Columns before the `t` of this forward; None if nothing tells and no position depends on it.
+        """Number of columns before the `t` columns of this forward pass; None if it is unknown and not needed.
 
         Raises:
-            ValueError: positions depend on it, and nothing tells.
+            ValueError: the number is unknown, and `positions` depends on it.
         """
         cache = cache_of(kwargs)
         state = next((name for name in STATES if kwargs.get(name) is not None), None)
@@ -118,19 +118,19 @@ class TokenFilter:
             past = max(known) - t if past is None and known else past
         if past is None and self.positions != "all":
             raise ValueError(
-                f"positions={self.positions!r} is not known where a {state or type(cache).__name__} goes on that was "
-                "made elsewhere and does not tell how many tokens it holds; pass a mask (batch, tokens) of all of "
-                "them, or steer 'all' positions"
+                f"positions={self.positions!r} is not known, because the {state or type(cache).__name__} was made "
+                "elsewhere and does not report how many tokens it holds; pass a mask (batch, tokens) for all "
+                "tokens so far, or steer 'all' positions"
             )
         if cache is not None and past is not None:
             self._seen[cache] = past + t
         return past
 
     def _mask(self, own: Any, rows: int, columns: int) -> Tensor | None:
-        """Which columns of the text so far are real, `(b columns)`; None if nothing tells of padding.
+        """The mask `(b columns)` of real tokens in the text so far; None if no mask of padding is known.
 
         Raises:
-            ValueError: a slice counts real tokens, and there is a mask that does not tell them.
+            ValueError: `positions` is a slice, which counts real tokens, and the model's mask does not mark padding.
         """
         for mask in (own, *self._outside):
             if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= columns:
@@ -140,13 +140,13 @@ class TokenFilter:
             return extended
         if own is not None and self._outside != (None,) and isinstance(self.positions, slice):
             raise ValueError(
-                f"positions={self.positions} counts real tokens, and this model was given a {type(own).__name__} as "
-                "attention mask, which does not tell padding; pass a mask (batch, tokens)"
+                f"positions={self.positions} counts real tokens, but the attention mask of this model is a "
+                f"{type(own).__name__}, which does not tell padding; pass a mask (batch, tokens)"
             )
         return None
 
     def _extended(self, rows: int, columns: int) -> Tensor | None:
-        """The mask that `generate` was given, for its beams and returned sequences, and real behind the prompt."""
+        """The mask passed to `generate`, repeated for beams and returned sequences; columns after it are real."""
         mask = self._given_mask
         if not isinstance(mask, Tensor) or mask.ndim != 2:
             return None
@@ -154,7 +154,7 @@ class TokenFilter:
         return nn.functional.pad(mask, (0, max(0, columns - mask.shape[1])), value=True)[:, :columns]
 
     def _select(self, mask: Tensor, past: int, lengths: Tensor) -> Tensor:
-        """The steered ones of the columns from `past` on, for prompts of `lengths (b,)` real tokens."""
+        """The mask of steered tokens in the columns from `past` on, for prompts of `lengths (b,)` real tokens."""
         column = torch.arange(past, mask.shape[1], device=mask.device)
         real, in_prompt = mask[:, past:], column < self._prompt
         match self.positions:
@@ -176,16 +176,17 @@ class TokenFilter:
 
 @contextmanager
 def unpacked(model: nn.Module, what: str | None) -> Iterator[None]:
-    """Inside the context, continuous batching raises ValueError, since it does not know `what`; None allows it.
+    """Inside the context, continuous batching raises ValueError, since it does not support `what`; None allows it.
 
-    It runs in a thread of its own, where an error of a forward would end in a log and an answer without tokens.
+    Continuous batching runs in its own thread. There, an error in a forward pass would only be logged, and the answer
+    would have no tokens. The call is therefore refused before it starts.
     """
 
     def refusing(_method: Callable[..., Any]) -> Callable[..., Any]:
         def refuse(*_args: Any, **_kwargs: Any) -> Any:
             raise ValueError(
-                f"{what} is not known in continuous batching, which packs tokens of several texts into one row; use "
-                "generate, or steer 'all' positions by one number"
+                f"{what} does not work with continuous batching, which packs tokens of several texts into one row; "
+                "use generate, or steer 'all' positions by a single number"
             )
 
         return refuse
@@ -200,7 +201,7 @@ def unpacked(model: nn.Module, what: str | None) -> Iterator[None]:
 
 @contextmanager
 def replaced(module: nn.Module, name: str, change: Callable[[Any], Any]) -> Iterator[None]:
-    """Inside the context, an instance attribute `name` is what `change` makes of the attribute."""
+    """Inside the context, the instance attribute `name` is replaced by `change` of its value."""
     before = module.__dict__.get(name)
     module.__dict__[name] = change(getattr(module, name))
     try:

@@ -1,4 +1,4 @@
-"""The context manager that sets how far a model is steered, by adapters or by vectors."""
+"""The context manager that steers a model, by adapters or by vectors."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -32,28 +32,30 @@ def steer(
 ) -> Iterator[None]:
     """Steer `model` by `coefficient` inside the context: its adapters, or `vector`.
 
-    Contexts nest, so that several vectors and adapters act together; on exit, also by an exception, the state is what
-    it was before. Everything that runs the model's forward is steered: `generate`, a pipeline, training.
+    Contexts can be nested, so several vectors and adapters can act together. On exit, also after an exception, the
+    previous state is restored. Everything that runs the model's forward pass is steered: `generate`, a pipeline,
+    training.
 
     Args:
-        model: a model with steering or LoRA adapters (a `PeftModel`, or a module that they were injected into); any
-            causal language model if `vector` is given.
-        coefficient: one number, a `(b,)` tensor with one for each batch row, or a `(b t)` tensor with one for each
-            token, for rows that pack several texts; 0 is the base model exactly, and ±1 what a calibration says, if
-            the adapter, or the vector that is added, has one.
-        vector: what acts on the outputs of its sites, instead of using adapters.
-        adapter_name: the adapter to set; by default, every active steering adapter, and of a model without any, every
-            active LoRA adapter: its change times the coefficient.
-        operator: for a vector: "add" it; "ablate" its direction, wholly at 1; "rotate" toward it at constant norm.
-        positions: for a vector: "all" tokens but padding, those of the "prompt", the "generated" ones, or a slice of
-            tokens, counted from the first real one; negative bounds count from the end of the prompt.
-        clamp: for a vector: no token's norm grows above this factor of what it was.
-        gate: for a vector: how strongly each token is steered; see `repeng.fit_gate`.
-        reuse_cache: go on with a key-value cache that was made under other steering. Without it, that raises.
+        model: a model with steering or LoRA adapters (a `PeftModel`, or a module with injected adapters); with
+            `vector`, any causal language model.
+        coefficient: a single number, a `(b,)` tensor with one coefficient per batch row, or a `(b t)` tensor with one
+            per token, for rows that pack several texts. 0 is exactly the base model. If the adapter, or the vector
+            that is added, is calibrated, ±1 has the calibrated strength.
+        vector: a steering vector that acts on the outputs of its sites; without it, adapters are used.
+        adapter_name: the adapter to set. By default, every active steering adapter; if the model has none, the change
+            of every active LoRA adapter is multiplied by the coefficient.
+        operator: for a vector: "add" it; "ablate" its direction, completely at 1; "rotate" toward it at constant norm.
+        positions: for a vector: "all" tokens except padding, the tokens of the "prompt", the "generated" tokens, or a
+            slice of the real tokens. A slice counts from the first real token; negative bounds count from the end of
+            the prompt.
+        clamp: for a vector: the norm of a token is limited to `clamp` times its norm before the edit.
+        gate: for a vector: computes how strongly each token is steered; see `repeng.fit_gate`.
+        reuse_cache: allow a key-value cache that was made under other steering. By default, such a cache raises.
 
     Raises:
-        ValueError: no such adapter, a coefficient of another shape or not finite, a vector for another model, or an
-            option that does not fit.
+        ValueError: there is no such adapter, the coefficient has another shape or is not finite, the vector is for
+            another model, or an option is not allowed.
     """
     if vector is None:
         if (operator, positions, clamp, gate) != ("add", "all", None, None):
@@ -84,7 +86,7 @@ def steer(
         for module, (place, direction) in zip(modules, vector.directions.items(), strict=True)
     ]
     influence = Influence("a vector", (vector, operator, positions, clamp, gate), _as_key(value))
-    state = (*current(runs), influence)  # vectors in the order in which they act, behind adapters
+    state = (*current(runs), influence)  # adapters first, then vectors in the order in which they act
     unknown = f"positions={positions!r}" if positions != "all" else _by_rows(value)
     with unpacked(model, unknown), where.watching(model, runs), edit_outputs(edits):
         with guarded(runs, state, reuse_cache):
@@ -115,20 +117,20 @@ def _steer_adapters(
 
 
 def _guard_adapters(model: nn.Module, names: list[str], value: Tensor, reuse_cache: bool):
-    """The guard of key-value caches for adapters; a model whose decoder layers cannot be found has none."""
+    """The guard of key-value caches for adapters. A model whose decoder layers cannot be found gets no guard."""
     try:
         runs = trunk(model)
     except ValueError:
         return nullcontext()
     labels = [f"adapter {name!r}" for name in names]
     state: State = tuple(one for one in current(runs) if one.name not in labels)
-    if value.ndim or value != 1:  # at 1 an adapter acts as it does outside of any context
+    if value.ndim or value != 1:  # at 1 an adapter acts as it does outside of every context
         state = (*(Influence(label, (), _as_key(value)) for label in sorted(labels)), *state)
     return guarded(runs, state, reuse_cache)
 
 
 def _by_rows(value: Tensor) -> str | None:
-    """What a coefficient is that is not one number."""
+    """The name, for messages, of a coefficient per row or token; None for a single number."""
     return "a coefficient for each row or token" if value.ndim else None
 
 
@@ -139,10 +141,10 @@ def _as_key(value: Tensor) -> float | tuple[float, ...]:
 def _adapters(
     model: nn.Module, adapter_name: str | None
 ) -> tuple[list[tuple[Coefficients, list[str]]], dict[str, list[nn.Module]]]:
-    """Every coefficient store of `model`, with the adapters to set in it; and the LoRA adapters to scale.
+    """The coefficient stores of `model`, each with the adapters to set in it, and the LoRA adapters to scale.
 
     Raises:
-        ValueError: there is no such active adapter, or one is merged into the weights.
+        ValueError: there is no such active adapter, or an adapter is merged into the weights.
     """
     names: dict[int, set[str]] = {}
     stores: dict[int, Coefficients] = {}
@@ -153,7 +155,7 @@ def _adapters(
             if layer.merged:
                 raise ValueError(
                     f"adapter {', '.join(layer.merged_adapters)} is merged into the weights, where no coefficient "
-                    "reaches it; call unmerge_adapter() first"
+                    "can scale it; call unmerge_adapter() first"
                 )
             names_in_layer = set(layer.r)
             available |= names_in_layer
@@ -162,7 +164,7 @@ def _adapters(
             names.setdefault(id(layer.coefficients), set()).update(names_in_layer & set(layer.active_adapters))
     if adapter_name in available - active:
         raise ValueError(
-            f"adapter {adapter_name!r} is not active, so that no coefficient would do anything; call set_adapter first"
+            f"adapter {adapter_name!r} is not active, so no coefficient would have an effect; call set_adapter first"
         )
     wanted = active if adapter_name is None else active & {adapter_name}
     if not wanted:
@@ -175,6 +177,6 @@ def _adapters(
         listed = ", ".join(sorted({*available, *lora_names(model)})) or "none"
         raise ValueError(
             f"{type(model).__name__} lacks {wanted_text}; it has: {listed}. "
-            "Load one with PeftModel.from_pretrained, or pass vector="
+            "Load an adapter with PeftModel.from_pretrained, or pass vector="
         )
     return [(store, sorted(names[key] & wanted)) for key, store in stores.items()], {}

@@ -1,4 +1,4 @@
-"""Adapters in forms that other software reads: plain LoRA files, GGUF, whole models, steering vectors."""
+"""Export adapters to formats of other software: plain LoRA files, GGUF, merged models, steering vectors."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""The change that an adapter makes to each weight, as two factors: what every export is made of."""
+"""The change that an adapter makes to each weight, as two factors; every export is built from them."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ from repeng.tuner.residual import Residual
 
 
 class Factors(NamedTuple):
-    """`b @ a` is added to the weight `(d_out d_in)` of one linear layer: `a (r d_in)`, `b (d_out r)`, float32."""
+    """The change `b @ a` of the weight `(d_out d_in)` of a linear layer: `a (r d_in)`, `b (d_out r)`, float32."""
 
     a: Tensor
     b: Tensor
@@ -27,8 +27,8 @@ class Factors(NamedTuple):
 class Parts(NamedTuple):
     """LoRAs whose scales are functions of one coefficient c.
 
-    `factors` and `scales` (in words: "c", "c * c") are by the name of the part; `units` says by what c is multiplied
-    first, for either sign.
+    `factors` and `scales` are by the name of the part; a scale is an expression as text: "c" or "c * c". `units` holds
+    the numbers by which a positive ("plus") and a negative ("minus") c is multiplied first.
     """
 
     factors: dict[str, dict[str, Factors]]
@@ -37,23 +37,24 @@ class Parts(NamedTuple):
 
 
 def active_adapter(model: nn.Module, adapter_name: str | None = None) -> str:
-    """The active adapter of this name, or the only one; raises ValueError if there is none, or several."""
+    """The active adapter of this name, or the only active adapter; raises ValueError if there is none or several."""
     layers = [layer for layer in model.modules() if isinstance(layer, SvdSteeringLayer)]
     names = {name for layer in layers for name in layer.active_adapters if name in layer.r} | lora_names(model)
     listed = ", ".join(sorted(names)) or "none"
     if adapter_name is None and len(names) != 1:
-        raise ValueError(f"adapter_name must say which adapter to export; active are: {listed}")
+        raise ValueError(f"adapter_name must say which adapter to export; the active adapters are: {listed}")
     (name,) = names if adapter_name is None else (adapter_name,)
     if name not in names:
-        raise ValueError(f"there is no active adapter {name!r}; active are: {listed}")
+        raise ValueError(f"there is no active adapter {name!r}; the active adapters are: {listed}")
     return name
 
 
 def adapter_to_export(model: nn.Module, adapter_name: str | None = None) -> str:
-    """The adapter of this name, or the only active one.
+    """The active adapter of this name, or the only active adapter.
 
     Raises:
-        ValueError: there is none, there are several, or it has a part that is no change of a weight by two matrices.
+        ValueError: there is none, there are several, or the adapter has a part that is not a low-rank change of a
+            weight.
     """
     name = active_adapter(model, adapter_name)
     for layer in model.modules():
@@ -61,27 +62,27 @@ def adapter_to_export(model: nn.Module, adapter_name: str | None = None) -> str:
             _refuse_residual(layer, name)
     for place, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper) and name in module.active_adapters:
-            raise ValueError(f"adapter {name!r} has a module of its own in place of {place}, which no LoRA holds")
+            raise ValueError(f"adapter {name!r} has a trained copy of {place}, which a LoRA cannot hold")
         if isinstance(module, LoraLayer) and module.lora_bias.get(name):
-            raise ValueError(f"adapter {name!r} has a bias beside its matrices at {place}, which is not exported")
+            raise ValueError(f"adapter {name!r} has a bias at {place}, which cannot be exported")
     return name
 
 
 def check_new(path: str | Path) -> None:
-    """Raise FileExistsError if something lies at the place of an export."""
+    """Raise FileExistsError if the file exists or the folder is not empty."""
     path = Path(path)
     if path.is_file():
-        raise FileExistsError(f"{path} exists; an export writes over nothing")
+        raise FileExistsError(f"{path} exists, and an export does not overwrite files; choose another path")
     if path.exists() and any(path.iterdir()):
-        raise FileExistsError(f"{path} is not empty; an export gets a folder of its own")
+        raise FileExistsError(f"{path} is not empty; an export needs a new or empty folder")
 
 
 def new_places(path: str | Path, coefficient: float | Sequence[float], ending: str = "") -> list[tuple[float, Path]]:
-    """Each coefficient and where its export goes: `path` for a single number, places in that folder for several.
+    """Each coefficient with the path of its export: `path` for a single number, paths inside `path` for a sequence.
 
     Raises:
-        ValueError: there is none, or two would have the same name.
-        FileExistsError: something lies there.
+        ValueError: there is no coefficient, or two of them would have the same path.
+        FileExistsError: a path already exists.
     """
     if isinstance(coefficient, Sequence):
         wanted = [float(c) for c in coefficient]
@@ -89,7 +90,7 @@ def new_places(path: str | Path, coefficient: float | Sequence[float], ending: s
     else:
         wanted, places = [float(coefficient)], [Path(path)]
     if not wanted or len(set(places)) != len(wanted):
-        raise ValueError(f"coefficients must be at least one, each once, in six digits; got {wanted}")
+        raise ValueError(f"give at least one coefficient, and each once (six digits count); got {wanted}")
     for place in places:
         check_new(place)
     return list(zip(wanted, places, strict=True))
@@ -98,25 +99,25 @@ def new_places(path: str | Path, coefficient: float | Sequence[float], ending: s
 def _refuse_residual(layer: Residual, name: str) -> None:
     if name in layer.svd_steering_in:
         raise ValueError(
-            f"adapter {name!r} turns the residual stream, which is no change of a weight: no LoRA and no merged model "
-            "can hold it. Train on residual-writers instead, or on other linear sites"
+            f"adapter {name!r} rotates the residual stream. This is not a change of a weight, so no LoRA and no "
+            "merged model can hold it. Train on residual-writers instead, or on other linear sites"
         )
     raise ValueError(
-        f"adapter {name!r} shifts the residual stream, which is no change of a weight. It is a steering vector: "
-        "repeng.export.vector_of(model) gives it, and its save and save_gguf write it"
+        f"adapter {name!r} shifts the residual stream, which is not a change of a weight. It is a steering vector: "
+        "get it with repeng.export.vector_of(model), and write it with its save or save_gguf"
     )
 
 
 @torch.no_grad()
 def factors_at(model: nn.Module, coefficient: float, adapter_name: str) -> dict[str, Factors]:
-    """What an adapter adds to each weight at a coefficient, by the name of the module in the base model.
+    """The change that an adapter adds to each weight at a coefficient, by the module's name in the base model.
 
     Raises:
-        ValueError: a part of the adapter is no pair of matrices.
+        ValueError: a part of the adapter is not a pair of matrices.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     found: dict[str, Factors] = {}
-    lora_modules(model, adapter_name)  # raises for what no coefficient scales
+    lora_modules(model, adapter_name)  # raises if the adapter has a part that a coefficient does not scale
     with steer(model, coefficient, adapter_name=adapter_name):
         for name, module in base.named_modules():
             if isinstance(module, Linear) and adapter_name in module.r:
@@ -128,16 +129,17 @@ def factors_at(model: nn.Module, coefficient: float, adapter_name: str) -> dict[
                     for store in (module.lora_A, module.lora_B)
                 )
                 if a.ndim != 2:
-                    raise ValueError(f"{name} is a {type(base_of(module)).__name__}; linear layers can be exported")
+                    kind = type(base_of(module)).__name__
+                    raise ValueError(f"{name} is a {kind}; only linear layers can be exported")
                 found[name] = Factors(a.cpu(), (b * module.scaling[adapter_name] * coefficient).cpu())
     return found
 
 
 def parts_of(model: nn.Module, adapter_name: str) -> Parts:
-    """An adapter as an odd LoRA, scaled by c, and an even one, scaled by c², which is left out if it is zero.
+    """Split an adapter into an odd LoRA, scaled by c, and an even LoRA, scaled by c²; a zero even part is left out.
 
-    The odd part is half the difference of what the adapter does at +1 and at −1, the even part half the sum. Together
-    they are exact at −1, 0 and 1, and near to it in between.
+    The odd part is half the difference between the adapter's changes at +1 and at −1; the even part is half their sum.
+    Together they are exact at −1, 0 and 1, and approximate in between.
     """
     calibration: Any = getattr(getattr(model, "peft_config", {}).get(adapter_name), "calibration", None) or {}
     units = {arm: float(calibration.get(arm, 1.0)) for arm in ("plus", "minus")}
@@ -153,10 +155,10 @@ def parts_of(model: nn.Module, adapter_name: str) -> Parts:
 
 
 def of_one_rank(factors: Mapping[str, Factors], adapter_name: str) -> dict[str, Factors]:
-    """The same changes with zeros up to the largest rank, so that one number `r` holds for all.
+    """The same changes, padded with zeros to the largest rank, so all have the same rank `r`.
 
     Raises:
-        ValueError: something is NaN or infinite.
+        ValueError: a value is NaN or infinite.
     """
     r = max(one.a.shape[0] for one in factors.values())
     padded = {}
@@ -165,5 +167,5 @@ def of_one_rank(factors: Mapping[str, Factors], adapter_name: str) -> dict[str, 
         a = torch.nn.functional.pad(one.a, (0, 0, 0, missing)).contiguous()
         padded[module] = Factors(a, torch.nn.functional.pad(one.b, (0, missing)).contiguous())
     if not all(tensor.isfinite().all() for one in padded.values() for tensor in one):
-        raise ValueError(f"adapter {adapter_name!r} gives NaN or infinite weights; it seems to be broken")
+        raise ValueError(f"adapter {adapter_name!r} gives NaN or infinite weights; the adapter seems to be broken")
     return padded

@@ -1,4 +1,4 @@
-"""Adapters for llama.cpp in GGUF: LoRAs at one coefficient, a dial of two LoRAs, and a whole model.
+"""Export adapters for llama.cpp as GGUF: LoRAs at a fixed coefficient, a dial of two LoRAs, and a merged model.
 
 Needs the package gguf (`pip install 'repeng[gguf]'`).
 """
@@ -33,18 +33,18 @@ from repeng.tuner.base import base_of
 from repeng.vectors.gguf import gguf_package
 
 CARD = "README.md"
-DIFFERS = 0.01  # share of a weight by which the base may differ from its file: what rounding to bfloat16 may do
-LOST = 0.01  # share of an adapter's change that may be lost in float16
+DIFFERS = 0.01  # relative difference allowed between base and file; rounding to bfloat16 stays below it
+LOST = 0.01  # share of an adapter's change that rounding to float16 may lose
 
 
 class Layout(NamedTuple):
-    """How llama.cpp keeps an architecture: its name in GGUF, and whether rows of q and k are in another order."""
+    """How llama.cpp stores an architecture: its name in GGUF, and whether the rows of q and k are reordered."""
 
     architecture: str
     reordered: bool = False
 
 
-# By transformers' model_type: those whose linear weights llama.cpp's converter keeps but for the order of rows.
+# By transformers' model_type: architectures whose linear weights llama.cpp's converter changes at most in row order.
 LAYOUTS = {
     "gemma": Layout("gemma"),
     "gemma2": Layout("gemma2"),
@@ -63,11 +63,11 @@ LAYOUTS = {
 
 
 class Names:
-    """Names and order of rows of a model's weights in GGUF.
+    """Names and row order of a model's weights in GGUF.
 
     Raises:
         ImportError: the package gguf is not installed.
-        ValueError: the architecture has no GGUF form, or not one that is known here.
+        ValueError: this module does not know how GGUF stores the architecture, or the package gguf does not know it.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -79,9 +79,9 @@ class Names:
         layout = LAYOUTS.get(self.config.model_type)
         if layout is None:
             raise ValueError(
-                f"how llama.cpp keeps the weights of a {self.config.model_type} model is not known here; known are "
-                f"{', '.join(LAYOUTS)}. Write plain LoRAs or a merged model in safetensors, and let llama.cpp's "
-                "convert_lora_to_gguf.py or convert_hf_to_gguf.py convert them"
+                f"repeng does not know how llama.cpp stores the weights of a {self.config.model_type} model; it knows "
+                f"{', '.join(LAYOUTS)}. Write plain LoRAs or a merged model in safetensors, and convert them with "
+                "llama.cpp's convert_lora_to_gguf.py or convert_hf_to_gguf.py"
             )
         self.architecture: str = layout.architecture
         self.reordered: bool = layout.reordered
@@ -91,24 +91,24 @@ class Names:
         self._table = gguf.get_tensor_name_map(found[0], self.config.num_hidden_layers)
 
     def of(self, module: str) -> str:
-        """The tensor of a linear layer, by the layer's name in the base model.
+        """The name of a linear layer's tensor in GGUF, from the layer's name in the base model.
 
         Raises:
-            ValueError: it has none.
+            ValueError: GGUF has no tensor for this layer.
         """
-        # The text model of one that sees is a file of its own for llama.cpp.
+        # llama.cpp stores the text model of a vision-language model in a separate file.
         name = self._table.get_name(module.replace("language_model.", ""))
         if name is None:
             raise ValueError(f"{module} has no name in a GGUF file of the architecture {self.architecture!r}")
         if name == "output" and self.config.tie_word_embeddings:
-            raise ValueError(f"{module} is tied to the embeddings, so that llama.cpp has no weight of its own for it")
+            raise ValueError(f"{module} is tied to the embeddings, so llama.cpp has no separate weight for it")
         return f"{name}.weight"
 
     def rows(self, name: str, weight: Tensor) -> Tensor:
-        """A matrix `(d_out, …)` with its rows as in the tensor `name`.
+        """A matrix `(d_out, …)` with its rows in the order of the tensor `name`.
 
-        Where transformers keeps the halves of a head one after the other, some architectures of llama.cpp have the
-        two that rotate together side by side.
+        Rotary embeddings rotate pairs of rows in a head. transformers stores the first rows of all pairs and then the
+        second rows; llama.cpp stores the two rows of a pair next to each other in some architectures.
         """
         part = name.split(".")[-2]
         if not self.reordered or part not in ("attn_q", "attn_k"):
@@ -117,7 +117,7 @@ class Names:
         return rearrange(weight, "(head half pair) d -> (head pair half) d", head=heads, half=2)
 
     def factors(self, factors: Mapping[str, Factors]) -> dict[str, Factors]:
-        """The same changes by the names, and in the order, of GGUF."""
+        """The same changes with the tensor names and the row order of GGUF."""
         named = {self.of(module): one for module, one in factors.items()}
         return {name: Factors(one.a, self.rows(name, one.b)) for name, one in named.items()}
 
@@ -125,22 +125,22 @@ class Names:
 def export_gguf(
     model: nn.Module, path: str | Path, coefficient: float | Sequence[float] = 1.0, adapter_name: str | None = None
 ) -> list[Path]:
-    """Write what an adapter does at a coefficient as a LoRA for llama.cpp: exact, and fixed there.
+    """Write an adapter at a fixed coefficient as a LoRA for llama.cpp; the LoRA is exact at this coefficient.
 
     Args:
         model: a model with a steering or LoRA adapter.
-        path: the file; of several coefficients, the folder of their files.
-        coefficient: one, or several.
-        adapter_name: which adapter; by default the only active one.
+        path: the file; for several coefficients, the folder for their files.
+        coefficient: one coefficient, or several.
+        adapter_name: the adapter; by default the only active one.
 
     Returns:
-        The files that were written.
+        The written files.
 
     Raises:
         ImportError: the package gguf is not installed.
-        ValueError: the adapter acts on the residual stream or on a layer that llama.cpp has no name for, the
-            architecture is not known here, or there is no such adapter.
-        OSError: a file cannot be written, or something lies there.
+        ValueError: there is no such adapter, the adapter acts on the residual stream or on a layer that llama.cpp
+            has no name for, or the architecture is unknown.
+        OSError: a file cannot be written, or it already exists.
     """
     name, names = adapter_to_export(model, adapter_name), Names(model)
     places = new_places(path, coefficient, ".gguf")
@@ -152,13 +152,13 @@ def export_gguf(
 def export_gguf_dial(model: nn.Module, path: str | Path, adapter_name: str | None = None) -> list[Path]:
     """Write an adapter as one or two LoRAs for llama.cpp, whose scales are functions of one coefficient.
 
-    `llama-server` takes scales in each request, so that every request has a coefficient of its own. The parts, their
-    scales and `dial.json` are those of `export_dial`; a README says how to serve them.
+    `llama-server` takes scales in each request, so every request can have its own coefficient. The parts, their scales
+    and `dial.json` are those of `export_dial`; a README says how to serve them.
 
     Args:
         model: a model with a steering or LoRA adapter.
-        path: the folder of the files.
-        adapter_name: which adapter; by default the only active one.
+        path: the folder for the files.
+        adapter_name: the adapter; by default the only active one.
 
     Returns:
         The files of the LoRAs.
@@ -179,7 +179,7 @@ def export_gguf_dial(model: nn.Module, path: str | Path, adapter_name: str | Non
 def _write_lora(
     path: Path, names: Names, factors: Mapping[str, Factors], adapter_name: str, notes: Mapping[str, str]
 ) -> None:
-    """A LoRA of one rank r and alpha = r, which llama.cpp scales by alpha / r = 1; whole or not at all."""
+    """Write a LoRA of rank r with alpha = r, which llama.cpp scales by alpha / r = 1; on an error, write no file."""
     gguf = gguf_package()
     named = names.factors(of_one_rank(factors, adapter_name))
     with written_whole(path) as place:
@@ -196,11 +196,11 @@ def _write_lora(
 
 
 def write_merged(model: nn.Module, path: str | Path, coefficient: float, base_file: str | Path) -> None:
-    """Copy the GGUF file of a base and write an adapter at a coefficient into the weights that it changes.
+    """Copy the GGUF file of a base model and merge an adapter at a coefficient into the copy.
 
-    All else stays as it is in the file. Changed weights are float16, which every engine takes and which keeps the
-    size down: they differ by rounding alone, far less than the quantisation that made the file. Where the change is so
-    small that more than a hundredth of it would be rounded away, they are float32.
+    Only the weights that the adapter changes are rewritten. They are written in float16, which every engine reads and
+    which needs little space. Their rounding error is far below that of the file's quantisation. If rounding to float16
+    would lose more than a hundredth of the change of a weight, the weight is written in float32.
 
     Raises:
         ImportError: the package gguf is not installed.
@@ -239,7 +239,7 @@ def write_merged(model: nn.Module, path: str | Path, coefficient: float, base_fi
 
 
 def _weight(module: nn.Module) -> Tensor:
-    """The weight `(d_out d_in)` under an adapter's layer."""
+    """The base weight `(d_out d_in)` under an adapter's layer."""
     layer = base_of(module)
     weight = cast(Tensor, layer.weight).detach().float().cpu()
     return weight.mT if isinstance(layer, Conv1D) else weight
@@ -250,7 +250,7 @@ def _is_near(one: Tensor, other: Tensor) -> bool:
 
 
 def _rounded(weight: Tensor, change: Tensor) -> Tensor:
-    """In float16, or in float32 if that loses too much of the change."""
+    """The weight in float16, or in float32 if float16 would lose too much of the change."""
     half = weight.half()
     return half if (half.float() - weight).norm() <= LOST * change.norm() else weight
 
@@ -263,33 +263,34 @@ def _close(writer: Any) -> None:
 
 
 def _card(base: str, architecture: str, folder: Path, parts: Parts) -> str:
-    """The README of a dial: how to serve it, and what a request says."""
+    """The README of a dial: how to serve it and how to set the coefficient in a request."""
     files = " ".join(f"--lora {shlex.quote(str(folder / f'{part}.gguf'))}" for part in parts.factors)
     steered = 0.5 * parts.units["plus"]
     scales = [steered if scale == "c" else steered * steered for scale in parts.scales.values()]
     body = {"prompt": "Once upon a time", "lora": [{"id": i, "scale": scale} for i, scale in enumerate(scales)]}
     listed = ", ".join(f"`{part}.gguf` (id {i}) takes {scale}" for i, (part, scale) in enumerate(parts.scales.items()))
     units = (
-        "One more step, since the adapter is calibrated: multiply a positive coefficient by "
-        f"{parts.units['plus']:g} first, and a negative one by {parts.units['minus']:g}.\n"
+        "The adapter is calibrated, so first multiply a positive coefficient by "
+        f"{parts.units['plus']:g} and a negative one by {parts.units['minus']:g}.\n"
     )
     return f"""---
 base_model: {base}
 tags: [steering, repeng, lora, gguf]
 ---
-A steering adapter of `repeng` for llama.cpp, on the base {base} (architecture `{architecture}`), in any quantisation.
+A steering adapter of `repeng` for llama.cpp. Its base model is {base} (architecture `{architecture}`), in any
+quantisation.
 
 ```bash
 llama-server -m MODEL.gguf --lora-init-without-apply {files}
 ```
 
-Every request says how far to steer. At the coefficient 0.5:
+Every request sets its own coefficient. For the coefficient 0.5, send:
 
 ```json
 {json.dumps(body)}
 ```
 
-For a coefficient c, {listed}. That is exact at −1, 0 and 1, and near to it in between.
-Give `lora` with a scale for every id in every request, at c = 0 with zeros: llama-server answers a request without it
-at c = 1, or with what it remembers of the request before.
+For a coefficient c, {listed}. This is exact at −1, 0 and 1, and approximate in between.
+Every request must have `lora` with a scale for every id; at c = 0, all scales are 0. llama-server answers a request
+without `lora` at c = 1, or with the scales of an earlier request.
 {units if set(parts.units.values()) != {1.0} else ""}"""

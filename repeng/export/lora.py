@@ -1,4 +1,4 @@
-"""Adapters as plain LoRA files, which PEFT, vLLM and others read without this package."""
+"""Export adapters as plain LoRA files, which PEFT, vLLM and other software read without this package."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -24,50 +24,50 @@ from repeng.model.sources import name_of_folder
 from repeng.tuner.base import base_of
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what its max_lora_rank may be (vLLM 0.32)
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # allowed values of max_lora_rank (vLLM 0.32)
 
 
 def export_lora(
     model: nn.Module, path: str | Path, coefficient: float | Sequence[float] = 1.0, adapter_name: str | None = None
 ) -> list[Path]:
-    """Write what an adapter does at a coefficient as a plain LoRA: exact, and fixed there.
+    """Write an adapter at a fixed coefficient as a plain LoRA; the LoRA is exact at this coefficient.
 
     Args:
         model: a model with a steering or LoRA adapter.
-        path: folder of the LoRA; of several coefficients, the folder in which each gets its own.
-        coefficient: one, or several.
-        adapter_name: which adapter; by default the only active one.
+        path: the folder of the LoRA; for several coefficients, the folder in which each LoRA gets its own folder.
+        coefficient: one coefficient, or several.
+        adapter_name: the adapter; by default the only active one.
 
     Returns:
-        The folders that were written.
+        The written folders.
 
     Raises:
-        ValueError: the adapter acts on the residual stream, or there is no such adapter.
-        OSError: the folder cannot be written, or something lies there.
+        ValueError: there is no such adapter, or it acts on the residual stream.
+        OSError: a folder cannot be written, or it is not empty.
     """
     name = adapter_to_export(model, adapter_name)
     places = new_places(path, coefficient)
     for c, folder in places:
-        card = f"What `repeng`'s steering adapter does at coefficient {c:g}, exactly, as a plain LoRA."
+        card = f"A plain LoRA with exactly the effect of a `repeng` steering adapter at coefficient {c:g}."
         _write(model, folder, factors_at(model, c, name), name, card)
     return [folder for _, folder in places]
 
 
 def export_dial(model: nn.Module, path: str | Path, adapter_name: str | None = None) -> list[Path]:
-    """Write an adapter as LoRAs whose scales are functions of one coefficient, for engines that take scales.
+    """Write an adapter as LoRAs whose scales are functions of one coefficient c, for engines that take scales.
 
-    `odd`, the half difference of what it does at +1 and at −1, is scaled by c; `even`, the half sum, by c². Together
-    they are exact at −1, 0 and 1, and near to it in between. Of an adapter that is a LoRA itself there is no even
-    part, and the odd one is exact at every c. A calibrated adapter is written in its own units: `dial.json` says by
-    what c is multiplied first, for either sign.
+    `odd` is half the difference between the adapter's changes at +1 and at −1 and is scaled by c. `even` is half their
+    sum and is scaled by c². Together they are exact at −1, 0 and 1, and approximate in between. If the adapter is
+    itself a LoRA, there is no even part, and the odd part is exact at every c. A calibrated adapter is written in its
+    own units: `dial.json` holds the numbers by which a positive and a negative c is multiplied first.
 
     Args:
         model: a model with a steering or LoRA adapter.
-        path: the folder in which each LoRA gets its own, beside `dial.json`.
-        adapter_name: which adapter; by default the only active one.
+        path: the folder for `dial.json` and for the folder of each LoRA.
+        adapter_name: the adapter; by default the only active one.
 
     Returns:
-        The folders that were written.
+        The written folders of the LoRAs.
 
     Raises:
         ValueError, OSError: as `export_lora`.
@@ -76,14 +76,14 @@ def export_dial(model: nn.Module, path: str | Path, adapter_name: str | None = N
     check_new(path)
     parts = parts_of(model, name)
     for part, factors in parts.factors.items():
-        card = f"The {part} part of `repeng`'s steering adapter. At coefficient c its scale is {parts.scales[part]}."
+        card = f"The {part} part of a `repeng` steering adapter. At coefficient c its scale is {parts.scales[part]}."
         _write(model, Path(path) / part, factors, name, card)
     write_json(Path(path) / "dial.json", {"scales": parts.scales, "units": parts.units})
     return [Path(path) / part for part in parts.factors]
 
 
 def _write(model: nn.Module, folder: Path, factors: Mapping[str, Factors], adapter_name: str, sentence: str) -> None:
-    """A LoRA of one rank on the modules of `factors`, whole or not at all."""
+    """Write a LoRA with one rank on the modules of `factors`; on an error, write no file."""
     factors = of_one_rank(factors, adapter_name)
     r = next(iter(factors.values())).a.shape[0]
     tensors: dict[str, Tensor] = {}
@@ -112,18 +112,18 @@ def _config(model: nn.Module, adapter_name: str, modules: list[str], r: int) -> 
 
 
 def serving_commands(folders: Sequence[Path], base: str | None, r: int, adapter: str | Path = "PATH") -> str:
-    """The shell commands by which vLLM serves LoRAs, each as a model of its own; or why it cannot.
+    """The shell commands that serve LoRAs with vLLM, each LoRA as its own model; or a comment why vLLM cannot.
 
     Args:
-        folders: what `export_lora` wrote.
+        folders: the folders that `export_lora` wrote.
         base: the base model, as the adapter's configuration names it.
-        r: the rank.
-        adapter: the folder of the adapter that was exported.
+        r: the rank of the LoRAs.
+        adapter: the folder of the exported adapter.
     """
     packaged = name_of_folder(base or "")
     rank = next((rank for rank in VLLM_RANKS if rank >= r), None)
     if rank is None:
-        return f"# vLLM has no rank above {VLLM_RANKS[-1]}, and this LoRA has rank {r}: merge it to serve it there"
+        return f"# vLLM supports ranks up to {VLLM_RANKS[-1]}, but this LoRA has rank {r}: merge it to serve it there"
     written = f"repeng export {shlex.quote(str(adapter))} --to merged --coefficients 0 --output {packaged}\n"
     names = (f"{folder.name.replace('+', 'plus')}={shlex.quote(str(folder))}" for folder in folders)
     return (
@@ -133,7 +133,7 @@ def serving_commands(folders: Sequence[Path], base: str | None, r: int, adapter:
 
 
 def _card(config: LoraConfig, folder: Path, sentence: str) -> str:
-    """The README of an exported LoRA: how to load and how to serve it."""
+    """The README of an exported LoRA: how to load it and how to serve it."""
     path = config.base_model_name_or_path or "BASE"
     packaged = name_of_folder(path)
     base = packaged or path

@@ -1,4 +1,4 @@
-"""A base model with an adapter written into its weights."""
+"""Merge an adapter into the weights of its base model."""
 
 import copy
 import os
@@ -17,14 +17,14 @@ from repeng.tuner.base import base_of, is_linear, is_quantised
 
 
 def merged(model: PeftModel, coefficient: float) -> PreTrainedModel:
-    """A copy of the base model in whose weights the adapter stands at a coefficient; `model` stays as it is.
+    """A copy of the base model with the adapter merged into its weights at a coefficient; `model` does not change.
 
     Raises:
         ValueError: the adapter acts on the residual stream, or the base is quantised.
     """
     name = adapter_to_export(model)
     if any(is_linear(module) and is_quantised(base_of(module)) for module in model.modules()):
-        raise ValueError("a quantised base cannot take up the change exactly; load it without quantisation to merge")
+        raise ValueError("a quantised base cannot hold the change exactly; load it without quantisation to merge")
     whole = copy.deepcopy(model)
     if name in lora_names(whole):
         scale_weights(whole, coefficient)
@@ -40,26 +40,26 @@ def export_merged(
     tokenizer: PreTrainedTokenizerBase | None = None,
     base_file: str | Path | None = None,
 ) -> list[Path]:
-    """Write a whole model in whose weights the adapter stands at a coefficient: a folder of safetensors, or a GGUF.
+    """Write the base model with the adapter merged at a coefficient: a folder with safetensors, or a GGUF file.
 
     Args:
         model: the PEFT model.
-        path: the folder, or a file that ends in .gguf; nothing may lie there.
-        coefficient: the only one at which the written model stands.
-        tokenizer: written beside safetensors.
-        base_file: the GGUF file of the base, of which a GGUF file is a copy but for the weights that change.
+        path: the folder, which must be new or empty, or a new file that ends in .gguf.
+        coefficient: the coefficient at which the adapter is merged.
+        tokenizer: the tokenizer to save with the safetensors.
+        base_file: the GGUF file of the base; needed for a GGUF file, which is a copy of it with changed weights.
 
     Raises:
-        ValueError: as `merged`; for a GGUF file also as `export_gguf`, or there is no `base_file`.
-        FileExistsError: something lies at `path`.
+        ValueError: as `merged`; for a GGUF file also as `export_gguf`, or `base_file` is missing.
+        FileExistsError: the file exists, or the folder is not empty.
     """
     path = Path(path)
     check_new(path)
     if path.suffix == ".gguf":
         if base_file is None:
             raise ValueError(
-                "the base is no GGUF file, of which a merged one could be a copy; write a merged folder, and let "
-                "llama.cpp's convert_hf_to_gguf.py convert it"
+                "a merged GGUF file needs a base that is a GGUF file, and this base is not; write a merged folder, "
+                "and convert it with llama.cpp's convert_hf_to_gguf.py"
             )
         write_merged(model, path, coefficient, base_file)
         return [path]
@@ -71,5 +71,5 @@ def export_merged(
         if tokenizer is not None:
             tokenizer.save_pretrained(place)
         give_usual_mode((file for file in place.rglob("*") if file.is_file()), Path(temporary))
-        os.replace(place, path)  # an empty folder gives way
+        os.replace(place, path)  # this also replaces an empty folder
     return [path]

@@ -1,4 +1,4 @@
-"""The shifts of an adapter on the residual stream as a steering vector."""
+"""Export an adapter that shifts the residual stream as a steering vector."""
 
 import re
 from typing import Any
@@ -13,15 +13,17 @@ from repeng.vectors.vector import SteeringVector, model_type
 
 
 def vector_of(model: nn.Module, adapter_name: str | None = None) -> SteeringVector:
-    """What an adapter that only shifts the residual stream (`adapter: bias`) adds at c = 1; it scales with c.
+    """The steering vector equal to an adapter that only shifts the residual stream (`adapter: bias`).
+
+    The vector is the shift at c = 1; the shift is proportional to c. If the adapter is calibrated, so is the vector.
 
     Raises:
-        ValueError: there is no such adapter, there are several, or it does something else as well.
+        ValueError: there is no such adapter, there are several, or the adapter does not only shift the stream.
     """
     adapter_name = active_adapter(model, adapter_name)
     layers, sites = _layers_and_shifts(model, adapter_name)
     if not layers or len(sites) < len(layers):
-        what = "does more than that" if layers else "is none of this package"
+        what = "does more than that" if layers else "is not an adapter of this package"
         raise ValueError(
             f"only an adapter that shifts the residual stream (adapter: bias) is a steering vector; {adapter_name!r} "
             f"{what}. Export it as a LoRA"
@@ -42,15 +44,15 @@ def vector_of(model: nn.Module, adapter_name: str | None = None) -> SteeringVect
 
 
 def is_vector(model: nn.Module, adapter_name: str | None = None) -> bool:
-    """Whether `vector_of` takes this adapter."""
+    """Whether `vector_of` can export this adapter."""
     layers, sites = _layers_and_shifts(model, active_adapter(model, adapter_name))
     return 0 < len(layers) == len(sites)
 
 
 def control_vector_name(stem: str, vector: SteeringVector) -> str:
-    """A file name that tells what a control vector is for: STEM-MODEL-add-residual-layersFIRST-LAST.gguf.
+    """A file name that says what a control vector is for: STEM-MODEL-add-residual-layersFIRST-LAST.gguf.
 
-    Layers that do not follow one another are listed with + between them.
+    Ranges of layers are joined by +.
     """
     model = str(vector.model_name or vector.metadata.get("model_type") or "unknown").rpartition("/")[2]
     runs: list[list[int]] = []
@@ -64,7 +66,7 @@ def control_vector_name(stem: str, vector: SteeringVector) -> str:
 
 
 def _layers_and_shifts(model: nn.Module, adapter_name: str) -> tuple[list[SvdSteeringLayer], list[Residual]]:
-    """The layers of an adapter, and those of them that only shift the residual stream."""
+    """The steering layers of an adapter, and those among them that only shift the residual stream."""
     layers: list[SvdSteeringLayer] = []
     layers += [one for one in model.modules() if isinstance(one, SvdSteeringLayer) and adapter_name in one.r]
     return layers, [one for one in layers if isinstance(one, Residual) and adapter_name not in one.svd_steering_in]

@@ -9,7 +9,8 @@ from repeng.tuner.layer import SvdSteeringLayer
 from repeng.tuner.loading import make_loads_whole
 from repeng.tuner.model import SvdSteeringModel
 
-# `peft.utils.register_peft_method` accepts members of the PeftType enum only; the three tables are what it fills.
+# `peft.utils.register_peft_method` accepts members of the PeftType enum only, so the three tables that it fills are
+# filled here.
 PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = SvdSteeringConfig
 PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = SvdSteeringModel
 PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = PREFIX

@@ -1,4 +1,4 @@
-"""Adapters of AntiPaSTO (wassname/AntiPaSTO) as adapters of this method."""
+"""Load adapters that AntiPaSTO (wassname/AntiPaSTO) wrote, as adapters of this method."""
 
 import json
 import math
@@ -20,20 +20,21 @@ from repeng.tuner.model import require_modules
 
 PEFT_TYPE = "APASTOADAPTER"
 CONFIG, WEIGHTS, BASES = "adapter_config.json", "adapter_model.safetensors", "0_svd_bases.safetensors"
-TURNS = {"v": "in", "u": "out"}  # what AntiPaSTO and this method call the sides that turn
+TURNS = {"v": "in", "u": "out"}  # names of the rotated sides: AntiPaSTO's -> this method's
 
 
 def load_antipasto(model: PreTrainedModel, folder: str | Path, adapter_name: str = "default") -> PeftModel:
-    """The base `model` with an adapter that AntiPaSTO's `save_adapter` wrote; c of `steer` is its alpha.
+    """Load an adapter that AntiPaSTO's `save_adapter` wrote into the base `model`; c of `steer` is AntiPaSTO's alpha.
 
-    There (antipasto/peft_utils/antipasto_adapter.py) a weight is `W − U S Vᵀ + U R_u(α) diag(S + αδ) R_v(α)ᵀ Vᵀ`, and
-    R(α) the Cayley rotation of `α l tanh((P − Pᵀ) / l)`, l = 2 tan(max_rotation_angle / 2). That is this method with
-    λ = δ and `additive_scale`, exactly. `save_pretrained` writes the adapter in the form of this method.
+    In AntiPaSTO (antipasto/peft_utils/antipasto_adapter.py) the adapted weight is
+    `W − U S Vᵀ + U R_u(α) diag(S + αδ) R_v(α)ᵀ Vᵀ`. R(α) is the Cayley rotation of `α l tanh((P − Pᵀ) / l)`, with
+    l = 2 tan(max_rotation_angle / 2). This method computes exactly the same with λ = δ and `additive_scale`.
+    `save_pretrained` writes the adapter in the format of this method.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: it is another kind of adapter, turns in another way, does not hold together, or is for another
-            base model.
+        ValueError: the folder holds another kind of adapter, the adapter uses another rotation method, its files do
+            not fit together, or it is for another base model.
     """
     config, weights, bases = _read(Path(folder))
     names = sorted({key.removeprefix(IN_PEFT).rpartition(".")[0] for key in weights})
@@ -65,7 +66,7 @@ def load_antipasto(model: PreTrainedModel, folder: str | Path, adapter_name: str
         state.update({f"{IN_PEFT}{name}.svd_steering_{part}": tensor for part, tensor in here.items()})
     broken = [key for key, tensor in state.items() if not tensor.isfinite().all()]
     if broken:
-        raise ValueError(f"{folder} gives NaN or infinite numbers at {broken[0]}; it seems to be broken")
+        raise ValueError(f"{folder} gives NaN or infinite numbers at {broken[0]}; the adapter seems to be broken")
     own = SvdSteeringConfig(
         r=rank,
         target_modules=names,
@@ -85,7 +86,7 @@ def load_antipasto(model: PreTrainedModel, folder: str | Path, adapter_name: str
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
-    """Configuration, learned tensors and bases of an adapter, with all that the configuration must say."""
+    """Read the configuration, the learned tensors and the bases; check the fields of the configuration."""
     missing = [name for name in (CONFIG, WEIGHTS, BASES) if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(
@@ -107,8 +108,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Te
         )
     if config["rotation_method"] != "cayley":
         raise ValueError(
-            f"{folder} turns by rotation_method {config['rotation_method']!r}, and this method by 'cayley' only: "
-            "train the adapter with that"
+            f"{folder} uses rotation_method {config['rotation_method']!r}, but this method supports 'cayley' only; "
+            "train the adapter with rotation_method 'cayley'"
         )
     if not weights:
         raise ValueError(f"{folder / WEIGHTS} holds no tensor; save the adapter with AntiPaSTO again")
@@ -116,7 +117,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Te
 
 
 def _basis(name: str, part: str) -> str:
-    """The key of U, S or V of a module."""
+    """The key of a module's U, S or V in the bases file."""
     return f"svd_bases.{(IN_PEFT + name).replace('.', '_')}.{part}"
 
 
@@ -132,23 +133,26 @@ def _check_shapes(name: str, u: Tensor, s: Tensor, v: Tensor, delta: Tensor, tur
 
 
 def _difference(module: nn.Module, u: Tensor, s: Tensor, v: Tensor) -> str | None:
-    """What contradicts `Uᵀ W V = diag(S)`, as far as quantisation lets it hold."""
+    """A description of how the module violates `Uᵀ W V = diag(S)`, or None (up to quantisation error)."""
     if not is_linear(module):
         return f"is a {type(module).__name__} here, not a linear module"
     weight = dense_weight(base_of(module)).cpu()
     if weight.shape != (len(u), len(v)):
-        return f"is {tuple(weight.shape)} here and {(len(u), len(v))} there"
+        return f"has shape {tuple(weight.shape)} here and {(len(u), len(v))} in the adapter"
     distance = ((u.mT @ weight @ v - s.diag()).norm() / s.norm()).item()
     return None if distance <= QUANTISED_DISTANCE else f"has singular values that differ by {distance:.0%}"
 
 
 def _widened(tensor: Tensor, rank: int) -> Tensor:
-    """Zeros behind the last dimension up to `rank`: modules may have fewer directions, and a zero one does nothing."""
+    """Pad the last dimension with zeros up to `rank`.
+
+    A module may have fewer directions than `rank`; a zero direction does nothing.
+    """
     return nn.functional.pad(tensor, (0, rank - tensor.shape[-1])).contiguous()
 
 
 def _triangle(turn: Tensor, max_angle: float | None, rank: int) -> Tensor:
-    """The upper triangle `(rank(rank−1)/2)` of the skew matrix that AntiPaSTO makes of its parameters `(r r)`."""
+    """The upper triangle `(rank(rank−1)/2)` of the skew matrix that AntiPaSTO computes from its parameters `(r r)`."""
     skew = turn - turn.mT
     if max_angle is not None and max_angle < math.pi - 1e-6:
         limit = 2 * math.tan(max_angle / 2)

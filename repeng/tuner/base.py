@@ -1,4 +1,4 @@
-"""What the method reads of a base layer, whatever library made it: shape, device, weight."""
+"""Shape, device and weight of a base layer, for every library that makes such layers."""
 
 import copy
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-CHUNK = 1024  # input directions that are read at once from a quantised layer
+CHUNK = 1024  # number of input directions read at once from a quantised layer
 
 
 def base_of(module: nn.Module | BaseTunerLayer) -> nn.Module:
@@ -28,9 +28,9 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def _is_plain(linear: nn.Linear) -> bool:
-    """Whether a layer takes `(… d_in)` to `(… d_out)`, which routers and grouped layers of this type do not.
+    """Whether the layer maps `(… d_in)` to `(… d_out)`. Routers and grouped layers that subclass `nn.Linear` do not.
 
-    The forward of a subclass runs once on the meta device, where nothing is computed.
+    To find out, the forward pass of a subclass runs once on the meta device, where nothing is computed.
     """
     if type(linear).forward is nn.Linear.forward or is_quantised(linear):
         return True
@@ -39,13 +39,13 @@ def _is_plain(linear: nn.Linear) -> bool:
     x = torch.empty(1, 1, d_in, dtype=linear.weight.dtype, device="meta")
     try:
         y = torch.func.functional_call(linear, own, (x,))
-    except Exception:  # whatever a forward of another kind does with such an input
+    except Exception:  # a forward pass of another kind may raise anything on this input
         return False
     return isinstance(y, Tensor) and y.shape == (1, 1, d_out)
 
 
 def weight_of(linear: nn.Module) -> Tensor:
-    """The weight as the layer stores it: packed, if it is quantised."""
+    """The weight as the layer stores it: packed if the layer is quantised."""
     return cast(Tensor, linear.weight)
 
 
@@ -64,7 +64,7 @@ def linear_shape(linear: nn.Module) -> tuple[int, int]:
 
 
 def device_of(linear: nn.Module) -> torch.device:
-    """Where the layer computes, which is not where its weight waits if accelerate has offloaded it."""
+    """The device on which the layer computes. If accelerate has offloaded the layer, its weight lies elsewhere."""
     device = weight_of(linear).device
     hook = getattr(linear, "_hf_hook", None)
     if device.type == "meta" and isinstance(hook, AlignDevicesHook) and hook.execution_device is not None:
@@ -74,7 +74,7 @@ def device_of(linear: nn.Module) -> torch.device:
 
 @contextmanager
 def _loaded(linear: nn.Module) -> Iterator[None]:
-    """Inside the context, an offloaded weight is there."""
+    """Inside the context, an offloaded weight is loaded."""
     hook = getattr(linear, "_hf_hook", None)
     if not (isinstance(hook, AlignDevicesHook) and hook.offload):
         yield
@@ -113,8 +113,8 @@ def entries(linear: nn.Module, outputs: Tensor, inputs: Tensor) -> Tensor:
 def _columns(linear: nn.Module, inputs: Tensor) -> Tensor:
     """The columns `(d_out n)` of a quantised weight for input indices `(n)`.
 
-    They are what a copy of the layer does to unit vectors. This works for every scheme, and leaves the layer alone:
-    libraries repack weights, or choose a compute dtype, at the first forward.
+    They are computed by applying a copy of the layer to unit vectors, which works for every quantisation scheme. The
+    layer itself does not run, because libraries repack weights or choose a compute dtype at the first forward pass.
     """
     apply = copy.deepcopy(linear).eval().requires_grad_(False)
     units = nn.functional.one_hot(inputs, linear_shape(linear)[0]).float()

@@ -1,4 +1,4 @@
-"""Linear modules whose weight their owner reads past the module: what is put in the module's place does not act."""
+"""Find linear modules whose owner reads their weight without calling them: an adapter there would have no effect."""
 
 import ast
 import inspect
@@ -8,15 +8,15 @@ from functools import lru_cache
 
 from torch import nn
 
-# Attributes of a weight that tell of it, instead of reading it.
+# Attributes of a weight whose access does not use its values in a computation.
 TELLING = ("dtype", "device", "shape", "ndim", "size", "dim", "numel", "requires_grad", "is_meta", "is_cuda", "data")
 
 
 def bypassed(model: nn.Module, name: str) -> str | None:
-    """The class that reads the weight of the module of this name without calling the module, if there is one.
+    """The class that reads the weight of the module `name` without calling the module, or None.
 
-    State-space mixers do, always or in their fused kernels. It is seen in the source of the modules around, so that
-    nothing runs, whatever device the model is on.
+    State-space mixers do this, always or in their fused kernels. The source code of the enclosing modules is searched
+    for it. Nothing runs, so the result does not depend on the model's device.
     """
     parts = name.split(".")
     for n in range(len(parts)):
@@ -28,7 +28,7 @@ def bypassed(model: nn.Module, name: str) -> str | None:
 
 @lru_cache(maxsize=1024)
 def _weights_read(owner: type) -> frozenset[str]:
-    """Modules, seen from a module of this class, whose weights its methods read."""
+    """Names, relative to a module of this class, of the modules whose weights its methods read."""
     found: set[str] = set()
     for name, function in inspect.getmembers_static(owner, inspect.isfunction):
         function = inspect.unwrap(function)
@@ -36,13 +36,13 @@ def _weights_read(owner: type) -> frozenset[str]:
             continue
         try:
             found.update(_read_in(ast.parse(textwrap.dedent(inspect.getsource(function)))))
-        except (OSError, TypeError, SyntaxError):  # there is no source, as of what was made at run time
+        except (OSError, TypeError, SyntaxError):  # no source, for example of a class created at run time
             continue
     return frozenset(found)
 
 
 def _read_in(function: ast.AST) -> Iterator[str]:
-    """X for every `self.X.weight` in the function whose values are used."""
+    """X for every `self.X.weight` in the function whose values the function uses."""
     for parent in ast.walk(function):
         for node in ast.iter_child_nodes(parent):
             if not (isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.ctx, ast.Load)):
@@ -50,6 +50,6 @@ def _read_in(function: ast.AST) -> Iterator[str]:
             chain = ast.unparse(node.value)
             told = isinstance(parent, ast.Attribute) and parent.attr in TELLING
             asked = isinstance(parent, ast.Call) and ast.unparse(parent.func) in ("isinstance", "hasattr", "id")
-            # A part of a weight is read for split matrix products, which Bloom does only if it is asked to.
+            # A slice of a weight is read only for split matrix products, which Bloom computes only on request.
             if chain.startswith("self.") and not (told or asked or isinstance(parent, ast.Subscript)):
                 yield chain.removeprefix("self.")

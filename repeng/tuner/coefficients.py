@@ -1,4 +1,4 @@
-"""The coefficient of every adapter of one model, and the rotations that follow from it."""
+"""The coefficients of a model's adapters, and the rotations computed from them."""
 
 import math
 from collections.abc import Callable
@@ -13,11 +13,14 @@ from repeng.tuner.rotation import Rotations, can_be_batched, rotation
 
 @dataclass(frozen=True)
 class Setting:
-    """One adapter's coefficient, prepared once a change instead of once a layer.
+    """One adapter's coefficient, prepared once per change instead of once per layer.
 
-    `given` as set; `values (n,)` distinct, in the adapter's own units; `index (b,)` of each row into them, or `(b t)`
-    of each token, or None for one number; `magnitude (a,)` distinct |c| and `which (n,)` the index of each value into
-    them.
+    Attributes:
+        given: the coefficient as it was set.
+        values: distinct coefficients in the adapter's own units, `(n,)`.
+        index: index into `values` for each row, `(b,)`, or for each token, `(b t)`; None for a single number.
+        magnitude: distinct |c|, `(a,)`.
+        which: index into `magnitude` for each entry of `values`, `(n,)`.
     """
 
     given: Tensor
@@ -28,7 +31,7 @@ class Setting:
 
     @classmethod
     def of(cls, given: Tensor, units: tuple[float, float] = (1.0, 1.0)) -> "Setting":
-        given = given.clone()  # the caller may write to theirs
+        given = given.clone()  # the caller may write to its own tensor
         in_units = given * torch.where(given < 0, units[1], units[0])
         values, index = (in_units[None], None) if in_units.ndim == 0 else torch.unique(in_units, return_inverse=True)
         return cls(given, values, index, *torch.unique(values.abs(), return_inverse=True))
@@ -42,55 +45,55 @@ ONE = Setting.of(torch.ones(()))
 
 
 class Coefficients:
-    """One object that all steering layers of a model refer to. Adapters without an entry stand at 1."""
+    """The coefficients of all adapters, shared by all steering layers of a model. The default coefficient is 1."""
 
     def __init__(self) -> None:
         self._settings: dict[str, dict[torch.device, Setting]] = {}
         self._default: dict[torch.device, Setting] = {ONE.given.device: ONE}
-        # By adapter: what +1 and −1 stand for in its own units, and the default in them.
+        # By adapter: the values of +1 and −1 in its own units, and the default coefficient in these units.
         self._units: dict[str, tuple[float, float]] = {}
         self._defaults: dict[str, dict[torch.device, Setting]] = {}
         self._zero: dict[str, bool] = {}
         self._triangles: list[nn.ParameterDict] = []
-        # By adapter, rank and site: the triangle, its version, whether gradients were on, its rotations.
+        # By adapter, rank and site: the triangle, its version, whether gradients were enabled, its rotations.
         self._ready: dict[tuple[str, int, int], tuple[Tensor, int, bool, Tensor]] = {}
-        # By adapter and site: identities and versions of the parameters, and what was computed from them.
+        # By adapter and site: ids and versions of the parameters, the result computed from them, the parameters.
         self._kept: dict[tuple[str, int], tuple[list[tuple[int, int, int]], Tensor, list[Tensor]]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # Rotations with a graph can be neither copied nor pickled, and keys hold the addresses of this process.
+        # Rotations with an autograd graph can be neither copied nor pickled, and keys hold addresses in this process.
         return {**self.__dict__, "_ready": {}, "_kept": {}}
 
     def set_units(self, name: str, plus: float, minus: float) -> None:
         """Let c = 1 of adapter `name` stand for `plus` of its own units, and c = −1 for `−minus`.
 
         Raises:
-            ValueError: a unit is not a positive number, or the adapter's coefficient is set at the moment.
+            ValueError: a unit is not a positive number, or a `steer` context that sets the adapter is open.
         """
         if not all(0 < unit < math.inf for unit in (plus, minus)):
-            raise ValueError(f"units of a coefficient are positive numbers; got plus={plus} and minus={minus}")
+            raise ValueError(f"the units of a coefficient must be positive numbers; got plus={plus} and minus={minus}")
         if name in self._settings:
-            raise ValueError(f"adapter {name!r} stands at a coefficient; leave the contexts of `steer` first")
+            raise ValueError(f"a `steer` context sets the coefficient of adapter {name!r}; leave the contexts first")
         self._units[name] = (float(plus), float(minus))
         setting = Setting.of(ONE.given, self._units[name])
         self._defaults[name] = {setting.given.device: setting}
         self._ready, self._kept = {}, {}
 
     def register(self, triangles: nn.ParameterDict) -> None:
-        """Compute the rotations of these triangles, by adapter name, together with those registered before."""
+        """Register the triangles of one site, by adapter name. The rotations of all registered sites are batched."""
         self._triangles.append(triangles)
 
     def snapshot(self) -> dict[str, tuple[dict[torch.device, Setting], bool]]:
-        """What `restore` takes."""
+        """The current coefficients, for `restore`."""
         return {name: (by_device, self._zero[name]) for name, by_device in self._settings.items()}
 
     def restore(self, snapshot: dict[str, tuple[dict[torch.device, Setting], bool]]) -> None:
-        """Make the coefficients what they were when `snapshot` was taken."""
+        """Reset the coefficients to those of `snapshot`."""
         self._settings = {name: by_device for name, (by_device, _) in snapshot.items()}
         self._zero = {name: zero for name, (_, zero) in snapshot.items()}
         self._ready, self._kept = {}, {}
 
-    # Tensors of inference mode could not take part in a later training step.
+    # Tensors created in inference mode could not be used in a later training step.
     @torch.inference_mode(False)
     def set(self, name: str, value: Tensor | float) -> None:
         """Set adapter `name` to `value`: a number, or a tensor `()`, `(b,)` or `(b t)`.
@@ -112,7 +115,7 @@ class Coefficients:
         return self._settings.get(name) or self._defaults.get(name, self._default)
 
     def is_zero(self, name: str) -> bool:
-        """Whether the adapter stands at 0 for every row."""
+        """Whether the adapter's coefficient is 0 for every row."""
         return self._zero.get(name, False)
 
     def setting(self, name: str, device: torch.device) -> Setting:
@@ -124,10 +127,11 @@ class Coefficients:
         return by_device[device]
 
     def once(self, name: str, site: int, parameters: list[Tensor], compute: Callable[[], Tensor]) -> Tensor:
-        """`compute()`, which depends on the coefficient of `name` and on `parameters` only.
+        """The result of `compute`, which depends only on the coefficient of `name` and on `parameters`.
 
-        Without gradients, as in generation, and inside `steer`, it is computed once and kept until one of them changes
-        or a pass with gradients begins. Writing through `parameter.data` is the one change that PyTorch does not tell.
+        The result is cached only inside `steer` and without gradients, as in generation. It is kept until the
+        coefficient or a parameter changes, or a forward pass with gradients begins. PyTorch cannot detect a write
+        through `parameter.data`, so such a write does not clear the cache.
         """
         if torch.compiler.is_compiling():
             return compute()
@@ -138,14 +142,14 @@ class Coefficients:
         stamp = [(id(p), p.data_ptr(), p._version) for p in parameters]
         entry = self._kept.get((name, site))
         if entry is None or entry[0] != stamp:
-            entry = self._kept[name, site] = (stamp, compute(), parameters)  # which keeps their identities taken
+            entry = self._kept[name, site] = (stamp, compute(), parameters)  # references keep the ids valid
         return entry[1]
 
     def rotation(self, triangles: nn.ParameterDict, name: str, r: int) -> Tensor:
         """Rotations `(n r r)` of adapter `name` for one site, at the distinct values of its coefficient.
 
-        The first site that asks has those of all registered sites of this rank computed. Each is handed out once, so
-        that the next pass, after an optimizer step, computes them anew.
+        The first request computes the rotations of all registered sites of this rank in one batch. Each result is
+        used once, so the next forward pass, after an optimizer step, computes the rotations again.
         """
         mine = triangles[name]
         setting = self.setting(name, mine.device)
@@ -168,15 +172,15 @@ class Coefficients:
 
 
 def as_coefficient(value: Tensor | float) -> Tensor:
-    """The value in float32, `()`, `(b,)` or `(b t)`.
+    """The value as a float32 tensor `()`, `(b,)` or `(b t)`.
 
     Raises:
-        ValueError: it has another shape or is not finite.
+        ValueError: the value has another shape or is not finite.
     """
     value = torch.as_tensor(value, dtype=torch.float32).detach()
     if value.ndim > 2 or value.numel() == 0:
         raise ValueError(
-            f"a coefficient is one number, one for each row or one for each token; got shape {tuple(value.shape)}"
+            f"a coefficient is a single number, one number per row or one per token; got shape {tuple(value.shape)}"
         )
     if not torch.isfinite(value).all():
         raise ValueError(f"a coefficient must be finite; got {value.tolist()}")
@@ -184,22 +188,24 @@ def as_coefficient(value: Tensor | float) -> Tensor:
 
 
 def _version(tensor: Tensor) -> int:
-    """How often the tensor was written in place; tensors of inference mode, which cannot be tracked, do not count."""
+    """How often the tensor was written in place, or −1 for an inference tensor, which PyTorch does not track."""
     return -1 if tensor.is_inference() else tensor._version
 
 
 def repeat_rows(values: Tensor, x: Tensor) -> Tensor:
-    """Values `(b,)` or `(b t)` for the rows of `x (b' t …)`: beams and returned sequences repeat a row side by side.
+    """Repeat values `(b,)` or `(b t)` to match the rows of `x (b' t …)`.
+
+    Generation with beams or several returned sequences repeats each row, with the copies next to each other.
 
     Raises:
-        ValueError: `x` has other rows or tokens.
+        ValueError: the numbers of rows or tokens of `x` do not match.
     """
     rows = len(values)
     fits = x.shape[0] == rows or (x.ndim > 2 and x.shape[0] % rows == 0)
     if not fits or (values.ndim == 2 and values.shape[1:] != x.shape[1:-1]):
         each = "row" if values.ndim == 1 else "token"
         raise ValueError(
-            f"{' × '.join(map(str, values.shape))} coefficients were given, one for each {each}, and the layer sees "
-            f"input of shape {tuple(x.shape)}; give one for each {each} of the batch, or one number"
+            f"{' × '.join(map(str, values.shape))} coefficients were given, one per {each}, but the layer's input has "
+            f"shape {tuple(x.shape)}; give one coefficient per {each} of the batch, or a single number"
         )
     return values if x.shape[0] == rows else values.repeat_interleave(x.shape[0] // rows, dim=0)

@@ -1,4 +1,4 @@
-"""The decoder layers of a model, found by structure, and the linear modules inside."""
+"""Find the decoder layers of a model by its structure, and the linear modules in them."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -13,11 +13,11 @@ from repeng.tuner.base import is_linear
 
 RESIDUAL = "residual"
 OTHER_MODALITIES = ("*vision*", "*visual*", "*image*", "*audio*", "*speech*")
-# What configurations call the number of decoder layers. The first two stand beside one for the encoder, and Longcat's
-# num_hidden_layers counts two sublayers of each layer.
+# Names of the number of decoder layers in configurations. The first two are used beside a number of encoder layers.
+# Longcat's num_hidden_layers counts two sublayers per layer, so num_layers is tried too.
 DEPTHS = ("num_decoder_layers", "decoder_layers", "num_hidden_layers", "num_layers")
 
-STREAMS = ("altup_num_inputs", "hc_mult", "hc_count")  # what configurations call the number of residual streams
+STREAMS = ("altup_num_inputs", "hc_mult", "hc_count")  # names of the number of residual streams in configurations
 
 
 class Decoder(NamedTuple):
@@ -27,16 +27,17 @@ class Decoder(NamedTuple):
     layers: nn.ModuleList
 
     def available(self) -> str:
-        """What could be adapted, for error messages."""
+        """The modules that could be adapted, for error messages."""
         names = sorted({last(name) for layer in self.layers for name in linear_modules(layer)})
         return f"this model has {len(self.layers)} layers with the linear modules {', '.join(names)}, and {RESIDUAL!r}"
 
 
 def find_decoder(model: nn.Module, layers_pattern: list[str] | str | None = None) -> Decoder:
-    """The decoder layers of a language model, adapters or not.
+    """Find the decoder layers of a language model, with or without adapters.
 
-    Found by structure: the outermost `ModuleList` as long as the text configuration says, towers of other modalities
-    and an encoder left aside; or the one whose name is, or ends in, one of `layers_pattern`.
+    The result is the outermost `ModuleList` whose length is the number of layers in the text configuration. Towers of
+    other modalities and an encoder are skipped. With `layers_pattern`, the result is instead the list whose name is,
+    or ends in, one of the patterns.
 
     Raises:
         ValueError: there is no such list, or more than one.
@@ -56,14 +57,14 @@ def find_decoder(model: nn.Module, layers_pattern: list[str] | str | None = None
         found = next((lists_here for lists_here in by_depth if lists_here), {})
     if len(found) != 1:
         raise ValueError(
-            f"expected one list {what} in {type(model).__name__}, found {len(found)}; its lists of modules: "
+            f"expected one list {what} in {type(model).__name__}, found {len(found)}; its lists of modules are: "
             f"{', '.join(_outermost(lists)) or 'none'}"
         )
     return Decoder(*next(iter(found.items())))
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether an encoder reads the prompt and a decoder writes beside it, as in T5, BART and Whisper."""
+    """Whether an encoder reads the prompt and a separate decoder writes, as in T5, BART and Whisper."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
@@ -74,18 +75,18 @@ def text_config(model: nn.Module) -> Any:
 
 
 def check_one_stream(model: nn.Module) -> None:
-    """Raise ValueError if decoder layers hand on several residual streams, which have no one direction."""
+    """Raise ValueError if the decoder layers pass on several residual streams, where no single direction exists."""
     for name in STREAMS:
         n = getattr(text_config(model), name, 1)
         if isinstance(n, int) and n > 1:
             raise ValueError(
-                f"{type(model).__name__} keeps {n} residual streams side by side ({name}={n}), of which {RESIDUAL!r} "
-                "steers none; choose linear modules, such as o_proj or up_proj"
+                f"{type(model).__name__} has {n} parallel residual streams ({name}={n}), which {RESIDUAL!r} cannot "
+                "steer; choose linear modules, such as o_proj or up_proj"
             )
 
 
 def _depths(config: Any) -> Iterator[int]:
-    """Numbers of decoder layers that the configuration tells, the likeliest first."""
+    """Candidates for the number of decoder layers from the configuration, the likeliest first."""
     text = config.get_text_config(decoder=True)
     for name in DEPTHS:
         depth = getattr(text, name, None)
@@ -94,7 +95,7 @@ def _depths(config: Any) -> Iterator[int]:
 
 
 def _outermost(lists: dict[str, nn.ModuleList]) -> dict[str, nn.ModuleList]:
-    """Those of the lists, in the order of the model, that lie in no other one."""
+    """The lists that are not inside another of the lists, in the order of the model."""
     outermost: dict[str, nn.ModuleList] = {}
     for name, module in lists.items():
         if not any(name.startswith(f"{outer}.") for outer in outermost):
@@ -103,7 +104,7 @@ def _outermost(lists: dict[str, nn.ModuleList]) -> dict[str, nn.ModuleList]:
 
 
 def is_elsewhere(model: nn.Module, name: str) -> bool:
-    """Whether a module is of a tower that reads images or sound, or of the encoder beside a decoder."""
+    """Whether a module is in a tower that reads images or sound, or in the encoder of an encoder-decoder model."""
     parts = name.split(".")
     if is_encoder_decoder(model):
         return next(("encoder" in part for part in parts if "coder" in part), False)
@@ -111,12 +112,12 @@ def is_elsewhere(model: nn.Module, name: str) -> bool:
 
 
 def select_layers(depth: int, layers: Iterable[int] | int | str | None) -> list[int]:
-    """Indices of decoder layers, from a list, one index, a share of the depth such as "0.3-0.7", or None for all.
+    """Indices of decoder layers from a list, a single index, a range of the depth such as "0.3-0.7", or None for all.
 
-    A layer belongs to a share if its stretch [i/depth, (i+1)/depth) of the depth overlaps it.
+    A range selects every layer i whose interval [i/depth, (i+1)/depth) overlaps it.
 
     Raises:
-        ValueError: an index or a share outside the model, or text that is no share.
+        ValueError: an index or a range lies outside the model, or the text is not a range.
     """
     if layers is None:
         return list(range(depth))
@@ -124,7 +125,7 @@ def select_layers(depth: int, layers: Iterable[int] | int | str | None) -> list[
         match = re.fullmatch(r"\s*(\d+|\d*\.\d+)\s*-\s*(\d+|\d*\.\d+)\s*", layers)
         low, high = (float(part) for part in match.groups()) if match else (1.0, 0.0)
         if not 0 <= low < high <= 1:
-            raise ValueError(f"layers {layers!r} is no share of the depth; write for example 0.3-0.7, within 0-1")
+            raise ValueError(f"layers {layers!r} is not a share of the depth; write for example 0.3-0.7, within 0-1")
         return [i for i in range(depth) if (i + 1) / depth > low + 1e-9 and i / depth < high - 1e-9]
     chosen = [int(layers)] if isinstance(layers, int | Integral) else sorted({int(layer) for layer in layers})
     for index in chosen:
@@ -136,7 +137,7 @@ def select_layers(depth: int, layers: Iterable[int] | int | str | None) -> list[
 
 
 def linear_modules(root: nn.Module) -> dict[str, nn.Module]:
-    """Linear modules below `root` by name, adapted ones included and insides of adapters left out."""
+    """Linear modules below `root` by name. Adapted modules are included; modules inside adapters are not."""
     linear: dict[str, nn.Module] = {}
     wrapped: list[str] = []
     for name, module in root.named_modules():

@@ -1,4 +1,4 @@
-"""What the fields of an adapter's configuration may hold: it may come from a file that somebody else wrote."""
+"""Allowed values for the fields of an adapter's configuration, which may come from a file of unknown origin."""
 
 import re
 from collections.abc import Mapping
@@ -6,13 +6,13 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-SHOWN = 60  # characters of a value in a message
-MOST_REPEATS = 6  # of a regular expression from a file: with more, matching a name may take hours
+SHOWN = 60  # characters of a value that a message shows
+MOST_REPEATS = 6  # repetitions in a regular expression from a file: with more, matching a name may take hours
 Name: Any = Annotated[str, Field(min_length=1, max_length=1000, pattern=r"^[^\x00-\x1f\x7f]+$")]
 Text: Any = Annotated[str, Field(max_length=4096, pattern=r"^[^\x00-\x1f\x7f]*$")]
 Targets: Any = set[Name] | Annotated[str, Field(min_length=1, max_length=10_000)] | None
 Sampled = Annotated[list[float], Field(min_length=8, max_length=8)]
-Unit = Annotated[float, Field(ge=1e-12, le=1e12)]  # beyond, a coefficient of 1 would round to nothing or infinity
+Unit = Annotated[float, Field(ge=1e-12, le=1e12)]  # outside it, c = 1 would round to zero or infinity
 
 FIELDS: dict[str, Any] = {
     "r": Annotated[int, Field(ge=2, le=1 << 20)],
@@ -42,12 +42,12 @@ FIELDS: dict[str, Any] = {
     "task_type": Text | None,
     "peft_version": Text | None,
 }
-# Entries that an object needs.
+# Required entries of dictionary fields.
 ENTRIES: dict[str, dict[str, Any]] = {
     "calibration": {"plus": Unit, "minus": Unit},
     "fingerprint": {"dtype": Text, "weights": Annotated[dict[Name, Sampled], Field(min_length=1)]},
 }
-# true is no 1, "5" is no number, and NaN and infinity are never meant.
+# Strict: true does not count as 1, "5" does not count as a number, and NaN and infinity are refused.
 _STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 _FIELDS = {name: TypeAdapter(hint, config=_STRICT) for name, hint in FIELDS.items()}
 _ENTRIES = {
@@ -57,7 +57,7 @@ _ENTRIES = {
 
 
 def check_fields(values: Mapping[str, Any]) -> None:
-    """Raise ValueError, naming the field, what it holds and what it may, for the first value that cannot be meant."""
+    """Raise ValueError for the first invalid value; the message names the field, its value and the allowed values."""
     for name, adapter in _FIELDS.items():
         _check(name, adapter, values[name])
         for key, of_key in _ENTRIES.get(name, {}).items() if values[name] is not None else ():
@@ -69,36 +69,37 @@ def check_fields(values: Mapping[str, Any]) -> None:
     resolved = values["resolved_modules"] or ()
     twice = next((module for module in resolved if resolved.count(module) > 1), None)
     if twice is not None:
-        raise ValueError(f"resolved_modules names {twice!r} more than once; a module is adapted once")
+        raise ValueError(f"resolved_modules names {twice!r} more than once; name each module once")
 
 
 def check_expression(name: str, expression: str, *, from_file: bool) -> None:
-    """Raise ValueError unless `expression` is a regular one, and, of a file, one that is matched in no time."""
+    """Raise ValueError unless `expression` is a regular expression and, if it comes from a file, fast to match."""
     try:
         re.compile(expression)
     except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(
-            f"{name} is no regular expression ({error}); got {_shown(expression)}. Give one, or a list of names"
+            f"{name} is not a valid regular expression ({error}); got {_shown(expression)}. Give a valid one, or a "
+            "list of names"
         ) from None
     if from_file and _may_take_hours(expression):
         raise ValueError(
-            f"{name} repeats what repeats or branches, or repeats more than {MOST_REPEATS} times, which may take "
-            f"hours to match; got {_shown(expression)}. Write it simpler, or as a list of names"
+            f"{name} may take hours to match, because it repeats a group that repeats or branches, or has more than "
+            f"{MOST_REPEATS} repetitions; got {_shown(expression)}. Write a simpler expression or a list of names"
         )
 
 
 def _may_take_hours(expression: str) -> bool:
-    """Whether a group that repeats holds a repetition or alternatives, or there are many repetitions."""
+    """Whether a repeated group contains a repetition or alternatives, or there are too many repetitions."""
     rest = re.sub(r"\\.|\{\d+\}", "a", expression)
     rest = re.sub(r"\[\^?\]?[^\]]*\]", "a", rest)
     if len(re.findall(r"[*+]|\{\d*,\d*\}", rest)) > MOST_REPEATS:
         return True
     while True:
-        # Innermost groups become one letter: R for one that holds a repetition or alternatives.
+        # Each innermost group becomes one letter: R if it contains a repetition or alternatives, otherwise a.
         inner = re.search(r"\((\?<?[=!])?(?:\?[:<>P]*)?([^()]*)\)", rest)
         if inner is None:
             return False
-        # What only looks ahead or behind takes nothing, so that its repetition begins nothing anew.
+        # Lookahead and lookbehind groups consume no text, so repeating them costs nothing.
         heavy = inner[1] is None and bool(re.search(r"[*+|R]|\{", inner[2]))
         if heavy and rest[inner.end() : inner.end() + 1] in ("*", "+", "{"):
             return True

@@ -1,4 +1,4 @@
-"""A few entries of the adapted weights, by which the base model is recognised when an adapter is loaded."""
+"""Fingerprint of a base model: a few entries of the adapted weights, compared when an adapter is loaded."""
 
 from typing import Any
 
@@ -10,18 +10,18 @@ from repeng.tuner.config import SvdSteeringConfig
 from repeng.tuner.targets import last, linear_modules
 
 MODULES, ENTRIES = 32, 8
-SAME_SHARE = 0.9  # of entries that must agree once both are rounded to bfloat16; two dtypes may round apart
-QUANTISED_DISTANCE = 0.3  # relative; 4-bit quantisation moves weights by about 0.1
+SAME_SHARE = 0.9  # of entries must agree after rounding to bfloat16: two dtypes may round differently
+QUANTISED_DISTANCE = 0.3  # relative distance; 4-bit quantisation changes weights by about 0.1
 
 
 def take_fingerprint(model: nn.Module, names: list[str]) -> dict[str, Any]:
-    """Entries of up to 32 linear modules at or below `names`: `{"dtype": …, "weights": {name: [8 floats]}}`."""
+    """Sample up to 32 linear modules at or below `names`: `{"dtype": …, "weights": {name: [8 floats]}}`."""
     linear: dict[str, nn.Module] = {}
     for name in names:
         module = model.get_submodule(name)
         below = {name: module} if is_linear(module) else {f"{name}.{n}": m for n, m in linear_modules(module).items()}
         for key, m in below.items():
-            # PEFT puts a copy beside each module of another adapter's modules_to_save.
+            # PEFT keeps a copy next to each module in another adapter's modules_to_save; the copy is not sampled.
             if last(key) != "lm_head" and ".modules_to_save." not in key:
                 linear[key.replace(".original_module", "")] = base_of(m)
     keys = sorted(linear)
@@ -37,16 +37,16 @@ def _sample(linear: nn.Module) -> list[float]:
 
 
 def require_fingerprint(config: SvdSteeringConfig) -> None:
-    """Raise ValueError if an adapter's configuration does not tell its base model."""
+    """Raise ValueError if an adapter's configuration has no fingerprint of its base model."""
     if config.fingerprint is None and not config.allow_other_base:
         raise ValueError(
-            "this adapter's configuration has no fingerprint, by which its base model would be recognised: take the "
-            "adapter from where it was saved again, or pass allow_other_base=True to PeftModel.from_pretrained"
+            "this adapter's configuration has no fingerprint, so the base model cannot be checked; copy the adapter "
+            "again from where it was saved, or pass allow_other_base=True to PeftModel.from_pretrained"
         )
 
 
 def check_same_base(model: nn.Module, config: SvdSteeringConfig, names: list[str]) -> None:
-    """Raise ValueError if the adapted weights of `model` are not those that the adapter was made for."""
+    """Raise ValueError if the adapted weights of `model` differ from those that the adapter was made for."""
     if config.allow_other_base or not config.fingerprint:
         return
     known = config.fingerprint
@@ -66,7 +66,7 @@ def check_same_base(model: nn.Module, config: SvdSteeringConfig, names: list[str
     if problem:
         raise ValueError(
             f"this adapter was made for another base model ({config.base_model_name_or_path or 'unnamed'}"
-            f"{f', revision {config.revision}' if config.revision else ''}): {problem}. Load that model, or pass "
-            "allow_other_base=True to PeftModel.from_pretrained to use the adapter here all the same (before "
-            "load_adapter, set it in the saved configuration and add_adapter that)"
+            f"{f', revision {config.revision}' if config.revision else ''}): {problem}. Load that model, or use "
+            "the adapter on this model all the same: pass allow_other_base=True to PeftModel.from_pretrained, or set "
+            "it in a configuration for add_adapter before load_adapter"
         )

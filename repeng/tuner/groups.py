@@ -1,4 +1,4 @@
-"""What linear modules of decoder layers do with the residual stream, by the names that architectures give them."""
+"""Which linear modules of a decoder layer read or write the residual stream, recognised by their names."""
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
@@ -15,8 +15,8 @@ Role = Literal["writes", "reads", "inside"]
 WRITERS = "residual-writers"
 READERS = "residual-readers"
 ALL_LINEAR = "all-linear"
-# Ends of names, seen from the decoder layer, or with a dot in front whole ones; of several that fit, the one of most
-# parts decides.
+# Suffixes of names relative to the decoder layer. An entry that starts with a dot matches only the whole name. If
+# several entries match, the entry with the most parts decides.
 ENDS: Mapping[Role, tuple[str, ...]] = {
     "writes": (
         *("o_proj", "down_proj", "c_proj", "out_proj", "proj_down", "o_b_proj", "per_layer_projection"),
@@ -53,7 +53,7 @@ ENDS: Mapping[Role, tuple[str, ...]] = {
         *("a_proj", "b_proj", "g_proj", "f_proj", "f_a_proj", "g_a_proj", "per_layer_input_gate"),
         *("igate_preact", "fgate_preact", "ogate_preact"),
     ),
-    # Between two of the above, or what picks: experts, keys to look at.
+    # Modules between a reader and a writer, and modules that select experts or attention keys.
     "inside": (
         *("q_b_proj", "kv_b_proj", "o_a_proj", "f_b_proj", "g_b_proj", "q_gate_proj", "x_proj", "dt_proj"),
         *("gate_up_proj_adapter_list.*.1", "sconv.weight_proj", "indexer.*", "scorer.*"),
@@ -66,8 +66,8 @@ KEYS_AND_VALUES = {"kv": ("k_proj", "v_proj")}
 
 @lru_cache(maxsize=4096)
 def role_of(name: str) -> Role | None:
-    """What the module of this name, seen from its decoder layer, does; None if that is not known."""
-    name = name.removesuffix(".original_module")  # of which PEFT trains a copy
+    """The role of a module, by its name relative to the decoder layer; None if the name is unknown."""
+    name = name.removesuffix(".original_module")  # the suffix of a module that PEFT has copied for modules_to_save
     fitting: list[tuple[int, int, Role]] = [
         (end.count("."), len(end), role)
         for role, ends in ENDS.items()
@@ -78,7 +78,7 @@ def role_of(name: str) -> Role | None:
 
 
 def is_called(name: str, target: str) -> bool:
-    """Whether `target`, a group or the end of a name, stands for the module of this name, seen from its layer."""
+    """Whether `target`, a group or the end of a name, matches a module; `name` is relative to the decoder layer."""
     if target == ALL_LINEAR:
         return last(name) != "lm_head"
     if target in GROUPS:
@@ -87,7 +87,7 @@ def is_called(name: str, target: str) -> bool:
 
 
 def fused_experts(layer: nn.Module) -> dict[str, Tensor]:
-    """Weights of a decoder layer that hold all experts at once, `(experts … …)` or `(experts·… …)`, by name."""
+    """Weights of a decoder layer that hold all experts in one tensor, `(experts … …)` or `(experts·… …)`, by name."""
     linear, found = linear_modules(layer), {}
     for name, module in layer.named_modules():
         if name in linear or isinstance(module, BaseTunerLayer | nn.Embedding):
@@ -100,7 +100,7 @@ def fused_experts(layer: nn.Module) -> dict[str, Tensor]:
 
 
 def unknown(layer: nn.Module, width: int) -> list[str]:
-    """Linear modules of a decoder layer that may read or write the residual stream and have a name of no group."""
+    """Linear modules of a decoder layer that may read or write the residual stream but whose names are in no group."""
     return [
         name
         for name, module in linear_modules(layer).items()
@@ -112,15 +112,15 @@ def writer_names(layer: nn.Module, width: int) -> list[str]:
     """Linear modules and fused experts of a decoder layer that write to the residual stream.
 
     Raises:
-        ValueError: there is none, or a module of which no group knows whether it does.
+        ValueError: there is no such module, or the layer has a module of unknown role.
     """
     names = [n for n in (*linear_modules(layer), *fused_experts(layer)) if role_of(n) == "writes"]
     others = unknown(layer, width)
     if others or not names:
-        what = f"has {', '.join(others)}, of which {WRITERS!r} does not know" if others else f"has none of {WRITERS!r}"
+        what = f"has modules of unknown role ({', '.join(others)})" if others else f"has none of {WRITERS!r}"
         raise ValueError(
-            f"a {type(layer).__name__} {what}, so that the directions of {RESIDUAL!r} are not known; let it shift "
-            "only (rotate_input=False, shift=True) or adapt linear modules by name: "
+            f"a {type(layer).__name__} {what}, so the output directions for {RESIDUAL!r} are not known; only shift "
+            "the residual stream (rotate_input=False, shift=True) or adapt linear modules by name: "
             f"{', '.join(sorted(map(last, linear_modules(layer))))}"
         )
     return names

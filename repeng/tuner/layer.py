@@ -1,4 +1,4 @@
-"""A linear layer with a coefficient-controlled change in the span of its top singular directions."""
+"""A linear layer with a change in the span of its top singular directions, controlled by a coefficient."""
 
 from collections.abc import MutableMapping
 from typing import Any, cast
@@ -15,26 +15,26 @@ from repeng.tuner.coefficients import Coefficients, repeat_rows
 from repeng.tuner.config import SvdSteeringConfig
 from repeng.tuner.svd import subspace_error, top_singular_triples
 
-CANDIDATES = 8  # singular triples to choose from, for each that is kept
-INIT_STD = 0.02  # of the skew matrices, of λ and of b when init_weights is False
+CANDIDATES = 8  # candidate singular triples per triple that is kept
+INIT_STD = 0.02  # standard deviation of the skew matrices, λ and b when init_weights is False
 
 
 Bases = MutableMapping[str, Tensor]  # by adapter name
 
 
 def _bases() -> Bases:
-    """An empty store of tensors, which are saved with the model."""
+    """An empty store for tensors that are saved with the model."""
     return cast(Bases, BufferDict(persistent=True))
 
 
 class SvdSteeringLayer(BaseTunerLayer):
-    """State of the method on one site. Stored tensors, by adapter name:
+    """State of the method at one site. It stores these tensors, by adapter name:
 
     `svd_steering_u (d_out r)`, `svd_steering_s (r)`, `svd_steering_v (d_in r)`: frozen bases, saved with the adapter;
     `svd_steering_in (r(r−1)/2)`, `svd_steering_out`: upper triangles of the skew matrices; `svd_steering_lambda (r)`;
-    `svd_steering_shift (d_out)`. A site holds those that it uses.
+    `svd_steering_shift (d_out)`. A site holds only the tensors that it uses.
 
-    `svd_error` holds ‖W − U Uᵀ W‖ / ‖W‖: how much of the weight lies outside the directions that turn.
+    `svd_error` is ‖W − U Uᵀ W‖ / ‖W‖, the share of the weight outside the rotated directions.
     """
 
     adapter_layer_names: tuple[str, ...] = (
@@ -57,7 +57,7 @@ class SvdSteeringLayer(BaseTunerLayer):
         self.r: dict[str, int] = {}
         self.svd_error: dict[str, float] = {}
         self.additive: dict[str, bool] = {}  # whether λ is added to the singular values
-        self.awaited: set[str] = set()  # adapters whose bases are still to come from a file
+        self.awaited: set[str] = set()  # adapters whose tensors have not been loaded from a file yet
         self.svd_steering_in: nn.ParameterDict = nn.ParameterDict()
         self.svd_steering_out: nn.ParameterDict = nn.ParameterDict()
         self.svd_steering_lambda: nn.ParameterDict = nn.ParameterDict()
@@ -71,15 +71,16 @@ class SvdSteeringLayer(BaseTunerLayer):
         coefficients.register(self.svd_steering_out)
 
     def update_layer(self, adapter_name: str, config: SvdSteeringConfig, like: str | None = None) -> None:
-        """Add an adapter: bases by SVD and parameters at their start; or both NaN, until they come from a file.
+        """Add an adapter.
 
-        `like` is another adapter of the same configuration: its bases are taken instead, and if the configuration is
-        a saved one, its parameters too.
+        A new adapter gets bases by SVD and initial parameters. For a saved configuration, both are NaN until they are
+        loaded from a file. If `like` names another adapter of the same configuration, its bases are copied instead;
+        for a saved configuration, its parameters are copied too.
         """
         raise NotImplementedError
 
     def select_directions(self, difference: Tensor, adapter_name: str, config: SvdSteeringConfig) -> None:
-        """Choose bases again, by `difference (b d)`; see `SvdSteeringModel.select_directions`."""
+        """Select the bases anew, by `difference (b d)`; see `SvdSteeringModel.select_directions`."""
         raise NotImplementedError
 
     def check_merge(self, names: list[str]) -> None:
@@ -87,15 +88,15 @@ class SvdSteeringLayer(BaseTunerLayer):
         raise NotImplementedError
 
     def enable_adapters(self, enabled: bool) -> None:
-        # PEFT's own also sets requires_grad of every adapter, which disabling for one forward must not touch.
+        # PEFT's method also sets requires_grad of every adapter. Disabling for one forward pass must not change it.
         self._disable_adapters = not enabled
 
     def device(self) -> torch.device:
-        """Where this site computes."""
+        """The device on which this site computes."""
         return device_of(base_of(self))
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # PEFT's own also casts to the dtype of the base, which would round the bases.
+        # PEFT's method also casts to the dtype of the base, which would round the bases.
         device = device or self.device()
         for attribute in (*self.adapter_layer_names, "svd_steering_u", "svd_steering_s", "svd_steering_v"):
             store = getattr(self, attribute)
@@ -103,18 +104,20 @@ class SvdSteeringLayer(BaseTunerLayer):
                 store[adapter_name] = store[adapter_name].detach().to(device)
 
     def parameters_of(self, adapter_name: str) -> list[Tensor]:
-        """What one adapter learns at this site."""
+        """The learned parameters of one adapter at this site."""
         stores = [getattr(self, attribute) for attribute in self.adapter_layer_names]
         return [store[adapter_name] for store in stores if adapter_name in store]
 
     def set_basis(self, letter: str, adapter_name: str, basis: Tensor | None, shape: tuple[int, ...]) -> None:
-        """Store a basis, or, if there is None yet, NaN of this shape in its place."""
+        """Store a basis. If `basis` is None, store NaN of this shape until the basis is loaded."""
         basis = torch.full(shape, torch.nan) if basis is None else basis
         getattr(self, f"svd_steering_{letter}")[adapter_name] = basis.to(self.device())
 
     def set_start(self, learned: str, adapter_name: str, config: SvdSteeringConfig, n: int, like: str | None) -> None:
-        """Store a parameter `(n)` of a new adapter: zero or small and random; of a saved configuration that of `like`,
-        or NaN until it is loaded.
+        """Store the initial value of a parameter `(n)`.
+
+        A new adapter starts with zeros or small random values. For a saved configuration, the value is copied from the
+        adapter `like`, or is NaN until it is loaded.
         """
         store = getattr(self, f"svd_steering_{learned}")
         if config.init_bases:
@@ -126,7 +129,7 @@ class SvdSteeringLayer(BaseTunerLayer):
             self.awaited.add(adapter_name)
 
     def is_empty(self, adapter_name: str) -> bool:
-        """Whether tensors of this adapter are still to come from a file."""
+        """Whether some tensors of this adapter have not been loaded yet."""
         if adapter_name not in self.awaited:
             return False
         bases = (getattr(self, f"svd_steering_{letter}") for letter in "usv")
@@ -137,17 +140,17 @@ class SvdSteeringLayer(BaseTunerLayer):
         return False
 
     def cast_to_base(self, adapter_name: str) -> None:
-        """Keep what one adapter learns in the dtype of the base; the bases stay as exact as they are."""
+        """Cast the learned parameters of one adapter to the dtype of the base. The bases keep their dtype."""
         linear = base_of(next(m for m in base_of(self).modules() if is_linear(m)))
         if not is_quantised(linear):
             for parameter in self.parameters_of(adapter_name):
                 parameter.data = parameter.data.to(weight_of(linear).dtype)
 
     def working(self) -> list[str]:
-        """Active adapters that this site has and that do not stand at 0.
+        """Active adapters of this site whose coefficient is not 0.
 
         Raises:
-            ValueError: the bases of one were never loaded.
+            ValueError: the tensors of one of them were never loaded.
         """
         names = [name for name in self.active_adapters if name in self.r and not self.coefficients.is_zero(name)]
         for name in self.awaited.intersection(names):
@@ -157,16 +160,17 @@ class SvdSteeringLayer(BaseTunerLayer):
 
 
 def empty(adapter_name: str) -> str:
-    """What is wrong with an adapter whose tensors never came."""
+    """The error message for an adapter whose tensors were never loaded."""
     return (
-        f"adapter {adapter_name!r} was made to be filled from a weights file (from a saved configuration, or with "
-        "low_cpu_mem_usage=True), and some of its tensors were never loaded: use PeftModel.from_pretrained or "
-        "load_adapter; to start anew, set init_bases=True in the configuration and leave low_cpu_mem_usage out"
+        f"adapter {adapter_name!r} was created to be loaded from a weights file (from a saved configuration, or with "
+        "low_cpu_mem_usage=True), but some of its tensors were never loaded; use PeftModel.from_pretrained or "
+        "load_adapter; to create a new adapter instead, set init_bases=True in the configuration and leave out "
+        "low_cpu_mem_usage"
     )
 
 
 class Linear(nn.Module, SvdSteeringLayer):
-    """`y = base(x) + [(x V) K(c)ᵀ] Uᵀ` on `nn.Linear` or `Conv1D`, quantised or not; the base runs untouched."""
+    """`y = base(x) + [(x V) K(c)ᵀ] Uᵀ` on `nn.Linear` or `Conv1D`, quantised or not. The base layer runs unchanged."""
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: SvdSteeringConfig, coefficients: Coefficients
@@ -182,7 +186,7 @@ class Linear(nn.Module, SvdSteeringLayer):
         self.update_layer(adapter_name, config)
 
     def get_base_layer(self) -> nn.Module:
-        # One level only, unlike PEFT's own: unloading puts back what this layer has replaced, which may be an adapter.
+        # Unlike in PEFT, only one level down: unloading restores the layer that this one replaced, maybe an adapter.
         return self.base_layer
 
     def update_layer(self, adapter_name: str, config: SvdSteeringConfig, like: str | None = None) -> None:
@@ -215,7 +219,7 @@ class Linear(nn.Module, SvdSteeringLayer):
             getattr(self, f"svd_steering_{store}")[adapter_name].copy_(tensor)
 
     def core(self, adapter_name: str) -> Tensor:
-        """K(c), `(n r r)` in float32 even under autocast, at the distinct coefficients `(n,)`; zero at c = 0."""
+        """K(c) `(n r r)`, float32 even under autocast, at the distinct coefficients `(n,)`; K(0) = 0."""
         s = self.svd_steering_s[adapter_name].float()
         coefficient = self.coefficients.setting(adapter_name, s.device).values
         with torch.autocast(s.device.type, enabled=False):
@@ -240,7 +244,7 @@ class Linear(nn.Module, SvdSteeringLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged and self._unmerged is not None:
-            # PEFT's other methods unmerge here; the coefficient at which this one was merged would be lost.
+            # PEFT's other methods unmerge here. This method does not: it would lose the coefficient of the merge.
             depth = next(name for name, m in self.base_layer.named_modules() if m is base_of(self))
             weight = {f"{depth}.weight".lstrip("."): self._unmerged.to(weight_of(base_of(self)))}
             return torch.func.functional_call(self.base_layer, weight, (x, *args), kwargs)
@@ -255,31 +259,31 @@ class Linear(nn.Module, SvdSteeringLayer):
         weight = weight_of(base_of(self))
         if is_quantised(base_of(self)):
             raise ValueError(
-                f"a quantised weight ({type(weight).__name__}, {weight.dtype}) cannot take up the change exactly; "
+                f"a quantised weight ({type(weight).__name__}, {weight.dtype}) cannot hold the change exactly; "
                 "load the base model without quantisation to merge"
             )
         if isinstance(self.base_layer, BaseTunerLayer):
             raise ValueError(
-                f"the weight lies below another method's ({type(self.base_layer).__name__}), whose own merging would "
-                "get in the way; merge and unload that adapter first, then make this one"
+                f"the weight lies below another method's layer ({type(self.base_layer).__name__}), so the merges "
+                "would conflict; merge and unload that adapter first, then create this one"
             )
         for name in names:
             coefficient = self.coefficients.get(name)
             if coefficient.ndim:
                 raise ValueError(
-                    f"adapter {name!r} stands at one coefficient for each of {coefficient.numel()} rows, which no "
-                    "single weight can hold; merge inside steer(model, c) with a number c"
+                    f"adapter {name!r} has {coefficient.numel()} coefficients, for single rows or tokens, which one "
+                    "weight cannot hold; merge inside steer(model, c) with a number c"
                 )
             if not self.single_core(name).isfinite().all():
-                raise ValueError(f"adapter {name!r} gives NaN or infinite weights; it seems to be broken")
+                raise ValueError(f"adapter {name!r} gives NaN or infinite weights; the adapter seems to be broken")
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """For PEFT's `convert_to_lora`, which asks for the change of the weight at the coefficient that is set."""
+        """Whether the site has the adapter. `convert_to_lora` of PEFT takes its change at the current coefficient."""
         return adapter_name in self.r
 
     @torch.no_grad()
     def single_core(self, adapter_name: str) -> Tensor:
-        """K(c), `(r r)` in float32, at a coefficient that is one number; exactly zero at 0."""
+        """K(c) `(r r)`, float32, for a coefficient that is a single number; exactly zero at c = 0."""
         core = self.core(adapter_name)[0]
         return torch.zeros_like(core) if self.coefficients.is_zero(adapter_name) else core
 
@@ -288,7 +292,7 @@ class Linear(nn.Module, SvdSteeringLayer):
         """U K(c) Vᵀ at the current coefficient, float32, in the layout of the base weight.
 
         Raises:
-            ValueError: the base is quantised, the coefficient is not one number, or K(c) is not finite.
+            ValueError: the base is quantised, the coefficient is not a single number, or K(c) is not finite.
         """
         self.check_merge([adapter_name])
         u, v = self.svd_steering_u[adapter_name].float(), self.svd_steering_v[adapter_name].float()
@@ -297,14 +301,14 @@ class Linear(nn.Module, SvdSteeringLayer):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write the change at the current coefficient into the base weight; `unmerge` gets a copy of the old one.
+        """Add the change at the current coefficient to the base weight; keep a copy of the old weight for `unmerge`.
 
         Args:
-            safe_merge: also refuse a result that overflows the dtype of the base.
-            adapter_names: which adapters; by default the active ones.
+            safe_merge: refuse a result that overflows the dtype of the base.
+            adapter_names: the adapters to merge; by default the active ones.
 
         Raises:
-            ValueError: as `get_delta_weight`, or `safe_merge` found such entries. Then nothing is written.
+            ValueError: as `get_delta_weight`, or `safe_merge` found an overflow. The weight is then unchanged.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.r]
         if not names:
@@ -319,7 +323,7 @@ class Linear(nn.Module, SvdSteeringLayer):
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
-        """Put the base weight back as it was before `merge`, bit for bit, in the dtype that the model has by now."""
+        """Restore the base weight from before `merge` bit for bit, cast to the dtype of the model."""
         if self._unmerged is not None:
             weight = weight_of(base_of(self))
             weight.data = self._unmerged.to(weight)
@@ -328,14 +332,14 @@ class Linear(nn.Module, SvdSteeringLayer):
 
 
 def largest(score: Tensor, r: int) -> Tensor:
-    """Indices of the `r` largest entries, in their order."""
+    """Indices of the `r` largest entries, in ascending order."""
     return score.topk(r).indices.sort().values
 
 
 def rank_change(x: Tensor, v: Tensor, core: Tensor, u: Tensor, index: Tensor | None) -> Tensor:
-    """`[(x V) Kᵀ] Uᵀ`, `(… d_out)`, with K the only entry of `core (n r r)`, or the one that `index` names.
+    """`[(x V) Kᵀ] Uᵀ`, `(… d_out)`.
 
-    `index` is `(b,)` for rows or `(b t)` for tokens.
+    K is the only entry of `core (n r r)`, or the entry that `index` selects per row, `(b,)`, or per token, `(b t)`.
     """
     z = x @ v
     if index is None:

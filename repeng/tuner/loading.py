@@ -1,7 +1,7 @@
-"""Loads that fail leave the model as it was.
+"""A failed load leaves the model unchanged.
 
-PEFT and transformers put an adapter into the model before they read its file. If that is missing, broken or of another
-model, they leave the adapter behind without its tensors.
+PEFT and transformers add an adapter to the model before they read its file. If the file is missing, broken or for
+another model, they leave the adapter in the model without its tensors. The wrappers here undo that.
 """
 
 import os
@@ -23,9 +23,9 @@ from repeng.tuner.undo import all_or_nothing, sites_of
 
 
 def make_loads_whole() -> None:
-    """Let `PeftModel.from_pretrained`, its `load_adapter` and that of transformers' models load all or nothing.
+    """Wrap `PeftModel.from_pretrained` and both `load_adapter` (PEFT's and transformers') to load all or nothing.
 
-    In models without an adapter of this method they do what they did.
+    For models without an adapter of this method, their behaviour does not change.
     """
     peft_model: Any = PeftModel
     if hasattr(peft_model.load_adapter, "__wrapped__"):
@@ -52,18 +52,18 @@ def _whole(load: Callable[..., Any]) -> Callable[..., Any]:
     return load_all_or_nothing
 
 
-# What reading a weights file raises: broken ones, absent ones, and those without a tensor of modules_to_save.
+# Errors from reading a weights file that is broken, absent, or lacks a tensor of modules_to_save.
 _BROKEN = (SafetensorError, UnpicklingError, EOFError, RuntimeError, OSError, KeyError, HFValidationError)
 
 
 def _reason(folder: str, error: Exception) -> str:
     if isinstance(error, KeyError):
-        return f"its weights file lacks {error.args[0]}, which modules_to_save of adapter_config.json calls for"
+        return f"its weights file lacks {error.args[0]}, which modules_to_save in adapter_config.json requires"
     names = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
     there = [name for name in names if os.path.exists(os.path.join(folder, name))]
     if not there:
         return f"it has neither {' nor '.join(names)}; copy the whole folder that save_pretrained wrote"
-    return f"{there[0]} is broken ({str(error).splitlines()[0]}); copy it anew, or save the adapter again"
+    return f"{there[0]} is broken ({str(error).splitlines()[0]}); copy it again, or save the adapter again"
 
 
 def _whole_from_base(load: Callable[..., Any]) -> Callable[..., Any]:
@@ -76,7 +76,7 @@ def _whole_from_base(load: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _complete(load: Callable[..., Any]) -> Callable[..., Any]:
-    """Transformers reports tensors that are missing or left over, and goes on."""
+    """Raise ValueError for missing and unexpected tensors, which transformers only reports."""
 
     @wraps(load)
     def load_complete(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -84,12 +84,12 @@ def _complete(load: Callable[..., Any]) -> Callable[..., Any]:
             info = load(self, *args, **kwargs)
             missing = [key for key in getattr(info, "missing_keys", ()) if f".{PREFIX}" in key]
             strange = [key for key in getattr(info, "unexpected_keys", ()) if f".{PREFIX}" in key]
-            for what, keys in (("lacks", missing), ("holds, for no site,", strange)):
+            for what, keys in (("lacks", missing), ("holds unexpected tensors", strange)):
                 if keys and sites_of(self):
                     named = ", ".join(sorted(keys)[:3]) + (" …" if len(keys) > 3 else "")
                     raise ValueError(
-                        f"the file of this adapter {what} {named}; check that it and adapter_config.json come from "
-                        "one save, for this base model"
+                        f"the file of this adapter {what} {named}; check that it and adapter_config.json were "
+                        "saved together, for this base model"
                     )
             return info
 

@@ -1,4 +1,4 @@
-"""Routing of the PEFT method: which modules it replaces, and strict loading."""
+"""The PEFT tuner of the method: it replaces the target modules and checks adapters strictly when they are loaded."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,9 +27,9 @@ from repeng.tuner.undo import all_or_nothing, sites_of
 
 
 class SvdSteeringModel(BaseTuner):
-    """The base model with steering layers in place of its target modules, or beside them.
+    """The base model with steering layers that replace its target modules or are attached to them.
 
-    `coefficients` is the one place that holds the coefficient of every adapter; `repeng.steer` sets it.
+    `coefficients` holds the coefficients of all adapters; `repeng.steer` sets them.
     """
 
     prefix: str = PREFIX
@@ -41,7 +41,7 @@ class SvdSteeringModel(BaseTuner):
     _like: str | None
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        check_new(model, adapter_name)  # before PEFT writes the new configuration over the old one's
+        check_new(model, adapter_name)  # before PEFT overwrites the configuration of an existing adapter
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     def inject_adapter(
@@ -52,16 +52,17 @@ class SvdSteeringModel(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
-        """As PEFT's own; on an error, also in the middle of it, `model` is as it was.
+        """Inject an adapter as PEFT does. On any error, `model` is restored to its state before the call.
 
         Raises:
-            ValueError: the name cannot be an adapter's or is taken, or the configuration does not fit the model.
+            ValueError: the name is not allowed or is taken, or the configuration does not fit the model.
         """
-        here = next((site.coefficients for site in sites_of(model)), None)  # of an injection before this one
+        here = next((site.coefficients for site in sites_of(model)), None)  # from an earlier injection
         vars(self).setdefault("coefficients", here or Coefficients())
         config = self._config(adapter_name)
         like = self._made_with(config, adapter_name)
-        if like is not None and config.init_bases and config.calibration is not None:  # of what the other has learned
+        if like is not None and config.init_bases and config.calibration is not None:
+            # The calibration belongs to the trained parameters of the other adapter.
             config = copy(config)
             config.calibration = None
             self.peft_config[adapter_name] = config
@@ -85,7 +86,7 @@ class SvdSteeringModel(BaseTuner):
                 vars(self).pop(attribute, None)
 
     def _made_with(self, config: SvdSteeringConfig, adapter_name: str) -> str | None:
-        """Another adapter with tensors whose configuration this is, or is a copy of."""
+        """Another adapter that has its tensors and the same configuration (the object or an equal copy), or None."""
         for name, other in self.peft_config.items():
             if name != adapter_name and isinstance(other, SvdSteeringConfig) and _same(config, other):
                 sites = [site for site in sites_of(self.model) if name in site.r]
@@ -94,7 +95,7 @@ class SvdSteeringModel(BaseTuner):
         return None
 
     def _take_sites(self, config: SvdSteeringConfig, adapter_name: str) -> None:
-        """Record what a state dict has injected, which need not be what the configuration asks for."""
+        """Record the modules that a state dict has injected, which may differ from those of the configuration."""
         names = [name for name in self.targeted_module_names if adapter_name in self._site(name).r]
         if set(names) != set(config.resolved_modules or ()):
             config.resolved_modules = names
@@ -104,13 +105,13 @@ class SvdSteeringModel(BaseTuner):
         return _of_this_method(self.peft_config[adapter_name])
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
-        # PEFT calls this before it changes anything, for the first adapter and for those added later.
+        # PEFT calls this before it changes anything, for the first adapter and for every later one.
         config = _of_this_method(peft_config)
         merged = next((m for m in model.modules() if isinstance(m, SvdSteeringLayer) and m.merged), None)
         if merged is not None:
             raise ValueError(
-                f"adapter {', '.join(merged.merged_adapters)} is merged into the weights, of which another one would "
-                "take its bases; call unmerge_adapter() first"
+                f"adapter {', '.join(merged.merged_adapters)} is merged into the weights, and a new adapter would "
+                "take its bases from the merged weights; call unmerge_adapter() first"
             )
         check_saved(model, config.modules_to_save or ())
         if self._like is None:
@@ -126,7 +127,7 @@ class SvdSteeringModel(BaseTuner):
         config = _of_this_method(peft_config)
         if key in (config.resolved_modules or ()):
             return True
-        # PEFT warns of an exclusion that it has not seen. One that covers nothing was refused before.
+        # PEFT warns if no module was excluded. `resolve` has already refused an exclusion that covers no target.
         return _ExcludedModule() if config.exclude_modules else False
 
     def _create_and_replace(
@@ -154,17 +155,17 @@ class SvdSteeringModel(BaseTuner):
         self._bar.update()
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT's own also moves modules, which would touch a quantised base and put buffers beside an offloaded weight.
+        # PEFT's method also moves modules, which would change a quantised base and misplace offloaded buffers.
         setattr(parent, child_name, new_module)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *_args: Any, **kwargs: Any) -> Iterator[None]:
-        # PEFT drops these keywords after this context: a method that does not know them would ignore them silently.
+        # PEFT drops these keywords after this context, so without this check they would be ignored silently.
         for name in ("adapter_names", "alora_offsets"):
             if kwargs.get(name) is not None:
                 raise ValueError(
-                    f"{PEFT_TYPE.value} does not take {name}; give each row its own coefficient: "
-                    "with repeng.steer(model, torch.tensor([…]), adapter_name=…)"
+                    f"{PEFT_TYPE.value} does not support {name}; give each row its own coefficient with "
+                    "repeng.steer(model, torch.tensor([…]), adapter_name=…)"
                 )
         yield
 
@@ -179,14 +180,14 @@ class SvdSteeringModel(BaseTuner):
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def add_weighted_adapter(self, *_args: Any, **_kwargs: Any) -> None:
-        """Refused: rotations of different bases have no weighted sum.
+        """Not supported: rotations of different bases have no weighted sum.
 
         Raises:
-            ValueError: always; it names what does the same.
+            ValueError: always; the message names the alternative.
         """
         raise ValueError(
-            f"{PEFT_TYPE.value} adapters cannot be summed into one; let several act together with "
-            "model.base_model.set_adapter([…]), each at its own repeng.steer(model, c, adapter_name=…)"
+            f"{PEFT_TYPE.value} adapters cannot be summed into one; activate several together with "
+            "model.base_model.set_adapter([…]), and set each with its own repeng.steer(model, c, adapter_name=…)"
         )
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -199,7 +200,7 @@ class SvdSteeringModel(BaseTuner):
         self.check_merge(adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
-    # PEFT annotates None and returns the model.
+    # PEFT's annotation says None, but the method returns the model.
     def _unload_and_optionally_merge(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         merge: bool = True,
@@ -215,14 +216,14 @@ class SvdSteeringModel(BaseTuner):
         return model
 
     def set_units(self, calibration: dict[str, Any], adapter_name: str = "default") -> None:
-        """Let c = ±1 of an adapter stand for `plus` and `−minus` of its own units, here and in the saved adapter.
+        """Let c = ±1 of an adapter stand for `plus` and `−minus` in its own units, in this model and when it is saved.
 
         Args:
-            calibration: `plus` and `minus`, positive, and whatever tells how they were found, as JSON.
-            adapter_name: which adapter.
+            calibration: `plus` and `minus`, both positive, and further JSON entries that tell how they were found.
+            adapter_name: the adapter.
 
         Raises:
-            ValueError: a unit is missing or not positive, or the adapter's coefficient is set at the moment.
+            ValueError: a unit is missing or not positive, or a `steer` context that sets the adapter is open.
         """
         if not {"plus", "minus"} <= calibration.keys():
             raise ValueError(f"a calibration needs 'plus' and 'minus'; got {', '.join(calibration) or 'nothing'}")
@@ -231,24 +232,25 @@ class SvdSteeringModel(BaseTuner):
 
     @torch.no_grad()
     def select_directions(self, differences: dict[str, Tensor], adapter_name: str = "default") -> None:
-        """Let those singular directions turn along which `differences` are largest, instead of the top ones.
+        """Choose the singular directions along which `differences` are largest, instead of the top ones.
 
-        Of the leading singular triples (eight times as many as are kept), the adapter keeps those with the largest
-        `s ‖dX v‖`; for the residual stream those output directions with the largest `‖dHS u‖`. For a new adapter.
+        Call this for a new, untrained adapter. The candidates are the leading singular triples, eight times as many as
+        are kept. A linear module keeps the triples with the largest `s ‖dX v‖`; a residual site keeps the output
+        directions with the largest `‖dHS u‖`.
 
         Args:
-            differences: by name of `resolved_modules`, rows `(b d_in)` by which the inputs of a linear module differ
-                between the two sides of pairs, or rows `(b d)` for the output of a decoder layer.
-            adapter_name: which adapter.
+            differences: for each name in `resolved_modules`, the differences between the two sides of the pairs: rows
+                `(b d_in)` of a linear module's inputs, or rows `(b d)` of a decoder layer's outputs.
+            adapter_name: the adapter.
 
         Raises:
-            ValueError: a module without differences.
+            ValueError: a module has no differences.
         """
         config = self._config(adapter_name)
         for name in tqdm(config.resolved_modules or (), desc="SVD of the adapted weights", leave=False, delay=1):
             if name not in differences:
                 raise ValueError(
-                    f"no differences were given for {name!r}; every module of resolved_modules needs them"
+                    f"no differences were given for {name!r}; give differences for every module of resolved_modules"
                 )
             self._site(name).select_directions(differences[name], adapter_name, config)
 
@@ -257,7 +259,7 @@ class SvdSteeringModel(BaseTuner):
         return module if isinstance(module, Linear) else getattr(module, CHILD)
 
     def describe(self, adapter_name: str = "default") -> str:
-        """What one adapter adapts: modules by name and layer, and how much of each weight lies outside its bases."""
+        """Describe an adapter: its modules by name and layer, and how much of their weights lies outside the bases."""
         config = self._config(adapter_name)
         names = config.resolved_modules or []
         kinds: dict[str, list[tuple[int, float | None]]] = {}
@@ -274,8 +276,9 @@ class SvdSteeringModel(BaseTuner):
         return "\n".join(lines)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
-        # PEFT loads with strict=False; without this a missing base would stay NaN and a stray key would be dropped.
-        # What was learned may come alone, in part too: as an average of weights, or without what is frozen.
+        # PEFT loads with strict=False. Without this check, a missing basis would stay NaN and an unexpected key would
+        # be ignored. Learned parameters may be given without the bases, and only some of them: for example averaged
+        # weights, or a state dict without frozen tensors.
         for name in self.peft_config:
             given = {key for key in state_dict if f".{PREFIX}" in key and key.endswith(f".{name}")}
             if given:
@@ -298,7 +301,7 @@ class SvdSteeringModel(BaseTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         expected = {key.removesuffix(f".{adapter_name}"): t for key, t in adapter_keys(model, adapter_name).items()}
-        if not any(key.startswith(IN_PEFT) for key in expected):  # injected, without a PeftModel around
+        if not any(key.startswith(IN_PEFT) for key in expected):  # the adapter was injected without a PeftModel
             state_dict = {key.removeprefix(IN_PEFT): tensor for key, tensor in state_dict.items()}
         beside = beside_adapter(model, adapter_name)
         own = {key: tensor for key, tensor in state_dict.items() if key not in beside}
@@ -311,7 +314,7 @@ class SvdSteeringModel(BaseTuner):
 
 
 def _fill_in(config: SvdSteeringConfig, model: nn.Module) -> None:
-    """Record which modules are adapted, of which base; or compare with what a saved configuration says of them."""
+    """Record the adapted modules and the base model in a new configuration, or check them against a saved one."""
     if not config.init_bases and config.resolved_modules is not None:
         require_fingerprint(config)
         require_modules(model, config.resolved_modules)
@@ -325,23 +328,23 @@ def _fill_in(config: SvdSteeringConfig, model: nn.Module) -> None:
         return
     config.fingerprint = take_fingerprint(model, config.resolved_modules)
     config.calibration = None
-    # A configuration that was used on another base before still names that one's commit.
+    # A configuration that was used on another base model still holds the commit of that model.
     commit = getattr(getattr(model, "config", None), "_commit_hash", None)
     config.revision = commit or config.revision
 
 
 def _same(config: SvdSteeringConfig, other: SvdSteeringConfig) -> bool:
-    """Whether one is the other, or a copy of it; that it is trained or not makes no difference."""
+    """Whether two configurations are equal; `inference_mode` does not count."""
     return {**vars(config), "inference_mode": None} == {**vars(other), "inference_mode": None}
 
 
 def _of_this_method(config: PeftConfig) -> SvdSteeringConfig:
-    """The configuration, which PEFT brings here by its `peft_type`."""
+    """The configuration with its type; PEFT has selected this tuner by `peft_type`."""
     return cast(SvdSteeringConfig, config)
 
 
 def _spans(indices: list[int]) -> str:
-    """Sorted indices with runs drawn together: 2–4, 7."""
+    """Sorted indices as text, consecutive ones as a range: 2–4, 7."""
     runs: list[list[int]] = []
     for index in indices:
         if runs and index == runs[-1][-1] + 1:
@@ -352,20 +355,20 @@ def _spans(indices: list[int]) -> str:
 
 
 def require_modules(model: nn.Module, names: list[str]) -> None:
-    """Raise ValueError unless all modules of an adapter file are there."""
+    """Raise ValueError unless the model has all modules that an adapter file needs."""
     available = {name for name, _ in model.named_modules()}
     missing = [name for name in names if name not in available]
     if missing:
         raise ValueError(
-            f"this adapter needs {len(names)} modules and {type(model).__name__} lacks {len(missing)} of them: "
-            f"{', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}; load the base model that it was made for"
+            f"this adapter needs {len(names)} modules, but {type(model).__name__} lacks {len(missing)} of them: "
+            f"{', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}; load the base model that the adapter is for"
         )
 
 
 def require_same_targets(model: nn.Module, config: SvdSteeringConfig) -> None:
-    """Raise ValueError if the modules that a saved configuration names are not those that it asks for.
+    """Raise ValueError if `resolved_modules` of a saved configuration does not follow from its `target_modules`.
 
-    A regular expression of a file is not matched.
+    A regular expression from a file is not matched, so it is not checked.
     """
     if isinstance(config.target_modules, str) or not config.target_modules:
         return
@@ -373,6 +376,7 @@ def require_same_targets(model: nn.Module, config: SvdSteeringConfig) -> None:
     for one, there in ((asked - named, "resolved_modules lacks"), (named - asked, "resolved_modules adds")):
         if one:
             raise ValueError(
-                f"target_modules, layers_to_transform and exclude_modules here ask for {len(asked)} modules"
-                f" and {there} {min(one)!r}: one was changed; take adapter_config.json from where it was saved again"
+                f"target_modules, layers_to_transform and exclude_modules ask for {len(asked)} modules of this model, "
+                f"but {there} {min(one)!r}; one of these fields was changed, so copy adapter_config.json again from "
+                "where it was saved"
             )

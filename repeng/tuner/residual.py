@@ -1,4 +1,4 @@
-"""A decoder layer whose output, the residual stream, is turned and shifted by the coefficient."""
+"""Rotation and shift of the residual stream at the output of a decoder layer, controlled by the coefficient."""
 
 from typing import Any
 
@@ -13,21 +13,21 @@ from repeng.tuner.layer import CANDIDATES, SvdSteeringLayer, largest, rank_chang
 from repeng.tuner.svd import subspace_error, top_singular_triples
 from repeng.tuner.targets import writers
 
-# Without the method's prefix: PEFT leaves modules under it out when it deletes an adapter.
+# The name has no method prefix, because PEFT skips modules with the prefix when it deletes an adapter.
 CHILD = "steering_residual"
 
 
 class Residual(nn.Module, SvdSteeringLayer):
     """`h + c b + Q (R(c) − I) Qᵀ h`: a child of the decoder layer, applied to its output by a hook.
 
-    Q `(d r)`, stored as `svd_steering_u`, are the top output directions of the weights that write to the residual
-    stream in this layer. R is `svd_steering_in`, b is `svd_steering_shift`.
+    Q `(d r)`, stored as `svd_steering_u`, holds the top output directions of the weights that write to the residual
+    stream in this layer. The triangle of R is stored as `svd_steering_in`, b as `svd_steering_shift`.
     """
 
     def __init__(self, layer: nn.Module, coefficients: Coefficients, width: int) -> None:
         nn.Module.__init__(self)
         SvdSteeringLayer.__init__(self, coefficients)
-        self._beside = (layer,)  # in a tuple, as a module is no child of its own child
+        self._beside = (layer,)  # in a tuple, so that the parent is not registered as a child of its own child
         self.width = width
         self._active_adapter = []
 
@@ -103,13 +103,13 @@ class Residual(nn.Module, SvdSteeringLayer):
 
 
 NO_MERGE = (
-    "the site 'residual' turns the sum of all that was written before, which no single weight does, so it cannot be "
+    "the site 'residual' changes the whole residual stream, which no change of one weight can do, so it cannot be "
     "merged; adapt 'residual-writers' (the linear layers that write to the residual stream) to get mergeable weights"
 )
 
 
 def _steer_output(layer: nn.Module, _inputs: Any, output: Any) -> Any:
-    """Forward hook of a decoder layer: its output, a tensor or a tuple starting with it, goes through `Residual`."""
+    """Forward hook of a decoder layer: pass its hidden states, the output or its first item, through `Residual`."""
     residual = getattr(layer, CHILD)
     if isinstance(output, tuple):
         return (residual(output[0]), *output[1:])
@@ -117,7 +117,7 @@ def _steer_output(layer: nn.Module, _inputs: Any, output: Any) -> Any:
 
 
 def attach(layer: nn.Module, coefficients: Coefficients, width: int) -> Residual:
-    """Give a decoder layer whose output has this width a `Residual`; one that it already has is kept."""
+    """Attach a `Residual` of this width to a decoder layer, or return the one that the layer already has."""
     if not hasattr(layer, CHILD):
         layer.add_module(CHILD, Residual(layer, coefficients, width))
         layer.register_forward_hook(_steer_output)
@@ -125,7 +125,7 @@ def attach(layer: nn.Module, coefficients: Coefficients, width: int) -> Residual
 
 
 def detach(layer: nn.Module) -> None:
-    """Take the `Residual` and its hook off a decoder layer."""
+    """Remove the `Residual` and its hook from a decoder layer."""
     for key, hook in list(layer._forward_hooks.items()):
         if hook is _steer_output:
             del layer._forward_hooks[key]

@@ -1,4 +1,4 @@
-"""Cayley rotations of all sites of a model, in one batched solve and without a solve in the backward pass."""
+"""Cayley rotations of all sites of a model: one batched solve forward, no solve in the backward pass."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +20,7 @@ def rotation(triangle: Tensor, coefficient: Tensor, r: int) -> Tensor:
     """Cayley rotations `R(c) = (I − cA/2)⁻¹ (I + cA/2)`, `(… n r r)` in float32 for coefficients `(n,)`.
 
     A is the skew matrix with the upper triangle `triangle (… r(r−1)/2)`. R(−c) = R(c)ᵀ; the derivative at c = 0 is A.
-    A plane of A with eigenvalues ±iω turns by 2 arctan(cω/2), under 180°.
+    A plane of A with eigenvalues ±iω turns by 2 arctan(cω/2), which is less than 180°.
     """
     half = coefficient[:, None, None] * _skew(triangle, r)[..., None, :, :] / 2
     eye = torch.eye(r, device=triangle.device)
@@ -28,23 +28,24 @@ def rotation(triangle: Tensor, coefficient: Tensor, r: int) -> Tensor:
 
 
 class Rotations(torch.autograd.Function):
-    """`rotation` of many triangles at once: one solve for each distinct |c|, since R(−c) = R(c)ᵀ.
+    """`rotation` of many triangles at once: one solve per distinct |c|, since R(−c) = R(c)ᵀ.
 
-    With `R = M (I + cA/2)` and `M = (I − cA/2)⁻¹ = (I + R)/2`, the differential is `dR = c/4 (I + R) dA (I + R)`, so
-    that the backward pass is two products. The rotations are kept on the context instead of among the saved tensors:
-    activation checkpointing may run this backward once for each layer, which would free those.
+    With `R = M (I + cA/2)` and `M = (I − cA/2)⁻¹ = (I + R)/2`, the differential is `dR = c/4 (I + R) dA (I + R)`.
+    The backward pass is therefore two matrix products. The rotations are stored as attributes of the context, not as
+    saved tensors: activation checkpointing may run this backward pass once per layer, and the first run would free
+    saved tensors.
     """
 
     @staticmethod
     def forward(ctx: Any, coefficient: Tensor, magnitude: Tensor, which: Tensor, r: int, *triangles: Tensor) -> Any:
-        """Rotations `(n r r)` for each of `triangles`.
+        """Rotations `(n r r)`, one tensor for each of `triangles`.
 
         Args:
-            coefficient: `(n,)`.
+            coefficient: distinct coefficients, `(n,)`.
             magnitude: distinct |c|, `(a,)`.
-            which: index of each coefficient into `magnitude`, `(n,)`.
+            which: index into `magnitude` for each coefficient, `(n,)`.
             r: the rank.
-            triangles: upper triangles `(r(r−1)/2)` on one device.
+            triangles: upper triangles `(r(r−1)/2)`, all on one device.
         """
         turn = rotation(torch.stack(triangles), magnitude, r)[:, which]
         turn = torch.where((coefficient < 0)[:, None, None], turn.mT, turn)
@@ -52,7 +53,7 @@ class Rotations(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         return turn.unbind(0)
 
-    # `once_differentiable` is annotated as if `ctx` could not be passed by name.
+    # The annotation of `once_differentiable` does not allow `ctx` as a keyword argument.
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -72,6 +73,6 @@ class Rotations(torch.autograd.Function):
 
 
 def can_be_batched(triangles: Sequence[Tensor], r: int) -> bool:
-    """Whether the triangles are whole and in one place: not sharded over processes, nor on several devices."""
+    """Whether the triangles are unsharded and share one device and one dtype."""
     whole = all(type(t.data) is Tensor and t.numel() == r * (r - 1) // 2 for t in triangles)
     return whole and len({(t.device, t.dtype) for t in triangles}) == 1

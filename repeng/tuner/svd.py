@@ -8,10 +8,10 @@ OVERSAMPLING = 16
 
 @torch.no_grad()
 def top_singular_triples(weight: Tensor, r: int, niter: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """U `(d_out r)`, S `(r)`, V `(d_in r)` of `weight (d_out d_in)`: exact for `niter` 0, else randomised.
+    """U `(d_out r)`, S `(r)`, V `(d_in r)` of `weight (d_out d_in)`: exact if `niter` is 0, else randomised.
 
-    The randomised form is that of Halko, Martinsson and Tropp (2011) with 16 extra directions, in a forked random
-    number generator, so that creating an adapter leaves the caller's random state alone.
+    The randomised SVD is that of Halko, Martinsson and Tropp (2011) with 16 extra directions. It runs with a forked
+    random number generator, so the caller's random state does not change.
     """
     if niter == 0:
         u, s, vh = torch.linalg.svd(weight, full_matrices=False)

@@ -1,4 +1,4 @@
-"""From what a configuration asks for to full names of modules; every request that matches nothing is an error."""
+"""Resolve the targets of a configuration to full module names. A target that matches nothing is an error."""
 
 import re
 from collections.abc import Iterable
@@ -25,10 +25,10 @@ from repeng.tuner.groups import GROUPS, WRITERS, fused_experts, is_called, role_
 
 
 def residual_width(model: nn.Module, layer: nn.Module) -> int:
-    """Width of the residual stream: what the configuration says, else what a module that writes to it puts out.
+    """Width of the residual stream, from the configuration, or else from a module that writes to the stream.
 
     Raises:
-        ValueError: neither tells.
+        ValueError: neither gives the width.
     """
     width = getattr(text_config(model), "hidden_size", None)
     if isinstance(width, int):
@@ -37,16 +37,16 @@ def residual_width(model: nn.Module, layer: nn.Module) -> int:
         if role_of(name) == "writes":
             return linear_shape(base_of(module))[1]
     raise ValueError(
-        f"a {type(layer).__name__} has none of {WRITERS!r}, so that the width of {RESIDUAL!r} is not known; adapt "
+        f"a {type(layer).__name__} has none of {WRITERS!r}, so the width of {RESIDUAL!r} is not known; adapt "
         f"linear modules instead: {', '.join(sorted(map(last, linear_modules(layer))))}"
     )
 
 
 @torch.no_grad()
 def writers(layer: nn.Module, width: int | None = None) -> list[Tensor]:
-    """Weights `(width …)` in float32 that write to the residual stream in this layer, fused experts included.
+    """Weights `(width …)`, float32, that write to the residual stream in this layer, including fused experts.
 
-    `width` is by default what the first linear one puts out.
+    The default of `width` is the output width of the first linear module that writes to the stream.
 
     Raises:
         ValueError: see `writer_names`.
@@ -66,11 +66,11 @@ def writers(layer: nn.Module, width: int | None = None) -> list[Tensor]:
 
 
 def resolve(model: nn.Module, config: SvdSteeringConfig) -> list[str]:
-    """Full names of the modules to adapt, in the order of the model; a decoder layer's own name means its residual.
+    """Full names of the modules to adapt, in the order of the model. A decoder layer's name stands for its residual.
 
     Raises:
-        ValueError: naming the (layer, site) without a match, a module that cannot be adapted, a rank above a weight's,
-            and what the model has instead.
+        ValueError: a (layer, site) has no match, a module cannot be adapted, or the rank is too high for a weight. The
+            message names it and the modules that the model has.
     """
     try:
         decoder = find_decoder(model, config.layers_pattern)
@@ -87,7 +87,7 @@ def resolve(model: nn.Module, config: SvdSteeringConfig) -> list[str]:
         parents = [name.rsplit(".", n)[0] for n in range(name.count(".") + 1)]
         for saved in config.modules_to_save or ():
             if any(matches(parent, [saved]) for parent in parents):
-                raise ValueError(f"{name!r} is a target and in modules_to_save, as {saved!r}; choose one")
+                raise ValueError(f"{name!r} is both a target and in modules_to_save, as {saved!r}; choose one")
     if not wanted:
         raise ValueError(
             f"nothing is left of target_modules={_texts(config.target_modules)} after "
@@ -98,7 +98,7 @@ def resolve(model: nn.Module, config: SvdSteeringConfig) -> list[str]:
 
 
 def _excluded(model: nn.Module, decoder: Decoder, wanted: set[str], patterns: Iterable[str] | str | None) -> set[str]:
-    """Those of `wanted` that exclude_modules covers; raises ValueError for an entry that covers none."""
+    """The names in `wanted` that exclude_modules covers; raises ValueError for an entry that covers none."""
     if isinstance(patterns, str):
         patterns = [patterns]
         by_pattern = {patterns[0]: {name for name in wanted if re.fullmatch(patterns[0], name)}}
@@ -122,7 +122,7 @@ def _excluded(model: nn.Module, decoder: Decoder, wanted: set[str], patterns: It
 
 
 def _by_expression(model: nn.Module, decoder: Decoder, expression: str) -> set[str]:
-    """Linear modules and decoder layers whose full name matches."""
+    """Linear modules and decoder layers whose full names match the regular expression."""
     candidates = [*linear_modules(model), *(f"{decoder.name}.{i}" for i in range(len(decoder.layers)))]
     matched = {name for name in candidates if re.fullmatch(expression, name) and not is_elsewhere(model, name)}
     if not matched:
@@ -135,7 +135,7 @@ def _by_expression(model: nn.Module, decoder: Decoder, expression: str) -> set[s
 
 
 def _by_name(model: nn.Module, decoder: Decoder, target: str, config: SvdSteeringConfig) -> set[str]:
-    """Modules that one entry of target_modules stands for: at least one in every selected layer, or one full name."""
+    """The modules that an entry of target_modules names: at least one per selected layer, or one by its full name."""
     prefix, layers = decoder
     indices = select_layers(len(layers), config.layers_to_transform)
     if target == RESIDUAL:
@@ -153,8 +153,8 @@ def _by_name(model: nn.Module, decoder: Decoder, target: str, config: SvdSteerin
         if fused:
             name, weight = next(iter(fused.items()))
             raise ValueError(
-                f"{target!r} takes in {prefix}.{i}.{name}, all experts in one tensor of shape "
-                f"{tuple(weight.shape)}, which cannot be adapted one by one; adapt "
+                f"{target!r} includes {prefix}.{i}.{name}, which holds all experts in one tensor of shape "
+                f"{tuple(weight.shape)}, and single experts of it cannot be adapted; adapt "
                 f"{RESIDUAL!r} or, by name, {', '.join(sorted({last(n) for n in linear_modules(layers[i])}))}"
             )
         if not in_layer:
@@ -173,14 +173,14 @@ def _by_name(model: nn.Module, decoder: Decoder, target: str, config: SvdSteerin
 
 
 def _in_layer(decoder: Decoder, name: str) -> str:
-    """A full name as it is seen from the decoder layer that it lies in, if it does."""
+    """The name relative to its decoder layer, or the full name if the module is in no decoder layer."""
     return re.sub(rf"^{re.escape(decoder.name)}\.\d+\.", "", name)
 
 
 def _check_group(
     model: nn.Module, decoder: Decoder, index: int, target: str, excluded: Iterable[str] | str | None
 ) -> None:
-    """Raise ValueError if a layer has a linear module of which is not known whether it belongs to the group."""
+    """Raise ValueError if a layer has a linear module for which it is unknown whether it belongs to the group."""
     if target not in GROUPS:
         return
     layer = decoder.layers[index]
@@ -188,13 +188,13 @@ def _check_group(
     others = [name for name in unknown(layer, residual_width(model, layer)) if not matches(name, patterns)]
     if others:
         raise ValueError(
-            f"{target!r} does not know what {', '.join(others)} of layer {index} does; name the modules instead, or "
-            f"leave these out: exclude_modules={sorted(map(last, others))}"
+            f"{target!r} is ambiguous, because the role of {', '.join(others)} in layer {index} is unknown; name the "
+            f"target modules instead, or leave these out: exclude_modules={sorted(map(last, others))}"
         )
 
 
 def _check_targets(model: nn.Module, config: SvdSteeringConfig, wanted: set[str]) -> None:
-    """Raise ValueError for a site where an adapter would not act, would have nothing to learn or too high a rank."""
+    """Raise ValueError for a site where an adapter has no effect, has nothing to learn or has too high a rank."""
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
@@ -210,8 +210,8 @@ def _check_targets(model: nn.Module, config: SvdSteeringConfig, wanted: set[str]
             ]
             if others:
                 raise ValueError(
-                    f"{name!r} shares its weight with {', '.join(others)}, which merging would change too; leave it "
-                    "out, if need be with exclude_modules"
+                    f"{name!r} shares its weight with {', '.join(others)}, which a merge would change too; leave "
+                    f"{name!r} out, for example with exclude_modules"
                 )
         else:
             check_one_stream(model)
@@ -219,24 +219,24 @@ def _check_targets(model: nn.Module, config: SvdSteeringConfig, wanted: set[str]
                 writer_names(module, residual_width(model, module))
         limit = max_rank(model, name)
         if config.r > limit:
-            raise ValueError(f"r={config.r} is above the rank of {name!r}, which is at most {limit}; give r ≤ {limit}")
+            raise ValueError(f"r={config.r} is above the largest rank of {name!r}, {limit}; give r ≤ {limit}")
     check_acting(model, wanted)
 
 
 def check_acting(model: nn.Module, names: Iterable[str]) -> None:
-    """Raise ValueError for a module of `names` whose weight is read past it, where an adapter does nothing."""
+    """Raise ValueError for a module in `names` whose weight is read without calling it: an adapter is idle there."""
     readers = {name: bypassed(model, name) for name in sorted(names)}
     idle = {name: reader for name, reader in readers.items() if reader is not None}
     if idle:
         name, reader = next(iter(idle.items()))
         raise ValueError(
-            f"{name!r} would do nothing, always or in fused kernels, since {reader} reads its weight without calling "
-            f"it; leave it out: exclude_modules={sorted({last(name) for name in idle})}"
+            f"an adapter at {name!r} would have no effect, always or in fused kernels, because {reader} reads the "
+            f"weight without calling the module; leave it out: exclude_modules={sorted({last(name) for name in idle})}"
         )
 
 
 def max_rank(model: nn.Module, name: str) -> int:
-    """The largest `r` for the module of this full name: the smaller side of a weight, a decoder layer's width."""
+    """The largest `r` for a module: the smaller side of its weight, or the width of a decoder layer."""
     module = base_of(model.get_submodule(name))
     return min(linear_shape(module)) if is_linear(module) else residual_width(model, module)
 

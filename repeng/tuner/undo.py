@@ -1,4 +1,4 @@
-"""A change to a model that happens as a whole or not at all."""
+"""Undo a change to a model if it fails halfway."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,11 +19,11 @@ def sites_of(model: nn.Module) -> list[SvdSteeringLayer]:
 
 @contextmanager
 def all_or_nothing(model: nn.Module) -> Iterator[None]:
-    """If what is done inside raises, `model` has the modules, parameters, hooks and adapters that it had before.
+    """If the code inside the context raises, restore the modules, parameters, hooks and adapters of `model`.
 
-    The values of tensors are not kept. Models on which nothing of this method has been put are left alone.
+    The values of tensors are not restored. A model without steering layers at the time of the error is not changed.
     """
-    if _nested.get():  # whoever began restores everything
+    if _nested.get():  # the outer context restores everything
         yield
         return
     coefficients = {id(site.coefficients): site.coefficients for site in sites_of(model)}
@@ -44,7 +44,7 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
 
 
 class _State:
-    """The attributes of an object, and what those of them that are containers hold."""
+    """The attributes of an object, and the contents of those that are containers."""
 
     def __init__(self, holder: object) -> None:
         self.attributes = vars(holder)
@@ -62,6 +62,6 @@ def _held(container: Any) -> Iterable[Any]:
 
 
 def _fill(container: Any, held: Iterable[Any]) -> None:
-    """Make a container hold this again: others refer to it."""
+    """Restore the contents of a container in place, because other objects refer to it."""
     container.clear()
     container.extend(held) if isinstance(container, list) else container.update(held)

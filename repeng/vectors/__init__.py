@@ -1,4 +1,4 @@
-"""Steering vectors: how they are extracted, what they hold, and their files."""
+"""Steering vectors: extraction, arithmetic, gates and files."""
 
 from repeng.vectors.extract import extract
 from repeng.vectors.gate import Gate, fit_gate

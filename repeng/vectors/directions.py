@@ -1,8 +1,8 @@
-"""From hidden states of both sides to one direction: the methods of `extract`, as functions of tensors.
+"""The methods of `extract`: functions that compute a direction from the hidden states of both sides.
 
-`chosen` and `rejected` are `(b d)`, row for row of one pair; `dHS = chosen − rejected`, and m is its mean over the
-pairs. Each result is `(d)`, + toward chosen; `extract` gives all of them the length of m, so that c = 1 is
-an intervention of one size.
+`chosen` and `rejected` are `(b d)`; row i of both belongs to pair i. `dHS = chosen − rejected`, and m is the mean of
+dHS over the pairs. Each result is `(d)`, with + toward chosen. `extract` rescales every result to the length of m, so
+c = 1 is an intervention of the same size for every method.
 """
 
 from collections.abc import Callable
@@ -17,10 +17,11 @@ def mean_diff(chosen: Tensor, rejected: Tensor) -> Tensor:
 
 
 def pca_diff(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """Projection of m on the first principal component of dHS, its mean removed first.
+    """Projection of m on the first principal component of dHS, after dHS is centred at its mean.
 
-    The reading vector of representation engineering (arXiv 2310.01405) as vgel/repeng 0.4 computes it in "pca_diff".
-    As the mean is removed, it finds where pairs disagree with one another, which is not always where the sides differ.
+    The reading vector of representation engineering (arXiv 2310.01405), as vgel/repeng 0.4 computes it in "pca_diff".
+    Because the mean is removed, the component is the direction along which pairs differ from each other, which is not
+    always the direction along which the two sides differ.
     """
     dhs = chosen - rejected
     return _onto(_top_directions(dhs - dhs.mean(dim=0), 1), dhs)
@@ -29,7 +30,7 @@ def pca_diff(chosen: Tensor, rejected: Tensor) -> Tensor:
 def pca_center(chosen: Tensor, rejected: Tensor) -> Tensor:
     """Projection of m on the first principal component of both sides, each pair centred at its midpoint.
 
-    vgel/repeng 0.4, "pca_center". The centred sides are ± dHS/2, so that this is `svd` with k = 1.
+    This is "pca_center" of vgel/repeng 0.4. The centred sides are ± dHS/2, so the result equals `svd` with k = 1.
     """
     dhs = chosen - rejected
     return _onto(_top_directions(torch.cat([dhs, -dhs]) / 2, 1), dhs)
@@ -38,8 +39,8 @@ def pca_center(chosen: Tensor, rejected: Tensor) -> Tensor:
 def svd(chosen: Tensor, rejected: Tensor, *, k: int = 1, whiten: bool = False) -> Tensor:
     """Projection of m on the leading `k` right singular vectors of dHS `(b d)`, which is not centred.
 
-    With `whiten`, coordinate j counts `mean_j / std_j` instead of `mean_j`: directions along which the pairs agree
-    weigh more, as in Fisher's linear discriminant.
+    With `whiten`, coordinate j is `mean_j / std_j` instead of `mean_j`: directions along which the pairs agree get
+    more weight, as in Fisher's linear discriminant.
 
     Raises:
         ValueError: `k` is not between 1 and the rank that dHS can have.
@@ -53,8 +54,9 @@ def svd(chosen: Tensor, rejected: Tensor, *, k: int = 1, whiten: bool = False) -
 def weight_svd(chosen: Tensor, rejected: Tensor, basis: Tensor, *, k: int = 16) -> Tensor:
     """Projection of m on the `k` columns of `basis (d r)` with the largest mean |dHS U|.
 
-    `basis` are the left singular vectors U of the weight that writes the site (for the residual stream, of all that
-    write to it in the layer): the S-space in which AntiPaSTO (arXiv 2601.07473) adapts.
+    `basis` holds the left singular vectors U of the weight that writes to the site. For the residual stream, these are
+    the weights of all modules that write to it in the layer. This is the S-space in which AntiPaSTO (arXiv 2601.07473)
+    adapts.
 
     Raises:
         ValueError: `k` is not between 1 and r.
@@ -67,9 +69,9 @@ def weight_svd(chosen: Tensor, rejected: Tensor, basis: Tensor, *, k: int = 16) 
 
 
 def gradient(chosen: Tensor, rejected: Tensor, descent: Tensor) -> Tensor:
-    """The mean of `descent (n d)`, minus the gradient of a loss with respect to the site.
+    """The mean of `descent (n d)`, the negative gradients of a loss with respect to the activation of the site.
 
-    The first-order answer to "which shift of the activation lowers this loss most": gradient-to-steering mapping.
+    This is gradient-to-steering mapping: to first order, the shift of the activation that lowers the loss most.
     """
     return descent.mean(dim=0)
 
@@ -77,8 +79,8 @@ def gradient(chosen: Tensor, rejected: Tensor, descent: Tensor) -> Tensor:
 def fisher(chosen: Tensor, rejected: Tensor, descent: Tensor, scores: Tensor, *, damping: float = 10.0) -> Tensor:
     """`(F + λI)⁻¹ · mean(descent)`: the natural gradient (Amari 1998).
 
-    `F = scoresᵀ scores / n` estimates the Fisher information of the activation about the next token, from random
-    `scores (n d)` with that covariance; λ is `damping` times its mean eigenvalue.
+    `F = scoresᵀ scores / n` estimates the Fisher information of the activation about the next token. The covariance of
+    the random `scores (n d)` is this information. λ is `damping` times the mean eigenvalue of F.
 
     Raises:
         ValueError: `damping` is not above 0.
@@ -88,7 +90,7 @@ def fisher(chosen: Tensor, rejected: Tensor, descent: Tensor, scores: Tensor, *,
     mean = descent.mean(dim=0)
     n = scores.shape[0]
     strength = damping * scores.square().sum() / n / scores.shape[1]
-    # Woodbury: with fewer rows than dimensions, the small system (n n) is the one to solve.
+    # Woodbury identity: solve the small system (n n), since there are usually fewer rows than dimensions.
     inner = scores @ scores.mT + n * strength * torch.eye(n)
     return (mean - scores.mT @ torch.linalg.solve(inner, scores @ mean)) / strength
 
@@ -104,7 +106,7 @@ def _top_directions(rows: Tensor, k: int) -> Tensor:
 
 
 def _onto(directions: Tensor, dhs: Tensor) -> Tensor:
-    """The mean of `dhs (b d)` projected on orthonormal `directions (d k)`, which also settles their signs."""
+    """The mean of `dhs (b d)`, projected on orthonormal `directions (d k)`. Their signs do not matter."""
     return directions @ (dhs @ directions).mean(dim=0)
 
 
@@ -118,5 +120,5 @@ def _require_k(k: int, most: int) -> None:
     """Raise ValueError unless `k` directions can be chosen."""
     if not 1 <= k <= most:
         raise ValueError(
-            f"k must be from 1 to {most}, the rank that the site and the pairs (held-out ones apart) leave; got {k}"
+            f"k must be from 1 to {most}, the largest rank for this site and the pairs that are not held out; got {k}"
         )

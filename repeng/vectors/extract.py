@@ -1,4 +1,4 @@
-"""Steering vectors from contrast pairs."""
+"""Extract steering vectors from contrast pairs."""
 
 import inspect
 import random
@@ -39,48 +39,50 @@ def extract(
     seed: int = 0,
     **options: Any,
 ) -> SteeringVector:
-    """One direction for each site and layer, from the model as it stands (adapters included), in one pass.
+    """Extract a direction for each site and layer from the current model, including its adapters.
 
-    c = 1 moves by the length of the mean difference of the two sides, + toward chosen. The held-out accuracy of a
-    place, in `metadata["accuracy"]`, is the share of held-out pairs whose chosen side lies further along a direction
-    that was made from the other pairs; the vector itself is made from all of them.
+    At c = 1, the vector moves a hidden state by the length of the mean difference between the two sides, + toward
+    chosen. `metadata["accuracy"]` holds the held-out accuracy of each (site, layer): a direction is computed from the
+    other pairs, and the accuracy is the share of held-out pairs whose chosen side lies further along it. The vector
+    itself is computed from all pairs.
 
     Args:
         model: any causal language model.
         tokenizer: its tokenizer.
         pairs: contrast pairs, at least two.
         sites: "residual" or names of linear modules, such as "up_proj".
-        layers: indices from 0, a share of the depth such as "0.3-0.7", or None for all.
-        method: one of `repeng.vectors.directions.METHODS`, where each is defined.
-        tokens: which tokens are read: "last", the mean of the last n, or "mean" of all.
-        held_out: share of the pairs for the accuracy; 0 for none.
-        loss: for "gradient" and "fisher": from next-token logits `(b v)` of chosen and rejected to `(b)`.
-        batch_size: prompts a forward.
-        seed: of the held-out share and of what "fisher" draws.
-        options: keywords of the method, such as `k`.
+        layers: layer indices from 0, a range of the depth such as "0.3-0.7", or None for all layers.
+        method: a name in `repeng.vectors.directions.METHODS`; that module defines the methods.
+        tokens: the tokens whose states are read: "last"; a number n for the mean of the last n; or "mean" of all.
+        held_out: share of the pairs held out for the accuracy; 0 for no accuracy.
+        loss: for "gradient" and "fisher": maps next-token logits `(b v)` of chosen and of rejected to a loss `(b)`.
+        batch_size: prompts per forward pass.
+        seed: seed of the held-out split and of the random draws of "fisher".
+        options: keyword arguments of the method, such as `k`.
 
     Warns:
-        UserWarning: a held-out accuracy below 60 %; or places that are left out, since the two sides do not differ
-            there or since they do not run on text, as cross-attention to images does not.
+        UserWarning: a held-out accuracy is below 60 %; or a (site, layer) is left out, because the two sides do not
+            differ there or because it does not run on text, such as cross-attention to images.
 
     Raises:
-        ValueError: too few pairs, an unknown method, site, layer or option, or sides that differ nowhere.
+        ValueError: there are too few pairs; a method, site, layer or option is unknown; or the sides differ nowhere.
     """
     function = _find_method(method, options)
     sites = [sites] if isinstance(sites, str) else sites
     if len(pairs) < 2:
-        raise ValueError(f"{len(pairs)} pairs were given; at least 2 are needed")
+        raise ValueError(f"{len(pairs)} pairs were given; give at least 2")
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out must be from 0 to below 1; got {held_out}")
     places = [(site, layer) for layer in select_layers(len(decoder_layers(model)), layers) for site in sites]
-    site_widths(model, places)  # raises for what is not there
+    site_widths(model, places)  # raises if a site does not exist
     rows = [[encode(tokenizer, side, pair.suffix).ids for side in (pair.chosen, pair.rejected)] for pair in pairs]
-    token_weights(torch.ones(1, 1, dtype=torch.long), tokens)  # raises now what it would raise later
+    token_weights(torch.ones(1, 1, dtype=torch.long), tokens)  # raises for a wrong `tokens` before the model runs
 
     flat = [row[side] for side in (0, 1) for row in rows]
     states = hidden_states(model, tokenizer, flat, places, tokens=tokens, batch_size=batch_size)
     places = _places_that_run(places, states)
-    more = {"loss": loss, "tokens": tokens, "seed": seed, "batch_size": max(1, batch_size // 2)}  # two prompts a pair
+    # `gradients` counts its batch in pairs, which have two prompts each.
+    more = {"loss": loss, "tokens": tokens, "seed": seed, "batch_size": max(1, batch_size // 2)}
     inputs = _method_inputs(function, model, tokenizer, rows, places, **more)
     used, left_out = split(len(pairs), held_out, seed)
 
@@ -114,17 +116,17 @@ def extract(
 
 
 def _places_that_run(places: Sequence[Place], states: dict[Place, Tensor]) -> list[Place]:
-    """The places of which there are hidden states; warns of the others, and raises ValueError if none is left."""
+    """The places that have hidden states; warns about the others, and raises ValueError if none is left."""
     idle = ", ".join(f"{site} of layer {layer}" for site, layer in places if (site, layer) not in states)
     if not states:
-        raise ValueError(f"{idle}: none of these runs on text alone; read other layers or sites")
+        raise ValueError(f"none of these sites runs on text alone: {idle}; choose other layers or sites")
     if idle:
-        warnings.warn(f"left out, since it does not run on text alone: {idle}", stacklevel=3)
+        warnings.warn(f"these sites are left out, because they do not run on text alone: {idle}", stacklevel=3)
     return [place for place in places if place in states]
 
 
 def _find_method(method: str, options: dict[str, Any]) -> Callable[..., Tensor]:
-    """The function of this name, or a ValueError for it or for an option that it does not take."""
+    """The function of this method; raises ValueError for an unknown method or an option that it does not have."""
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}{nearest(method, METHODS)}; choose one of {', '.join(METHODS)}")
     signature = inspect.signature(METHODS[method]).parameters.values()
@@ -144,7 +146,7 @@ def _method_inputs(
     places: Sequence[Place],
     **settings: Any,
 ) -> Callable[[Place], dict[str, Tensor]]:
-    """What a method needs beside hidden states, by the names of its parameters; `settings` go to `gradients`."""
+    """The inputs that a method needs besides hidden states, by parameter name; `settings` go to `gradients`."""
     needed = inspect.signature(function).parameters
     read = None
     if needed.keys() & {"descent", "scores"}:
@@ -172,7 +174,7 @@ def fitter(
     inputs: dict[str, Tensor],
     options: dict[str, Any],
 ) -> Callable[[Tensor], Tensor]:
-    """The method as a function of the indices of the pairs that it may use."""
+    """The method as a function of the indices of the pairs that it uses."""
 
     def fit(index: Tensor) -> Tensor:
         both = torch.cat([index, index + len(chosen)])
@@ -183,30 +185,31 @@ def fitter(
 
 
 def split(n: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of the pairs that make the direction of the accuracy, and of those that it is measured on."""
+    """Indices of the pairs from which the accuracy's direction is computed, and of the held-out pairs."""
     order = random.Random(seed).sample(range(n), n)
     n_out = min(round(share * n), n - 2)
     return torch.tensor(sorted(order[n_out:])), torch.tensor(sorted(order[:n_out]), dtype=torch.long)
 
 
 def _warn_of_doubts(places: Sequence[Place], directions: dict[Place, Tensor], accuracy: dict[str, float]) -> None:
-    """Warn of places that are left out or whose direction hardly tells the sides apart; raise if none is left."""
+    """Warn about places that are left out or have a low accuracy; raise ValueError if no place is left."""
     equal = [f"{site} of layer {layer}" for site, layer in places if (site, layer) not in directions]
     if not directions:
         raise ValueError(
-            f"chosen and rejected have the same hidden states, or the loss no gradient, at {', '.join(equal)}: the "
-            "tokens that are read do not see the word that differs; read a later site or layer, or other tokens"
+            f"chosen and rejected have the same hidden states, or the loss has no gradient, at {', '.join(equal)}: "
+            "the tokens that are read do not depend on the word that differs; choose a later site or layer, or other "
+            "tokens"
         )
     if equal:
         reason = "both sides are the same there, or the loss has no gradient"
-        warnings.warn(f"left out, since {reason}: {', '.join(equal)}", stacklevel=3)
+        warnings.warn(f"these sites are left out, because {reason}: {', '.join(equal)}", stacklevel=3)
     weak = {name: share for name, share in accuracy.items() if share < DOUBTFUL}
     if weak:
         listed = ", ".join(f"{name} {share:.0%}" for name, share in weak.items())
         warnings.warn(
             f"held-out accuracy below {DOUBTFUL:.0%} at {listed}. Likely causes: the pairs end where the next word "
-            "does not depend on the persona; the personas are swapped in some pairs; too few pairs; a layer at which "
-            "the model does not carry it. vector.describe() shows the tokens that were read",
+            "does not depend on the persona; the personas are swapped in some pairs; there are too few pairs; the "
+            "layer does not represent the persona. vector.describe() shows the tokens that were read",
             stacklevel=3,
         )
 

@@ -1,4 +1,4 @@
-"""A gate: how strongly each token is steered, read from its own hidden state."""
+"""Gates: a gate computes from the hidden state of each token how strongly the token is steered."""
 
 import json
 from collections.abc import Sequence
@@ -25,16 +25,17 @@ from repeng.model.types import CausalLM
 from repeng.vectors.stored import check_directions, place_of
 from repeng.vectors.vector import SteeringVector
 
-KEY = "repeng-gate"  # of the JSON text in a file's safetensors metadata
+KEY = "repeng-gate"  # key of the JSON text in the safetensors metadata of a file
 PLACES = Annotated[list[Annotated[list[str | int], Field(min_length=2, max_length=2)]], Field(min_length=1)]
-RIDGE = 1e-2  # share of the states' mean variance
+RIDGE = 1e-2  # ridge penalty, as a share of the mean variance of the states
 
 
 @dataclass(frozen=True, eq=False)
 class Gate:
-    """For each (site, layer), a probe `w (d)` and `b ()`: a token of state h is steered by c · max(0, w·h + b).
+    """A probe `w (d)`, `b ()` for each (site, layer): a token with state h is steered by c · max(0, w·h + b).
 
-    A token-wise coefficient as in PSR (arXiv 2605.03907). It is 1 in the mean over the tokens that it was fitted on.
+    This is a coefficient per token, as in PSR (arXiv 2605.03907). The mean of max(0, w·h + b) over the tokens of the
+    fit is 1.
     """
 
     probes: dict[Place, tuple[Tensor, Tensor]]
@@ -45,13 +46,13 @@ class Gate:
         return (hs @ weight + bias).clamp(min=0)[..., None]
 
     def check(self, vector: SteeringVector) -> None:
-        """Raise ValueError unless the gate is for the places of a vector."""
+        """Raise ValueError unless the gate has a probe for every (site, layer) of a vector."""
         missing = set(vector.directions) - set(self.probes)
         if missing:
             raise ValueError(f"the gate has no probe at {sorted(missing)}; it has {sorted(self.probes)}")
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file, whole or not at all."""
+        """Write a safetensors file; on an error, no file is written."""
         places = list(self.probes)
         tensors = {str(index): torch.cat([w, b[None]]) for index, (w, b) in enumerate(self.probes.values())}
         with written_whole(path) as place:
@@ -59,23 +60,23 @@ class Gate:
 
     @classmethod
     def load(cls, path: str | Path) -> "Gate":
-        """Read what `save` has written.
+        """Read a file that `save` has written.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is no gate.
+            ValueError: the file is not a gate.
         """
         tensors, texts = read_tensors(path)
         if KEY not in texts:
-            raise ValueError(f"{path} is not a gate that `Gate.save` has written: its metadata lack the key {KEY!r}")
+            raise ValueError(f"{path} is not a file of `Gate.save`: its metadata lack the key {KEY!r}")
         listed = checked(PLACES, parse_json(texts[KEY], f"{path}: the text of its header"), f"{path}: its places")
         places = [place_of(f"{layer}.{site}", str(path)) for site, layer in listed]
         if set(tensors) != {str(index) for index in range(len(places))} or len({*places}) < len(places):
-            raise ValueError(f"{path} lists {len(places)} places and holds the tensors {shown(sorted(tensors))}")
+            raise ValueError(f"{path} lists {len(places)} places, but has the tensors {shown(sorted(tensors))}")
         both = {place: tensors[str(index)] for index, place in enumerate(places)}
         check_directions(both, str(path))
         if min(map(len, both.values())) < 2:
-            raise ValueError(f"{path} holds a probe of another shape than (d + 1,), for a state of width d")
+            raise ValueError(f"{path} holds a probe with too few entries; for a state of width d, it has d + 1")
         return cls({place: (tensor[:-1], tensor[-1]) for place, tensor in both.items()})
 
 
@@ -88,23 +89,24 @@ def fit_gate(
     *,
     batch_size: int = 32,
 ) -> Gate:
-    """Learn from the pairs at which tokens the personas push along a vector.
+    """Fit a gate: learn from contrast pairs at which tokens the personas move the state along a vector.
 
-    On every token of a suffix, the teacher is half of the difference of both sides' states along the direction, in
-    units of its length. A ridge regression from the state without a persona predicts it.
+    The target for each token of a suffix is half the difference between the states of the two sides along the
+    direction, in units of the direction's length. A ridge regression predicts the target from the token's state
+    without a persona.
 
     Args:
         model: the model that the vector is for.
         tokenizer: its tokenizer.
-        vector: what will be gated.
+        vector: the vector that will be gated.
         pairs: contrast pairs with suffixes.
-        batch_size: prompts per forward.
+        batch_size: prompts per forward pass.
 
     Raises:
-        ValueError: the pairs have no suffixes, the vector is for another model, or the personas push nowhere.
+        ValueError: a pair has no suffix, the vector is for another model, or the personas never push along the vector.
     """
     if not pairs or not all(pair.suffix for pair in pairs):
-        raise ValueError("a gate is learned on the suffixes of pairs; every pair needs one")
+        raise ValueError("a gate is learned on the suffixes of pairs; give every pair a suffix")
     vector.check(model)
     places = list(vector.directions)
     template = bool(tokenizer.chat_template)
@@ -142,7 +144,7 @@ def _ridge(states: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     bias = wanted.mean() - centre @ weight
     mean = (states @ weight + bias).clamp(min=0).mean()
     if not mean > 1e-9:
-        raise ValueError("on no token of these pairs do the personas push along the vector; is its sign turned?")
+        raise ValueError("the personas push along the vector at no token of these pairs; check the sign of the vector")
     return (weight / mean).float(), (bias / mean).float()
 
 
@@ -153,7 +155,7 @@ def _suffix_states(
     places: Sequence[Place],
     batch_size: int,
 ) -> dict[Place, Tensor]:
-    """States `(n d)` of all tokens of the suffixes, by place, float32, on the CPU."""
+    """States `(n d)` of all suffix tokens for each place, float32, on the CPU."""
     modules = site_modules(model, places)
     parts: list[list[Tensor]] = [[] for _ in places]
     with eval_mode(model):

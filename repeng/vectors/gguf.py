@@ -1,7 +1,7 @@
-"""GGUF control vectors, in the layout of llama.cpp; needs the package gguf (`pip install 'repeng[gguf]'`).
+"""GGUF control vectors in the layout of llama.cpp; needs the package gguf (`pip install 'repeng[gguf]'`).
 
-The layout cannot say what is done with a direction, where, and in which model. Keys under `repeng.` say it, for
-people and for `read_control_vector`; llama.cpp leaves them aside.
+The layout has no fields for the operation, the place and the model of a direction. Keys under `repeng.` hold them, for
+people and for `read_control_vector`; llama.cpp ignores these keys.
 """
 
 import math
@@ -22,16 +22,16 @@ from repeng.vectors.easysteer import check_place
 
 ARCHITECTURE = "controlvector"
 MODEL_HINT = f"{ARCHITECTURE}.model_hint"
-# What every engine of this layout does, and so the only thing that a file may ask for.
+# Every engine that reads this layout does exactly this, so no other values are accepted in a file.
 MEANING = {"repeng.operation": "add", "repeng.hook_point": "residual stream after the decoder layer"}
 LAYERS = "repeng.layers"
 LAYER_COUNTING = "direction.N is added after decoder layer N; the first one is layer 0"
 TEXTS = ("model", "model_type")  # keys of a vector's metadata
-UNITS = ("plus", "minus")  # of its calibration
+UNITS = ("plus", "minus")  # keys of a vector's calibration
 
 
 def gguf_package() -> ModuleType:
-    """The package, or an ImportError that says how to get it."""
+    """Import the package gguf; if it is missing, raise an ImportError that says how to install it."""
     try:
         import gguf
     except ImportError as error:
@@ -42,9 +42,9 @@ def gguf_package() -> ModuleType:
 def write_control_vector(
     path: str | Path, directions: dict[int, Tensor], model_hint: str, metadata: Mapping[str, Any] | None = None
 ) -> None:
-    """Write tensors `direction.LAYER (d)`, float32; whole or not at all.
+    """Write tensors `direction.LAYER (d)`, float32; on an error, no file is written.
 
-    Of a vector's metadata, `model`, `model_type` and the units of `calibration` are written.
+    From the metadata of a vector, `model`, `model_type` and the units of `calibration` are written.
     """
     metadata = metadata or {}
     gguf = gguf_package()
@@ -71,11 +71,12 @@ def write_control_vector(
 
 
 def read_control_vector(path: str | Path) -> tuple[dict[int, Tensor], dict[str, Any]]:
-    """Directions by layer, and metadata: `model_hint`, and what `write_control_vector` wrote of a vector's own.
+    """Read a control vector: directions by layer, and metadata (`model_hint` and those of `write_control_vector`).
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not a control vector, or what it says of itself is not what it holds or what can be done.
+        ValueError: the file is not a control vector, its metadata contradict its tensors, or it needs an operation or
+            place that is not supported.
     """
     gguf = gguf_package()
     if not Path(path).is_file():
@@ -84,9 +85,9 @@ def read_control_vector(path: str | Path) -> tuple[dict[int, Tensor], dict[str, 
     try:
         reader = gguf.GGUFReader(str(path))
     except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
-        raise ValueError(f"{path} is no whole GGUF file ({type(error).__name__}: {error})") from error
+        raise ValueError(f"{path} is not a complete GGUF file ({type(error).__name__}: {error})") from error
     architecture = reader.get_field("general.architecture")
-    kind = architecture.contents() if architecture else "nothing that is named"
+    kind = architecture.contents() if architecture else "an unnamed architecture"
     hint = reader.get_field(MODEL_HINT)
     if kind != ARCHITECTURE or hint is None:
         raise ValueError(f"{path} is a GGUF file of {kind!r}, not a control vector with a {MODEL_HINT}")
@@ -96,13 +97,13 @@ def read_control_vector(path: str | Path) -> tuple[dict[int, Tensor], dict[str, 
     for tensor in reader.tensors:
         name, _, layer = tensor.name.partition(".")
         if name != "direction" or not re.fullmatch("0|[1-9][0-9]{0,5}", layer, re.ASCII):
-            raise ValueError(f"{path} holds {tensor.name!r}; a control vector holds direction.LAYER only")
+            raise ValueError(f"{path} holds {tensor.name!r}; a control vector holds only tensors direction.LAYER")
         if tensor.tensor_type not in read:
             raise ValueError(f"{path} holds {tensor.name!r} as {tensor.tensor_type.name}; F16, F32 and F64 are read")
         if tensor.data.ndim != 1:
             raise ValueError(f"{path} holds {tensor.name!r} with {tensor.data.ndim} dimensions; a direction has one")
         # A copy, since the reader maps the file into memory.
-        with np.errstate(over="ignore"):  # infinity is refused below
+        with np.errstate(over="ignore"):  # `check_directions` refuses infinity later
             directions[int(layer)] = torch.tensor(tensor.data.astype("float32"))
     if not directions:
         raise ValueError(f"{path} holds no directions")
@@ -110,19 +111,19 @@ def read_control_vector(path: str | Path) -> tuple[dict[int, Tensor], dict[str, 
 
 
 def _told(reader: Any, path: str | Path, layers: list[int]) -> dict[str, Any]:
-    """What the keys under `repeng.` say, checked; nothing if there are none. Other keys are left aside."""
+    """The checked metadata from the keys under `repeng.`; empty if there are no such keys. Other keys are ignored."""
     told = {key: field.contents() for key, field in reader.fields.items() if key.startswith("repeng.")}
     for key, value in MEANING.items():
         if told.get(key, value) != value:
             raise ValueError(f"{path} has {key} = {told[key]!r}; a control vector has {value!r}")
     if told.get(LAYERS, layers) != layers:
-        raise ValueError(f"{path} is for the layers {told[LAYERS]} and holds directions for {layers}")
+        raise ValueError(f"{path} names the layers {told[LAYERS]}, but holds directions for {layers}")
     metadata: dict[str, Any] = {key: told[f"repeng.{key}"] for key in TEXTS if f"repeng.{key}" in told}
     units = {unit: told[f"repeng.calibration.{unit}"] for unit in UNITS if f"repeng.calibration.{unit}" in told}
     if not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError(f"{path} names its model by {metadata}, which is no text")
+        raise ValueError(f"{path} names its model by {metadata}; the values must be texts")
     if units:
         if units.keys() != {*UNITS} or not all(isinstance(u, float) and 0 < u < math.inf for u in units.values()):
-            raise ValueError(f"{path} has the calibration {units}; positive numbers {UNITS} are expected")
+            raise ValueError(f"{path} has the calibration {units}; it must have positive numbers {UNITS}")
         metadata["calibration"] = units
     return metadata

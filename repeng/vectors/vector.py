@@ -1,4 +1,4 @@
-"""Steering vectors: arithmetic, files, and what is known of how they came about."""
+"""Steering vectors: arithmetic, files, and metadata about their origin."""
 
 import json
 import math
@@ -20,21 +20,21 @@ from repeng.model.tensor_files import read_tensors
 from repeng.vectors.stored import check_directions, checked_metadata, idle, parse_header, place_of
 
 FORMAT_VERSION = 1
-KEY = "repeng"  # of the JSON text in a file's safetensors metadata
-# moudrkat/hidden-directions (extract/pref.py) and hotwire-vllm (_state.py) keep rows `(layers d)` in such files.
+KEY = "repeng"  # key of the JSON text in the safetensors metadata of a file
+# moudrkat/hidden-directions (extract/pref.py) and hotwire-vllm (_state.py) store rows `(layers d)` in pickle files.
 PICKLED = (
-    "it is a pickle, which can run code when it is read. If it holds one row for the output of each layer, read rows "
-    "yourself by torch.load with weights_only=True and write "
+    "it is a pickle, and reading a pickle can run code. If it holds one row per layer, for the layer's output, load "
+    "rows yourself with torch.load and weights_only=True, and call "
     "SteeringVector({('residual', i): row.float() for i, row in enumerate(rows)}).save('vector.safetensors')"
 )
 
 
 @dataclass(frozen=True, eq=False)
 class SteeringVector:
-    """One direction `(d)`, finite float32, for each (site, layer); + is toward chosen. `metadata` tells its making.
+    """A direction `(d)`, finite float32, for each (site, layer); + is toward chosen. `metadata` tells its origin.
 
-    Vectors add, subtract, and take factors: `(a + b) / 2`, `-a`. A place that one summand lacks counts as zero. What
-    is computed from a calibrated vector is not calibrated.
+    Vectors can be added, subtracted and multiplied by numbers: `(a + b) / 2`, `-a`. A place that only one summand has
+    counts as zero in the other. The result of arithmetic with a calibrated vector is not calibrated.
     """
 
     directions: dict[Place, Tensor] = field(default_factory=dict)
@@ -44,8 +44,8 @@ class SteeringVector:
         broken = next((place for place, d in self.directions.items() if not torch.isfinite(d).all()), None)
         if broken is not None:
             raise ValueError(
-                f"the direction at {broken[0]!r} of layer {broken[1]} holds NaN or infinite values: what it was made "
-                "of is broken, or a factor is too large"
+                f"the direction at {broken[0]!r} of layer {broken[1]} holds NaN or infinite values: the data that it "
+                "was computed from are broken, or a factor is too large"
             )
 
     @property
@@ -58,15 +58,15 @@ class SteeringVector:
 
     @property
     def model_name(self) -> str | None:
-        """The model that it was made for, if that is known: a name or hub id, of a folder only its last part."""
+        """The model that the vector was made for: a name or hub id, or the last part of a folder; None if unknown."""
         path = self.metadata.get("model")
         return None if not path else name_of_folder(path) or (Path(path).name if Path(path).is_absolute() else path)
 
     def __getitem__(self, place: Place | int) -> Tensor:
-        """The direction at (site, layer), or at a layer of the only site.
+        """The direction at (site, layer). If the vector has only one site, the layer is enough.
 
         Raises:
-            KeyError: there is none; says which there are.
+            KeyError: there is no such direction; the message lists the sites and layers of the vector.
         """
         if isinstance(place, int | Integral) and len(self.sites) == 1:
             place = (self.sites[0], int(place))
@@ -75,7 +75,7 @@ class SteeringVector:
         return self.directions[place]
 
     def select(self, *, sites: Iterable[str] | None = None, layers: Iterable[int] | None = None) -> "SteeringVector":
-        """The part of the vector at these sites and layers.
+        """The part of the vector at these sites and layers; by default, all sites and all layers.
 
         Raises:
             ValueError: nothing is left.
@@ -93,11 +93,11 @@ class SteeringVector:
         accuracy = {key: value for key, value in accuracy.items() if key in names}
         metadata = self._told(accuracy=accuracy)
         if len(selected) < len(self.directions):
-            metadata.pop("calibration", None)  # of all places together
+            metadata.pop("calibration", None)  # it was measured with all places together
         return SteeringVector(selected, metadata)
 
     def _told(self, **changes: Any) -> dict[str, Any]:
-        """A copy of the metadata with changes; None and empty values are left out."""
+        """A copy of the metadata with changes; entries that are None or {} are left out."""
         return {key: value for key, value in {**self.metadata, **changes}.items() if value not in (None, {})}
 
     def norm(self) -> dict[Place, float]:
@@ -105,12 +105,12 @@ class SteeringVector:
         return {place: direction.norm().item() for place, direction in self.directions.items()}
 
     def normalize(self) -> "SteeringVector":
-        """Every direction at length 1; a zero one stays."""
+        """The vector with every direction scaled to length 1; a zero direction stays zero."""
         units = {place: d / d.norm().clamp_min(1e-30) for place, d in self.directions.items()}
         return SteeringVector(units, self._told(calibration=None))
 
     def random_like(self, seed: int) -> "SteeringVector":
-        """Random directions of the same norms: the control that every claim about a vector needs."""
+        """A vector with random directions of the same norms: the control for every claim about a vector."""
         generator = torch.Generator().manual_seed(seed)
         drawn = {}
         for key, direction in self.directions.items():
@@ -120,7 +120,7 @@ class SteeringVector:
             drawn, self._told(method="random", options=None, accuracy=None, read=None, calibration=None)
         )
 
-    # Compared by value, and so without a hash: beside __eq__ alone, Python sets __hash__ to None.
+    # Vectors compare by value and have no hash: Python sets __hash__ to None if a class defines only __eq__.
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SteeringVector):
             return NotImplemented
@@ -145,14 +145,14 @@ class SteeringVector:
                 )
             total[place] = total[place] + direction if place in total else direction
         shared = {key: value for key, value in self.metadata.items() if other.metadata.get(key) == value}
-        shared.pop("calibration", None)  # of either summand alone
+        shared.pop("calibration", None)  # it holds for one summand only
         return SteeringVector(total, shared)
 
     def __mul__(self, factor: float) -> "SteeringVector":
         if not isinstance(factor, Real):
             return NotImplemented
         if not math.isfinite(factor):
-            raise ValueError(f"a vector takes a finite factor; got {factor}")
+            raise ValueError(f"a vector can only be multiplied by a finite number; got {factor}")
         scaled = {place: float(factor) * d for place, d in self.directions.items()}
         metadata = self._told(calibration=None, accuracy=self.metadata.get("accuracy") if factor > 0 else None)
         return SteeringVector(scaled, metadata)
@@ -163,7 +163,7 @@ class SteeringVector:
         if not isinstance(divisor, Real):
             return NotImplemented
         if divisor == 0 or not math.isfinite(1 / divisor):
-            raise ValueError(f"a vector is divided by a number other than 0; got {divisor}")
+            raise ValueError(f"a vector cannot be divided by {divisor}; give a number whose inverse is finite")
         return self * (1 / divisor)
 
     def __neg__(self) -> "SteeringVector":
@@ -173,10 +173,11 @@ class SteeringVector:
         return self + -other if isinstance(other, SteeringVector) else NotImplemented
 
     def calibrated(self, calibration: dict[str, Any]) -> "SteeringVector":
-        """The same directions, with what c = ±1 of `steer` stands for: `plus` and `minus` times a direction's length.
+        """The same directions with a calibration: c = ±1 of `steer` then is `plus` or `−minus` times the directions.
 
         Args:
-            calibration: `repeng.calibrate(...).to_dict()`; in units of an earlier calibration, if there is one.
+            calibration: `repeng.calibrate(...).to_dict()`. If the vector is already calibrated, `plus` and `minus`
+                are in units of the earlier calibration.
 
         Raises:
             ValueError: `plus` or `minus` is missing or not positive.
@@ -189,12 +190,12 @@ class SteeringVector:
         return SteeringVector(self.directions, self._told(calibration={**calibration, **units}))
 
     def in_own_units(self, coefficient: Tensor) -> Tensor:
-        """A coefficient as a factor of the directions, by the calibration, if there is one."""
+        """Convert a coefficient to a factor of the directions, by the calibration if there is one."""
         units = self.metadata.get("calibration")
         return coefficient if not units else coefficient * torch.where(coefficient < 0, units["minus"], units["plus"])
 
     def describe(self) -> str:
-        """A table of places with length and accuracy, and the tokens that were read in the first pairs."""
+        """A table of the places with lengths and accuracies, and the tokens that were read in the first pairs."""
         known = self.metadata
         made = ", ".join(
             f"{name} {known[name]}" for name in ("method", "model_type", "pairs", "tokens") if name in known
@@ -212,9 +213,9 @@ class SteeringVector:
         return "\n".join(lines)
 
     def check(self, model: nn.Module) -> None:
-        """Raise ValueError if the vector is for another model (its type, depth or widths differ), or holds nothing."""
+        """Raise ValueError if the vector is empty or for another model (with another type, depth or width)."""
         if not self.directions:
-            raise ValueError("this vector holds no direction")
+            raise ValueError("this vector holds no directions")
         own_type, made_for = model_type(model), self.metadata.get("model_type")
         if made_for is not None and own_type is not None and made_for != own_type:
             raise ValueError(
@@ -225,17 +226,16 @@ class SteeringVector:
         for ((site, layer), direction), width in zip(self.directions.items(), widths, strict=True):
             if direction.shape != (width,):
                 raise ValueError(
-                    f"this vector has shape {tuple(direction.shape)} at {site!r} of layer {layer}, where "
-                    f"{type(model).__name__} is {width} wide: it was made for another model"
+                    f"this vector has shape {tuple(direction.shape)} at {site!r} of layer {layer}, but "
+                    f"{type(model).__name__} is {width} wide there; it was made for another model"
                 )
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file, metadata inside; whole or not at all.
+        """Write a safetensors file that includes the metadata; on an error, no file is written.
 
         Raises:
             OSError: the file cannot be written.
-            ValueError: the metadata hold something that JSON does not know, or the directions are not finite or all
-                zero.
+            ValueError: the metadata cannot be written as JSON, or the directions are not finite or are all zero.
         """
         check_directions(self.directions, f"{path} is not written")
         for site, layer in self.directions:
@@ -246,30 +246,30 @@ class SteeringVector:
             text = json.dumps(told, default=_as_json, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"the metadata cannot be written as JSON: {error}") from error
-        parse_header(text, FORMAT_VERSION, f"{path} is not written")  # what could not be read again
+        parse_header(text, FORMAT_VERSION, f"{path} is not written")  # refuse metadata that could not be read again
         with written_whole(path) as place:
             save_file(tensors, place, metadata={KEY: text})
 
     @classmethod
     def load(cls, path: str | Path) -> "SteeringVector":
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it holds no steering vector, or one of a newer format.
+            ValueError: the file holds no steering vector, or it has a newer format.
         """
         tensors, texts = read_tensors(path, PICKLED)
         if KEY not in texts:
             raise ValueError(f"{path} holds no steering vector: its metadata lack the key {KEY!r}")
         metadata = parse_header(texts[KEY], FORMAT_VERSION, str(path))
         if not tensors:
-            raise ValueError(f"{path} holds no direction; make the vector again")
+            raise ValueError(f"{path} holds no directions; make the vector again")
         directions = {place_of(key, str(path)): tensor for key, tensor in tensors.items()}
         check_directions(directions, str(path), dict(zip(directions, tensors, strict=True)))
         return cls(directions, metadata)._warned(path)
 
     def _warned(self, path: str | Path) -> "SteeringVector":
-        """The vector; warns of directions that do nothing."""
+        """The vector itself; warns about directions that do nothing."""
         nothing = idle(self.directions)
         if nothing:
             listed = ", ".join(f"{site} of layer {layer}" for site, layer in nothing[:3])
@@ -279,13 +279,13 @@ class SteeringVector:
     def save_gguf(self, path: str | Path) -> None:
         """Write a llama.cpp control vector: tensors `direction.LAYER` of the residual stream, to be added.
 
-        Keys beside them say so, and hold the model and the units of the calibration, which llama.cpp does not read:
-        there, c = 1 is a scale of `plus`, and c = −1 one of −`minus`.
+        Further keys hold the operation, the model and the units of the calibration. llama.cpp does not read them: in
+        llama.cpp, the scale for c = 1 is `plus`, and the scale for c = −1 is −`minus`.
 
         Raises:
             ImportError: the package gguf is not installed.
-            ValueError: directions at other sites, or at layer 0, which llama.cpp cannot apply; no model type is known;
-                directions that are not finite, or all zero.
+            ValueError: the vector has directions at other sites or at layer 0, which llama.cpp cannot apply; the model
+                type is unknown; or the directions are not finite or are all zero.
         """
         check_directions(self.directions, f"{path} is not written")
         from repeng.vectors.gguf import write_control_vector
@@ -293,11 +293,11 @@ class SteeringVector:
         others = [site for site in self.sites if site != RESIDUAL]
         if others:
             raise ValueError(
-                f"a control vector acts on the residual stream only, and this vector has {', '.join(others)}; "
-                f"write vector.select(sites=[{RESIDUAL!r}])"
+                f"a control vector acts on the residual stream only, but this vector has {', '.join(others)}; "
+                f"save vector.select(sites=[{RESIDUAL!r}])"
             )
         if 0 in self.layers:
-            raise ValueError("llama.cpp applies no control vector at layer 0; write vector.select(layers=[1, 2, …])")
+            raise ValueError("llama.cpp applies no control vector at layer 0; save vector.select(layers=[1, 2, …])")
         hint = self.metadata.get("model_type") or self.metadata.get("model_hint")
         if not hint:
             raise ValueError("the model type is unknown; set vector.metadata['model_type'], for example to 'llama'")
@@ -311,30 +311,30 @@ class SteeringVector:
         Raises:
             ImportError: the package gguf is not installed.
             FileNotFoundError: there is no such file.
-            ValueError: it is not a control vector, or one for another place than the residual stream.
+            ValueError: the file is not a control vector, or it is not for the residual stream.
         """
         from repeng.vectors.gguf import read_control_vector
 
         directions, metadata = read_control_vector(path)
-        # Writers differ in what they call a model, so that their hint tells and only our own model_type decides.
+        # Writers name models differently, so the hint is only information. Only repeng's own model_type is checked.
         found = {(RESIDUAL, layer): d for layer, d in directions.items()}
         check_directions(found, str(path), {(RESIDUAL, layer): f"direction.{layer}" for layer in directions})
         return cls(found, checked_metadata(metadata, str(path)))._warned(path)
 
 
 def read_vector(path: Path) -> SteeringVector:
-    """The vector in a file of either format; see `SteeringVector.load` and `load_gguf`."""
+    """Read a vector from a file of either format; see `SteeringVector.load` and `load_gguf`."""
     return SteeringVector.load_gguf(path) if path.suffix == ".gguf" else SteeringVector.load(path)
 
 
 def model_type(model: nn.Module) -> str | None:
-    """The architecture's name in the configuration of the text model, if it has one."""
+    """The `model_type` in the configuration of the text model; None if the model has no configuration."""
     config = getattr(model, "config", None)
     return None if config is None else config.get_text_config(decoder=True).model_type
 
 
 def _as_json(value: Any) -> int | float:
-    """Numbers of numpy and others for JSON; raises TypeError for anything else."""
+    """Convert numbers of numpy and other libraries for JSON; raises TypeError for anything else."""
     if isinstance(value, Integral):
         return int(value)
     if isinstance(value, Real):

@@ -320,7 +320,7 @@ def test_a_cache_made_at_another_coefficient_raises(base, prompts, vector):
         for difference in changed:
             with pytest.raises(ValueError, match="key-value cache"), steer(model, 0.5, **difference):
                 go_on(model, cache)
-        with pytest.raises(ValueError, match="now steered"), steer(model, 0.0, **here):
+        with pytest.raises(ValueError, match="now runs with"), steer(model, 0.0, **here):
             go_on(model, cache)
         with steer(model, -1.0, **here, reuse_cache=True):
             assert not torch.allclose(go_on(model, cache), within, atol=1e-4)

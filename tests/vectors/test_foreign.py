@@ -71,7 +71,7 @@ def test_easysteers_layer_is_the_output_of_that_decoder_layer(base, tmp_path):
         ({"component": "router_logits"}, "'router_logits'.*residual stream"),
         ({"method": "iti", "older": True}, "'attention_heads'"),
         ({"method": "iti", "component": None}, "'attention_heads'"),
-        ({"version": 2}, "unknown version; 1 is read"),
+        ({"version": 2}, "unknown version.*version 1"),
         ({"own": "{"}, "unknown version"),
         ({"own": "[]"}, "unknown version"),
         ({"directions": {1: np.ones((2, 4), dtype=np.float32)}}, "'direction.1' with 2 dimensions"),
