@@ -1,7 +1,7 @@
 """Compare forms of the training loss at equal budget over seeds: `python -m benchmarks.loss_forms --seeds 0 1 2`.
 
-Every run trains the adapter of configs/tiny.yaml with another loss and measures its range on held-out entities (nats
-inside the budget of the main job). Writes one JSON line a run and prints a Markdown table.
+Each run trains the adapter of configs/tiny.yaml with a different loss and measures its range on held-out entities, in
+nats inside the budget of the main job. Writes one JSON line per run and prints a Markdown table.
 """
 
 import argparse
@@ -28,19 +28,19 @@ from repeng.train.inner_contrastive_loss import (
 
 
 def position(hs: Tensor, mask: Tensor, direction: Tensor, scale: Tensor) -> Tensor:
-    """`s (… b k)`: mean projection of the counted tokens, in units."""
+    """`s (… b k)`: mean projection of the counted tokens onto each direction, in units of `scale`."""
     along = einsum(where(mask[..., None], hs), direction, "... t d, d k -> ... t k") / scale
     return along.sum(dim=-2) / mask.sum(dim=-1, keepdim=True).clamp(min=1)
 
 
 def symlog(x: Tensor) -> Tensor:
-    """`sign(x) log(1 + |x|)` with its derivative, 1, also at 0, where training starts and abs() has none."""
+    """`sign(x) log(1 + |x|)` with the derivative 1 at 0. Training starts at 0, where abs() has no derivative."""
     sign = torch.where(x < 0, -1.0, 1.0)
     return sign * (sign * x).log1p()
 
 
 def coherence_terms(inputs: dict) -> tuple[Tensor, Tensor]:
-    """Coherence and neutral of the default loss, `(b)` each."""
+    """The coherence and the neutral term of the default loss, `(b)` each."""
     margin = inputs["coherence_margin"]
     pair = violation(inputs["logp_pi"], inputs["logp_ref"], inputs["logp_mask"], margin)
     neutral = violation(
@@ -50,7 +50,7 @@ def coherence_terms(inputs: dict) -> tuple[Tensor, Tensor]:
 
 
 def with_separation(separation: Callable[[dict], Tensor]) -> Callable[..., InnerContrastiveLoss]:
-    """The default loss with another separation term `(b)`."""
+    """The default loss with a different separation term `(b)`."""
 
     def loss(**inputs) -> InnerContrastiveLoss:
         term = separation(inputs)
@@ -77,13 +77,13 @@ def policy_chosen_reference_rejected(inputs: dict) -> Tensor:
 
 
 def unbounded(inputs: dict) -> Tensor:
-    """Policy − reference on both sides, −symlog(Δ) instead of a target."""
+    """Policy − reference on both sides, with −symlog(Δ) instead of a target."""
     delta = signed_shift(inputs["hs_pi"], inputs["hs_ref"], inputs["hs_mask"], inputs["direction"], inputs["scale"])
     return reduce(-symlog(delta), "c p b k -> b", "mean")
 
 
 def gap(inputs: dict) -> Tensor:
-    """The change of the chosen − rejected gap: wider at +1, narrower at −1, unbounded."""
+    """Change of the gap chosen − rejected, unbounded: it should widen at +1 and narrow at −1."""
     pi, ref = geometry(inputs)
     change = (pi[:, 0] - pi[:, 1]) - (ref[0] - ref[1])
     sign = torch.tensor([1.0, -1.0], device=change.device)
@@ -91,7 +91,7 @@ def gap(inputs: dict) -> Tensor:
 
 
 def coherence_of_the_mean(**inputs) -> InnerContrastiveLoss:
-    """The default with the margin on the mean over tokens, so that gains pay for losses."""
+    """The default loss with the margin on the mean over tokens, where gains at some tokens offset losses at others."""
 
     def averaged(logp: Tensor, mask: Tensor) -> Tensor:
         return where(mask, logp).sum(dim=-1, keepdim=True) / mask.sum(dim=-1, keepdim=True).clamp(min=1)
@@ -113,13 +113,13 @@ def coherence_of_the_mean(**inputs) -> InnerContrastiveLoss:
 
 @dataclass(frozen=True)
 class Form:
-    """A loss and what it needs on the command line."""
+    """A loss and its command-line arguments."""
 
     loss: Callable[..., InnerContrastiveLoss]
     argv: tuple[str, ...] = ()
 
 
-RATE = "2e-3"  # the same for all: the rate that is found follows separation_target
+RATE = "2e-3"  # fixed for all forms: the automatic learning rate depends on separation_target
 FORMS: dict[str, Form] = {
     "default": Form(inner_contrastive_loss),
     "no order term": Form(inner_contrastive_loss, ("--order_weight", "0")),
