@@ -159,7 +159,7 @@ def set_units(model: Any, calibration: Calibration, adapter_name: str = "default
 
 
 def solve(spend: Callable[[float], float], sign: int, largest: float, tolerance: float) -> tuple[float, float]:
-    """Find the smallest coefficient of this sign that spends the whole budget; return its size and what it spends.
+    """Find the smallest coefficient of this sign that spends the whole budget. Returns its size and the share spent.
 
     `spend` gives the share of the budget that a coefficient spends. The search doubles the coefficient until it
     exceeds the budget, and then bisects. If the share jumps over 1, the result is the coefficient just below the jump.

@@ -212,7 +212,7 @@ def methods_of(
 
 
 def nearest(report: EvalReport, sign: int, cost: float) -> float:
-    """The measured coefficient of this sign whose cost has the ratio to `cost` nearest to 1; 0 if there is none."""
+    """The measured coefficient of this sign whose cost is nearest to `cost` on a log scale; 0 if there is none."""
     order = [c for c in report.coefficients if c * sign > 0]
     costs = {c: report.kl[report.at(c)].item() for c in order}
     usable = [c for c in order if costs[c] > 0]

@@ -86,7 +86,7 @@ def _nll(
     written: Sequence[list[int]],
     batch_size: int,
 ) -> list[float]:
-    """Negative log-likelihood in nats per token of the tokens in `written` after each row, with the model as it is."""
+    """Negative log-likelihood of the tokens in `written` after each row, in nats per token, under the model."""
     whole = [row + ids for row, ids in zip(rows, written, strict=True)]
     spans = [(len(row) - 1, len(row) + len(ids) - 1) for row, ids in zip(rows, written, strict=True)]
 

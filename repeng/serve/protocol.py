@@ -146,9 +146,9 @@ def parse(kind: type[Body], text: bytes) -> Body:
     if first["type"] == "extra_forbidden":
         own = len(first["loc"]) == 1
         known = f"{nearest(place, kind.model_fields)}; known fields: {', '.join(kind.model_fields)}" if own else ""
-        raise Refused(f"{place!r} is not known to this server{known}", place)
+        raise Refused(f"this server does not know the field {place!r}{known}", place)
     if first["loc"] and first["loc"][0] in NEUTRAL_ONLY and first["type"] != "missing":
-        raise Refused(f"{place!r} is not supported by this server; leave it out", place)
+        raise Refused(f"this server does not support {place!r}; leave it out", place)
     shown = "" if first["type"] == "missing" else f"; got {str(first['input'])[:80]!r}"
     raise Refused(f"{place or 'the body'}: {first['msg']}{shown}", place or None)
 
