@@ -1,4 +1,4 @@
-"""What an adapter costs in generation and training, against the base model and LoRA of the same rank and sites.
+"""Speed of generation and training with an adapter, compared with the base model and LoRA of equal rank and sites.
 
 python -m benchmarks.adapter_speed [--width 512] [--depth 12] [--r 64]
 """
@@ -22,13 +22,13 @@ NEW_TOKENS = 40
 
 
 def generation(model: nn.Module, ids: torch.Tensor) -> float:
-    """Seconds a new token, two prompts of 16 tokens."""
+    """Seconds per new token, for two prompts of 16 tokens."""
     settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     return seconds(lambda: model.eval().generate(input_ids=ids, **settings)) / NEW_TOKENS
 
 
 def training(model: nn.Module, rows: torch.Tensor) -> float:
-    """Seconds a forward and backward of 16 rows of 64 tokens."""
+    """Seconds per forward and backward pass of 16 rows of 64 tokens."""
     return seconds(lambda: model.train()(input_ids=rows, labels=rows).loss.backward())
 
 
@@ -67,7 +67,7 @@ def main() -> None:
         with steer(model, signs):
             train[f"{name}, c by row"] = training(model, rows)
     table = Table(title=f"Llama {args.depth} × {args.width}, r = {args.r}, {torch.get_num_threads()} threads, float32")
-    for title in ("", "ms a token", "× base", "× LoRA", "s a training step", "× LoRA"):
+    for title in ("", "ms per token", "× base", "× LoRA", "s per training step", "× LoRA"):
         table.add_column(title, justify="right" if title else "left")
     for name in [*generate, *(name for name in train if name not in generate)]:
         cells = ["", "", "", "", ""]

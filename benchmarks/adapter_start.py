@@ -1,4 +1,4 @@
-"""How long it takes to create an adapter against a full SVD of the same weights, and what its bases leave out.
+"""Time to create an adapter, compared with a full SVD of the same weights, and the error of its bases.
 
 python -m benchmarks.adapter_start [--width 1024] [--r 64] [--svd_niter 0 1 2 4]
 """
@@ -23,7 +23,7 @@ SITES = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_p
 
 
 def model(width: int) -> nn.Module:
-    """One decoder layer of Qwen3-0.6B-like proportions whose singular values decay as those of trained weights do."""
+    """One decoder layer with proportions as in Qwen3-0.6B, and singular values that decay as in trained weights."""
     config = LlamaConfig(
         vocab_size=32,
         hidden_size=width,
@@ -44,7 +44,11 @@ def model(width: int) -> nn.Module:
 
 
 def measure(width: int, r: int, niter: int) -> dict[str, float]:
-    """Creation time, and the bases' errors against the exact ones: the best and the real share of W outside U."""
+    """Creation time, and the errors of the bases relative to the exact ones.
+
+    `excess_error`: relative excess of the share of W outside the bases over the smallest possible share.
+    `subspace_distance`: 1 − mean cos² of the angles between U and the exact U. Both are the largest of all sites.
+    """
     base = model(width)
     config = SvdSteeringConfig(r=r, target_modules=SITES, svd_niter=niter)
     made: list[nn.Module] = []
@@ -74,7 +78,7 @@ def main() -> None:
     args = parser.parse_args()
     weights = [dense_weight(m) for name, m in model(args.width).named_modules() if name.endswith(tuple(SITES))]
     full = seconds(lambda: [torch.linalg.svd(weight, full_matrices=False) for weight in weights], repeats=1)
-    table = Table(title=f"seven sites of one layer {args.width} wide, r = {args.r}; full SVD: {full:.2f} s")
+    table = Table(title=f"seven sites of one layer of width {args.width}, r = {args.r}; full SVD: {full:.2f} s")
     for title in ("svd_niter", "seconds", "share of full SVD", "error above the best, %", "1 − cos² of subspaces"):
         table.add_column(title, justify="right")
     rows = {}

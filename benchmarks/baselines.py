@@ -1,4 +1,4 @@
-"""What a user could train instead of this adapter: prompt distillation, two fine-tunes."""
+"""Methods that a user could train instead of this adapter: prompt distillation, and two fine-tunes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,11 +20,11 @@ from repeng.train.build import DEFAULT_RANK, Run, Sites, lora_config
 from repeng.train.collator import SIDES
 from repeng.train.trainer import SteeringTrainer
 
-TUNE_ROWS, TUNE_STEPS, TUNE_RATE = 12, 60, 5e-4  # of each fine-tune
+TUNE_ROWS, TUNE_STEPS, TUNE_RATE = 12, 60, 5e-4  # rows per step, steps and learning rate of each fine-tune
 
 
 def lora_on(model: nn.Module, args: SteeringArguments, layers: list[int], names: tuple[str, ...]) -> PeftModel:
-    """LoRA adapters of these names on the sites of the arguments, the first one active."""
+    """Add LoRA adapters with these names on the sites of the arguments; the first adapter is active."""
     config = lora_config(args, Sites(layers, 0, DEFAULT_RANK["lora"]), cast(PreTrainedModel, model))
     adapted = cast(PeftModel, get_peft_model(cast(PreTrainedModel, model), config, adapter_name=names[0]))
     for name in names[1:]:
@@ -33,7 +33,7 @@ def lora_on(model: nn.Module, args: SteeringArguments, layers: list[int], names:
 
 
 def use_two_loras(run: Run, args: SteeringArguments) -> None:
-    """Replace the adapter by two LoRA adapters on the same sites and layers, "plus" and "minus"."""
+    """Replace the adapter by two LoRA adapters, "plus" and "minus", on the same sites and layers."""
     names = ("plus", "minus")
     model = lora_on(run.model.unload(), args, run.sites.layers, names)
     model.base_model.set_adapter(list(names))
@@ -41,7 +41,7 @@ def use_two_loras(run: Run, args: SteeringArguments) -> None:
 
 
 def fine_tune(model: PeftModel, tokenizer: PreTrainedTokenizerBase, encoded: list[Encoded], *, seed: int) -> None:
-    """Teach the active adapter the suffixes behind their prompts, by the plain language modelling loss."""
+    """Train the active adapter on the suffixes after their prompts, with the plain language modelling loss."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=TUNE_RATE, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
     rows = [one.ids for one in encoded]
@@ -62,7 +62,7 @@ def fine_tune(model: PeftModel, tokenizer: PreTrainedTokenizerBase, encoded: lis
 
 @contextmanager
 def arms_dial(model: nn.Module, coefficient: float | Tensor) -> Iterator[None]:
-    """The LoRA "plus" or "minus", the one of c's sign, times |c|."""
+    """Scale the LoRA of the sign of c, "plus" or "minus", by |c|."""
     c = torch.as_tensor(coefficient, dtype=torch.float32)
     with steer(model, c.clamp(min=0), adapter_name="plus"), steer(model, (-c).clamp(min=0), adapter_name="minus"):
         yield
@@ -70,17 +70,17 @@ def arms_dial(model: nn.Module, coefficient: float | Tensor) -> Iterator[None]:
 
 @contextmanager
 def weight_dial(model: nn.Module, coefficient: float | Tensor) -> Iterator[None]:
-    """LoRA "plus" times c and "minus" times −c: the difference of the weights of two fine-tunes."""
+    """Scale the LoRA "plus" by c and "minus" by −c: this adds c times the weight difference of two fine-tunes."""
     c = torch.as_tensor(coefficient, dtype=torch.float32)
     with steer(model, c, adapter_name="plus"), steer(model, -c, adapter_name="minus"):
         yield
 
 
 class DistillationTrainer(SteeringTrainer):
-    """Teaches the model without a persona what the base says behind one: KL(base after the persona ‖ model at c).
+    """Distils persona prompts into the model without a persona, with the loss KL(base after the persona ‖ model at c).
 
-    On the shared ending of the pairs, and on the neutral texts, as said behind each persona. Equal batches, steps and
-    schedule, and the learning rate that is found for the separation.
+    The loss is on the shared endings of the pairs and on the neutral texts, each after every persona. Batches, steps
+    and schedule are those of the adapter; the learning rate is the one that is found for the separation loss.
     """
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -93,7 +93,7 @@ class DistillationTrainer(SteeringTrainer):
             for texts in (bare, neutral):
                 for opening, asked, text in zip(side, bare, texts, strict=True):
                     shared = shared_suffix_length(opening, asked)
-                    skipped = len(asked) - shared  # where a persona has its words, the text without one has these
+                    skipped = len(asked) - shared  # tokens that stand here in place of the persona
                     taught.append(opening[: len(opening) - shared] + text[skipped:])
                     students.append(text)
                     read.append(len(text) - skipped)

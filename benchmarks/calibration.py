@@ -1,7 +1,8 @@
-"""Does c = ±1 spend the budget on prompts that the calibration did not see? `python -m benchmarks.calibration`
+"""Does c = ±1 spend the budget on prompts that the calibration did not use? `python -m benchmarks.calibration`
 
-The default adapter and the mean difference, both traits, calibrated on training clozes and training neutral texts and
-checked on held-out ones. Prints a Markdown table: unit of each arm, share of the budget there and on held-out prompts.
+Calibrates the default adapter and the mean difference, for both traits, on training clozes and training neutral texts,
+and checks the units on held-out ones. Prints a Markdown table with the unit of each arm and the share of the budget
+that it spends on the calibration prompts and on held-out prompts.
 """
 
 import argparse
@@ -14,13 +15,13 @@ from repeng.eval.calibrate import kl_spender
 from repeng.eval.report.tables import markdown
 from repeng.tiny import lexicon
 
-LAYER = 2  # of the mean difference: its best on both traits
+LAYER = 2  # layer of the mean difference, the best one for both traits
 TEXTS = 128
 UNSEEN_SEED = 7
 
 
 def rows(trait: str, name: str, model, tokenizer, dial, largest: float) -> dict[str, dict[str, str]]:
-    """One row a budget."""
+    """One table row per budget."""
     seen, other = (tiny.questions(trait, split) for split in ("train", "held_out"))
     texts = [tiny.neutral_texts(TEXTS, seed) for seed in (0, UNSEEN_SEED)]
     found = {}

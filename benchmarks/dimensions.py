@@ -1,8 +1,9 @@
-"""Which directions should turn? Compare choices of bases at equal rank: `python -m benchmarks.dimensions`.
+"""Compare choices of the bases that an adapter rotates, at equal rank: `python -m benchmarks.dimensions`.
 
-Each run is the main job (configs/tiny.yaml) with other bases. "top": the weight's largest singular values. "selected":
-the singular triples along which the pairs differ most, by s‖dX v‖. "pairs": the weight restricted to the leading right
-singular vectors of dX, what chosen minus rejected inputs of the site span. Prints a Markdown table.
+Each run is the main job (configs/tiny.yaml) with different bases. "top": the singular triples with the largest
+singular values of the weight. "selected": the singular triples along which the pairs differ most, by s‖dX v‖. "pairs":
+the weight restricted to the leading right singular vectors of dX, where dX are the chosen minus the rejected inputs of
+the site. Prints a Markdown table.
 """
 
 import argparse

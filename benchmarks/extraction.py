@@ -1,8 +1,8 @@
-"""Extraction of steering vectors: time against vgel/repeng 0.4.0 on the same model, and against the depth asked for.
+"""Time to extract steering vectors, compared with vgel/repeng 0.4.0 on the same model, and by number of layers.
 
 python -m benchmarks.extraction [--pairs 256] [--width 512] [--depth 12]
 
-The neighbour runs in an environment of its own that uv makes, with the same versions of torch and transformers.
+vgel/repeng runs in a separate environment that uv creates, with the same versions of torch and transformers.
 """
 
 import argparse
@@ -44,7 +44,7 @@ print(json.dumps(min(times)))
 
 
 def save_model(folder: Path, width: int, depth: int, pairs: list[ContrastPair]) -> None:
-    """A random Llama with a vocabulary of usual size, the embedded tokenizer, and the pairs as texts."""
+    """Save a random Llama with a vocabulary of 32,000 tokens, the embedded tokenizer, and the pairs as texts."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=32_000,

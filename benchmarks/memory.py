@@ -1,7 +1,7 @@
-"""Peak memory of a training step: log-probabilities by chunks against whole logits: `python -m benchmarks.memory`
+"""Peak memory of a training step, for log-probabilities in chunks and for whole logits: `python -m benchmarks.memory`
 
-Random Llama with a large vocabulary, on the CPU; every variant in a process of its own, which reports how far
-its peak resident memory rose during three steps. With CUDA the allocator's peak is reported instead. Prints a table.
+The model is a random Llama with a large vocabulary. Each variant runs in a separate process, which reports the rise of
+its peak resident memory during three steps. With CUDA it reports the peak of the allocator instead. Prints a table.
 """
 
 import argparse
@@ -28,7 +28,7 @@ VARIANTS = ("whole logits", "chunks")
 
 
 def step(variant: str, vocabulary: int, pairs: int) -> float:
-    """Rise of the peak in MB."""
+    """Rise of the peak memory in MB (2²⁰ bytes) during three training steps."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -58,10 +58,10 @@ def step(variant: str, vocabulary: int, pairs: int) -> float:
         ]
         task_args, args = parse_arguments([*argv, "--per_device_train_batch_size", str(pairs)], CONFIG)
         run = build(task_args, args, tiny.task(task_args, args.seed), model=model, tokenizer=tiny.load()[1])
-        for example in run.examples:  # one length, as long as an answer
+        for example in run.examples:  # equal lengths, as long as an answer
             for name in SIDES:
                 example[name] = (example[name] * 64)[:128]
-        # The reference is computed of few pairs at a time, so that it is not what makes the peak.
+        # The reference is computed for one pair at a time, so that it does not determine the peak.
         single = replace(args, per_device_train_batch_size=1)
         SteeringTrainer(run.model, single, run.examples[: 4 * pairs], run.tokenizer)
         trainer = SteeringTrainer(run.model, args, run.examples[: 4 * pairs], run.tokenizer)
@@ -81,7 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocabulary", type=int, default=32_000)
     parser.add_argument("--pairs", type=int, default=4)
-    parser.add_argument("--variant", choices=VARIANTS, help="of a child process")
+    parser.add_argument("--variant", choices=VARIANTS, help="run this variant only, in a child process")
     options = parser.parse_args()
     if options.variant:
         print(f"peak {step(options.variant, options.vocabulary, options.pairs):.0f}")

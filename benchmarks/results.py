@@ -1,7 +1,7 @@
-"""Tables and pictures of the documentation from files of reports: `python -m benchmarks.results`.
+"""Make the tables and figures of the documentation from files of reports: `python -m benchmarks.results`.
 
-Reads `docs/results/*.safetensors`, which `python -m benchmarks.rivals` has written, and writes `docs/results.md`, a
-picture for each file, and the table of the README.
+Reads `docs/results/*.safetensors`, which `python -m benchmarks.rivals` writes. Writes `docs/results.md`, one figure
+per file, and the table of the README.
 """
 
 import re
@@ -24,18 +24,21 @@ SEEDS = re.compile(r" \(\d+ seeds\)$")
 NAMES = re.compile(r"(\S+) \([+−]1\)")
 HEAD = """# Results
 
-Written by `python -m benchmarks.results` from the files in `docs/results`, measured by `python -m benchmarks.rivals`.
-"This adapter" is the package's own configuration; where `--layers` is given, all that is trained is on those layers.
+`python -m benchmarks.results` writes this page from the files in `docs/results`, which `python -m benchmarks.rivals`
+measures. "This adapter" is trained with the package's own configuration. If `--layers` is given, all trained methods
+are on those layers.
 
-Every method is read at the same cost. **Effect**: how far it moves the log-odds of the answers that the behaviour
-favours, in nats, both arms together. **Cost**: KL divergence from the base model on neutral texts, in nats per token,
-exact over the vocabulary. Intervals are 95 %, bootstrap over questions, texts and training seeds. Persona prompts have
-no dial: they are one point, and their cost is the yardstick. A random direction shows what is chance.
+All methods are compared at the same cost. **Effect**: how far a method moves the log-odds of the answers that the
+behaviour favours, in nats, both arms together. **Cost**: KL divergence from the base model on neutral texts, in nats
+per token, exact over the vocabulary. Intervals are 95 % bootstrap intervals over questions, texts and training seeds.
+Persona prompts have no coefficient: they are a single point, and the other methods are compared at their cost. Random
+directions show the effect that arises by chance. Probes are questions on other behaviours, and on the same behaviour
+in other circumstances.
 """
 
 
 def comparison_in(path: Path) -> tuple[Comparison, dict[str, Any]]:
-    """The comparison that a file of reports holds, and what else it tells."""
+    """The comparison in a file of reports, and the other values in the file."""
     reports, more = load_reports(path)
     own = ADAPTER if ADAPTER in reports else more["untrained"]
     probes = {name: {key: (two[0], two[1]) for key, two in one.items()} for name, one in more["probes"].items()}
@@ -43,7 +46,7 @@ def comparison_in(path: Path) -> tuple[Comparison, dict[str, Any]]:
 
 
 def effect_rows(comparison: Comparison) -> dict[str, dict[str, str]]:
-    """One row for each method, the strongest at equal cost first."""
+    """One row per method, the strongest at equal cost first."""
     rows = {}
     order = sorted(comparison.reports, key=lambda name: -_value(comparison.at_yardstick(name)[0].item()))
     for name in order:
@@ -62,7 +65,7 @@ def effect_rows(comparison: Comparison) -> dict[str, dict[str, str]]:
 
 
 def probe_rows(comparison: Comparison) -> dict[str, dict[str, str]]:
-    """What each method moves of other behaviours, and of its own in other circumstances, at the prompts' cost."""
+    """Effects at the prompts' cost on other behaviours, and on the own behaviour in other circumstances."""
     columns = list(dict.fromkeys(probe for one in comparison.probes.values() for probe in one))
     return {
         name: {
@@ -83,7 +86,7 @@ def _value(value: float) -> float:
 
 
 def section(path: Path) -> str:
-    """The part of the page on one file."""
+    """The section of the page for one file."""
     comparison, more = comparison_in(path)
     plus, minus = (cost[0].item() for cost in comparison.yardstick())
     runs = {name: len(seeds) for name, seeds in more["seeds"].items()}
@@ -97,17 +100,17 @@ def section(path: Path) -> str:
             cells[f"c = {c:+.2f}" if c else "base"] = " ".join(text.split()).replace("|", "/")
         said.append((" ".join(prompt.split()).replace("|", "/"), cells))
     effect = more.get("persona_effect")
-    moved = "" if effect is None else f" The personas move its questions by {effect:.1f} nats."
+    moved = "" if effect is None else f" The personas move the answers to these questions by {effect:.1f} nats."
     flags = more["config"]
     layers = f", layers {flags[flags.index('--layers') + 1]}" if "--layers" in flags else ""
     return (
         f"## {more['model']}: {more['behaviour']}{layers}\n\n`--config {' '.join(flags)}`, {more['questions']} "
         f"questions without a persona.{moved} Cost of the persona prompts: {plus:.3f} (+), {minus:.3f} (−).\n\n"
         f"{markdown(effect_rows(comparison), 'method')}\n\n![effect and cost](results/{path.stem}.png)\n\n"
-        f"What moves beside the behaviour, at the prompts' cost, both arms, in nats:\n\n"
+        f"Effects on the behaviour itself and on the probes, at the prompts' cost, both arms together, in nats:\n\n"
         f"{markdown(probe_rows(comparison), 'method')}\n\n"
-        f"What {comparison.own} says, at the prompts' cost:\n\n{markdown(dict(said), 'prompt')}\n\n"
-        f"To train, to choose a layer and to measure took, on {more['device']}, for each run: {seconds}.\n"
+        f"Generated text with {comparison.own}, at the prompts' cost:\n\n{markdown(dict(said), 'prompt')}\n\n"
+        f"Time per run for training, choice of a layer and measurement, on {more['device']}: {seconds}.\n"
     )
 
 
@@ -116,19 +119,19 @@ def page(paths: list[Path]) -> str:
 
 
 def readme_with_table(text: str, paths: list[Path]) -> str:
-    """The README with the effect of five methods at the prompts' cost: a column for each file without extra flags."""
+    """The README with the effects of five methods at the prompts' cost, one column per file without extra flags."""
     rows: dict[str, dict[str, str]] = {name: {} for name in IN_README}
     for path in paths:
         comparison, more = comparison_in(path)
         if comparison.own != ADAPTER or any(word.startswith("--") for word in more["config"]):
-            continue  # nothing was trained, or not by the package's own configuration
+            continue  # nothing was trained, or not with the package's own configuration
         column = f"{more['model']}: {' / '.join(NAMES.findall(more['behaviour']))}"
         for name in IN_README:
             key = comparison.untrained if name == MEAN_DIFF else name
             known = key in comparison.reports
             rows[name][column] = interval(comparison.figures(key)["effect"]) if known else "–"
     if BEGIN not in text or END not in text:
-        raise ValueError(f"the README has no lines {BEGIN!r} and {END!r} to write the table between")
+        raise ValueError(f"the README needs the lines {BEGIN!r} and {END!r}: the table is written between them")
     before, _, rest = text.partition(BEGIN)
     return f"{before}{BEGIN}\n{markdown(rows, 'method')}\n{END}{rest.partition(END)[2]}"
 

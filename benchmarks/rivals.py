@@ -1,9 +1,9 @@
-"""Every rival of the adapter at equal cost, on a real model: `python -m benchmarks.rivals --config smollm2 mood`.
+"""Compare all methods at equal cost on a real model: `python -m benchmarks.rivals --config smollm2 mood`.
 
-Measures what is asked for and adds it to a file of reports (`--out`), so that long runs can be taken in parts. All
-methods answer the same questions; seeds change the order of training and what an adapter starts from. Flags that are
-not its own go to the training, as `--model_name_or_path FILE.gguf`.
-`python -m benchmarks.results` makes the tables of the documentation from such files.
+Measures the requested methods and adds their reports to a file (`--out`), so that a long run can be split into parts.
+All methods answer the same questions. The seed changes the order of training and the initial weights of an adapter.
+Unknown flags are passed on to the training, for example `--model_name_or_path FILE.gguf`.
+`python -m benchmarks.results` makes the tables of the documentation from these files.
 """
 
 import argparse
@@ -55,7 +55,7 @@ VECTORS = {
     "gradient": {"method": "gradient"},
     "natural gradient": {"method": "fisher"},
 }
-# Templates as in the persona-steering-template-library (MIT), where they did best of 100.
+# Templates as in the persona-steering-template-library (MIT), where they were the best of 100.
 WORDINGS = {
     "prompt: priorities": "Use the priorities of a {persona} person.",
     "prompt: pretend": "Pretend you're {persona}.",
@@ -67,7 +67,7 @@ WORDINGS = {
 
 
 class Rival(NamedTuple):
-    """A dial; the adapted copy of the model that it turns, else the base itself; whether it is a mere prompt."""
+    """A dial; the adapted copy of the model that it steers, or None for the base; whether it is only a prompt."""
 
     dial: Dial
     model: nn.Module | None = None
@@ -75,7 +75,7 @@ class Rival(NamedTuple):
 
 
 class Bench:
-    """A real model, its task, and the meter that everything is measured with."""
+    """A real model, its task, and the meter for all measurements."""
 
     def __init__(self, config: list[str], folder: Path) -> None:
         self.config, self.folder = config, folder
@@ -92,13 +92,13 @@ class Bench:
         self.tracer = Tracer(self.meter, self.progress, self.task)
 
     def measured(self, rival: Rival) -> EvalReport:
-        """A rival on the same items as all others."""
+        """Measure a rival on the same items as all others."""
         self.meter.model = cast(CausalLM, rival.model or self.model)
         self.meter.base_context = nullcontext if rival.model is None else partial(rival.dial, 0.0)
         return self.tracer.discrete(rival.dial) if rival.discrete else self.tracer.trace(rival.dial)
 
     def best(self, **options: Any) -> SteeringVector:
-        """A kind of vector at its best layer."""
+        """Extract a vector with these options of `extract`, and return it at its best layer."""
         layers = screened_layers(len(decoder_layers(self.model)))
         whole = extract(self.model, self.tokenizer, self.task.pairs, layers=layers, held_out=0, **options)
         single = {layer: whole.select(layers=[layer]) for layer in whole.layers}
@@ -108,7 +108,7 @@ class Bench:
         return Rival(partial(steer, self.model, vector=self.best(**options)))
 
     def gated(self) -> Rival:
-        """The mean difference with a token-wise coefficient (PSR)."""
+        """The mean difference with a coefficient per token (PSR)."""
         vector = self.best()
         gate = fit_gate(self.model, self.tokenizer, vector, self.task.pairs)
         return Rival(partial(steer, self.model, vector=vector, gate=gate))
@@ -119,7 +119,7 @@ class Bench:
         return Rival(prompt_dial(plus, minus), discrete=True)
 
     def few_shot(self) -> Rival:
-        """What the model itself says behind each persona, as examples in front of the request."""
+        """Continuations by the model itself after each persona, used as examples before the request."""
         openings = []
         for side, persona in enumerate(self.task.personas or ()):
             shots = self.said(side, self.task.pairs[:SHOTS])
@@ -128,17 +128,17 @@ class Bench:
         return Rival(prompt_dial(openings[0], openings[1]), discrete=True)
 
     def said(self, side: int, pairs: list[ContrastPair]) -> list[str]:
-        """How the model goes on behind the persona of each pair, drawn at temperature 1."""
+        """Continuations of each pair after its persona of this side, drawn at temperature 1."""
         prompts = [(pair.chosen, pair.rejected)[side] for pair in pairs]
         rows = [encode(self.tokenizer, p, pair.suffix).ids for p, pair in zip(prompts, pairs, strict=True)]
         drawn = continuations(self.model, self.tokenizer, rows, TUNE_TOKENS, 32, seed=side)
         return [str(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids, _ in drawn]
 
     def trained(self, seed: int, flags: Sequence[str] = (), dial: Callable[..., Any] = steer, **options: Any) -> Rival:
-        """An adapter by the recipe, or what `flags` and `options` put in its place.
+        """Train the default adapter, or the method that `flags` and `options` select instead.
 
-        All seeds see the same pairs, in another order and with other neutral texts. Each kind gets the learning rate
-        that is found for it.
+        All seeds use the same pairs, but in a different order and with different neutral texts. Each method gets the
+        learning rate that is found for it.
         """
         seen = self.args.max_steps * self.args.pairs_per_step if self.args.max_steps > 0 else None
         task = replace(self.task, pairs=self.task.pairs[:seen])
@@ -146,9 +146,9 @@ class Bench:
         return Rival(partial(dial, run.model), run.model)
 
     def contrastive_weights(self, seed: int) -> Rival:
-        """Contrastive weight steering (arXiv 2511.05408): two small fine-tunes, and the difference of their weights.
+        """Contrastive weight steering (arXiv 2511.05408): the difference of the weights of two small fine-tunes.
 
-        Each learns to say, without a persona, what the model says behind one.
+        Each fine-tune learns to write, without a persona, the text that the model writes after its persona.
         """
         torch.manual_seed(seed)
         pairs, template = self.task.pairs[:TUNE_TEXTS], bool(self.tokenizer.chat_template)
@@ -196,18 +196,20 @@ REPEATED = TRAINED | SITES  # over seeds
 
 
 def clock() -> float:
-    """Seconds: of this process on a CPU, where other work must not count, and of the wall beside a GPU."""
+    """Time in seconds: process time on a CPU, so that other processes do not count; wall-clock time with a GPU."""
     return time.perf_counter() if torch.cuda.is_available() else time.process_time()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", nargs="+", required=True, help="as in train.py")
-    parser.add_argument("--out", type=Path, required=True, help="file of reports; what is there is kept")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="file of reports; reports that are already in it are kept"
+    )
     parser.add_argument(
         "--methods", nargs="+", default=[*METHODS], help=f"by default {', '.join(METHODS)}; also {', '.join(SITES)}"
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of what is trained")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="training seeds")
     options, flags = parser.parse_known_args()
     config = [*options.config, *flags]
     bench = Bench(config, Path("outputs") / "rivals" / options.out.stem)
@@ -219,7 +221,7 @@ def main() -> None:
     }
     other = [f"{key} {more[key]}" for key in own if reports and more[key] != own[key]]
     if other:
-        parser.error(f"{options.out} holds reports of {'; '.join(other)}; give another --out")
+        parser.error(f"{options.out} holds reports of another run, with {'; '.join(other)}; give another --out")
     more = {"seeds": {}, "model": Path(bench.task_args.model_name_or_path).name, **own, **more}
     if PROMPTS not in reports:
         start = clock()
@@ -238,11 +240,11 @@ def main() -> None:
         runs = [REPEATED[name]] if name in REPEATED else []
         for seed in options.seeds if runs else [0]:
             if seed in more["seeds"].get(name, []):
-                continue  # it was measured before
+                continue  # it is measured already
             start = clock()
             rival = REPEATED[name](bench, seed) if runs else UNTRAINED[name](bench)
             report = bench.measured(rival)
-            if name not in reports:  # one seed is looked at beside the behaviour
+            if name not in reports:  # samples and probes are for the first seed only
                 report, more["probes"][name] = bench.tracer.look(rival.dial, report)
             reports.setdefault(name, []).append(report)
             more["seeds"].setdefault(name, []).append(seed)

@@ -1,8 +1,9 @@
-"""Requests at many coefficients against requests at one: `python -m benchmarks.serving --model smollm2`
+"""Speed of requests at many coefficients, compared with one: `python -m benchmarks.serving --model smollm2`
 
-`--shape qwen3-0.6b` takes random weights of that shape instead (bf16 on a GPU). Every row generates the same number of
-tokens for the same prompts, greedily: what transformers makes of the base without anything that steers, this package's
-server at 0, at one coefficient and at one for each request, and a LoRA of PEFT at 1 without this package.
+`--shape qwen3-0.6b` uses random weights of that shape instead (bf16 on a GPU). All rows of the table generate the same
+number of tokens greedily for the same prompts. The rows are: transformers with the base model, without steering; a
+LoRA of PEFT at 1, without this package; and this package's server with all requests at 0, all at 1, and each request
+at a different coefficient.
 """
 
 import argparse
@@ -26,7 +27,7 @@ SITES = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 
 
 def with_lora(model: PreTrainedModel, r: int) -> PreTrainedModel:
-    """The model with a LoRA named "own" that changes little but costs what one costs."""
+    """The model with a LoRA named "own". It changes the model very little but takes as much time as any LoRA."""
     adapted = get_peft_model(model, LoraConfig(r=r, target_modules=SITES), adapter_name="own")
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
@@ -37,7 +38,7 @@ def with_lora(model: PreTrainedModel, r: int) -> PreTrainedModel:
 
 
 def served(model: PreTrainedModel, prompts: Sequence[list[int]], coefficients: Sequence[float], n: int) -> float:
-    """Seconds for one answer to each prompt, at its coefficient, by this package's server."""
+    """Seconds for one answer per prompt, each at its coefficient, with this package's server."""
     batching = Batching(Dials(model, {"own": "own"}), Limits(max_concurrent=len(prompts), max_length=512))
     batching.ends = set()
 
@@ -50,7 +51,7 @@ def served(model: PreTrainedModel, prompts: Sequence[list[int]], coefficients: S
 
     batching.start()
     try:
-        asyncio.run(together())  # the first one allocates
+        asyncio.run(together())  # warm-up: the first call allocates memory
         start = time.perf_counter()
         assert asyncio.run(together()) == [n] * len(prompts)
         return time.perf_counter() - start
@@ -59,7 +60,7 @@ def served(model: PreTrainedModel, prompts: Sequence[list[int]], coefficients: S
 
 
 def by_transformers(model: PreTrainedModel, prompts: Sequence[list[int]], n: int) -> float:
-    """Seconds for the same by transformers' continuous batching alone, as this package's server sets it up."""
+    """Seconds for the same answers with transformers' continuous batching alone, set up as in this package."""
     concurrent = len(prompts)
     config = ContinuousBatchingConfig(
         allow_block_sharing=False,
@@ -77,7 +78,7 @@ def by_transformers(model: PreTrainedModel, prompts: Sequence[list[int]], n: int
             while left:
                 result = manager.get_result(timeout=1)
                 if not manager.is_running():
-                    raise RuntimeError("transformers stopped generating; its log says why")
+                    raise RuntimeError("transformers stopped generating; see its log for the reason")
                 if result is not None and result.is_finished():
                     left.discard(result.request_id)
             took = time.perf_counter() - start
@@ -85,7 +86,7 @@ def by_transformers(model: PreTrainedModel, prompts: Sequence[list[int]], n: int
 
 
 def by_generate(model: PreTrainedModel, prompts: Sequence[list[int]], n: int) -> float:
-    """Seconds for the same by one call of `generate`, whose batch must begin and end together."""
+    """Seconds for the same answers with one call of `generate`, where all answers begin and end together."""
     ids = torch.tensor([*prompts], device=model.device)
     options = {"max_new_tokens": n, "min_new_tokens": n, "do_sample": False, "pad_token_id": 0}
     took = 0.0
@@ -98,12 +99,12 @@ def by_generate(model: PreTrainedModel, prompts: Sequence[list[int]], n: int) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="tiny", help="as model_name_or_path")
-    parser.add_argument("--shape", choices=SHAPES, help="random weights of this shape instead")
+    parser.add_argument("--model", default="tiny", help="value of model_name_or_path")
+    parser.add_argument("--shape", choices=SHAPES, help="use random weights of this shape instead")
     parser.add_argument("--requests", type=int, default=16)
-    parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
-    parser.add_argument("--new", type=int, default=64, help="tokens of an answer")
-    parser.add_argument("--rank", type=int, default=16, help="of the LoRA")
+    parser.add_argument("--prompt", type=int, default=64, help="tokens per prompt")
+    parser.add_argument("--new", type=int, default=64, help="tokens per answer")
+    parser.add_argument("--rank", type=int, default=16, help="rank of the LoRA")
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

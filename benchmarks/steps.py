@@ -1,7 +1,8 @@
-"""A training step against LoRA's with the same rows, loss and sites: `python -m benchmarks.steps --shape qwen3-0.6b`
+"""Time of a training step, compared with LoRA with the same rows, loss and sites: `python -m benchmarks.steps`
 
-Random weights of a real model's shape; tokens are random, so that the time is real and the loss is not. The larger
-shapes want a GPU. Prints a table of seconds a step, tokens a second and, with CUDA, the allocator's peak.
+The model has the shape of a real model and random weights, and the tokens are random: the time is realistic, the loss
+is not. The larger shapes need a GPU, for example `--shape qwen3-0.6b`. Prints a table of seconds per step, tokens per
+second and, with CUDA, the peak memory of the allocator.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from repeng.train.build import build
 from repeng.train.collator import SIDES
 from repeng.train.trainer import SteeringTrainer
 
-# Widths and depths of the published configurations of Qwen3; "small" is for a CPU.
+# Sizes from the published configurations of Qwen3; "small" is for a CPU.
 SHAPES = {
     "small": {
         "hidden_size": 256,
@@ -56,7 +57,7 @@ METHODS = ("lora", "svd")
 
 
 def random_model(shape: str, device: torch.device) -> PreTrainedModel:
-    """A model of this shape, in bf16 on a GPU."""
+    """A random model of this shape, in bf16 on a GPU and in float32 on a CPU."""
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with device:
@@ -64,7 +65,7 @@ def random_model(shape: str, device: torch.device) -> PreTrainedModel:
 
 
 def step(method: str, options: argparse.Namespace) -> tuple[float, float]:
-    """Seconds a step, and the peak in GiB (0 without CUDA)."""
+    """Seconds per step, and the peak memory in GiB (0 without CUDA)."""
     with tempfile.TemporaryDirectory() as folder:
         argv = ["--output_dir", folder, "--per_device_train_batch_size", str(options.pairs), "--disable_tqdm", "true"]
         argv += ["--bf16", str(torch.cuda.is_available()), "--gradient_checkpointing", str(options.checkpointing)]
@@ -99,8 +100,8 @@ def step(method: str, options: argparse.Namespace) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="small")
-    parser.add_argument("--pairs", type=int, default=8, help="of a batch; a step reads eight rows for each")
-    parser.add_argument("--tokens", type=int, default=48, help="of a row")
+    parser.add_argument("--pairs", type=int, default=8, help="pairs per batch; a step reads eight rows per pair")
+    parser.add_argument("--tokens", type=int, default=48, help="tokens per row")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in backward")
     options = parser.parse_args()
@@ -109,7 +110,7 @@ def main() -> None:
     tokens = 2 * len(SIDES) * options.pairs * options.tokens
     rows = {}
     for method, (took, memory) in found.items():
-        rows[method] = {"s a step": f"{took:.3f}", "tokens/s": f"{tokens / took:.0f}", "×": f"{took / slowest:.2f}"}
+        rows[method] = {"s per step": f"{took:.3f}", "tokens/s": f"{tokens / took:.0f}", "×": f"{took / slowest:.2f}"}
         if peak:
             rows[method] |= {"peak GiB": f"{memory:.2f}", "× peak": f"{memory / peak:.2f}"}
     print(markdown(rows, first=options.shape))

@@ -1,11 +1,11 @@
-"""How the benchmarks take time: the best of several runs."""
+"""Timing for the benchmarks: the best of several runs."""
 
 import time
 from collections.abc import Callable
 
 
 def seconds(action: Callable[[], object], repeats: int = 3) -> float:
-    """The shortest of `repeats` runs."""
+    """Seconds of the fastest of `repeats` runs."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""One training run of the embedded model, as the benchmarks repeat it."""
+"""A training run for the benchmarks, by default of the embedded model."""
 
 import tempfile
 from collections.abc import Callable, Sequence
@@ -28,10 +28,17 @@ def train(
     trainer: Callable[..., SteeringTrainer] = SteeringTrainer,
     **options,
 ) -> Run:
-    """Train by configurations, by default `tiny`, and `argv`.
+    """Train with the settings of configurations, by default `tiny`, and of `argv`.
 
-    `prepare` changes what was built before training; `options` go to `trainer`. With `task`, the seed draws only the
-    order of the batches and what an adapter starts from. What is computed once is kept in `keep`.
+    Args:
+        seed: seed of the run. With `task`, it determines only the order of the batches and the initial adapter.
+        argv: more command-line arguments of the training.
+        config: names of configurations.
+        task: the data; None makes them from the arguments.
+        keep: output folder that is kept, so that later runs reuse the results in it; a temporary folder by default.
+        prepare: function that changes the run between its construction and the training.
+        trainer: class of the trainer.
+        **options: more arguments of `trainer`.
     """
     with tempfile.TemporaryDirectory() as folder:
         folder = str(keep or folder)
@@ -44,7 +51,7 @@ def train(
 
 
 def trained_report(seed: int, argv: Sequence[str] = (), **options) -> EvalReport:
-    """Train once, see `train`, and evaluate the adapter on the held-out questions."""
+    """Train once (see `train`) and evaluate the adapter on the held-out questions."""
     run = train(seed, argv, **options)
     return evaluate(
         run.model,
@@ -57,7 +64,7 @@ def trained_report(seed: int, argv: Sequence[str] = (), **options) -> EvalReport
 
 
 def ranges_row(reports: Sequence[EvalReport]) -> dict[str, str]:
-    """The mean range and that of each seed, and the arms, for a table."""
+    """A table row with the mean range, the range of each seed, and the mean gains of both arms."""
     ranges = [report.range for report in reports]
     shown = ", ".join(f"{value:.2f}" for value in ranges)
     return {

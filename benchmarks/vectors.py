@@ -1,7 +1,8 @@
-"""Every extraction method at its best layer, for both traits of the embedded model: `python -m benchmarks.vectors`.
+"""Compare all extraction methods at their best layers, for both traits of the embedded model.
 
-Vectors come from the same pairs; the layer is the one with the largest range on the held-out questions themselves,
-which flatters all of them alike. Prints a Markdown table; `--notes` puts it into research_notes.md.
+`python -m benchmarks.vectors` prints a Markdown table; `--notes` also puts it into research_notes.md. All vectors come
+from the same pairs. The best layer is the one with the largest range on the held-out questions themselves, which
+flatters all methods in the same way.
 """
 
 import argparse
@@ -36,7 +37,7 @@ TEXTS = {
 
 
 def measure(trait: str, n_pairs: int, every: int) -> dict[str, tuple[EvalReport, int | None, float | None]]:
-    """By method: the report at the best layer, that layer, and its held-out accuracy."""
+    """By method: the report at the best layer, the best layer, and the held-out accuracy there."""
     model, tokenizer = tiny.load()
     pairs = tiny.pairs(trait, n_pairs, 0)
     questions = tiny.questions(trait, "held_out")[::every]
@@ -60,7 +61,7 @@ def measure(trait: str, n_pairs: int, every: int) -> dict[str, tuple[EvalReport,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=72)
-    parser.add_argument("--every", type=int, default=3, help="use every so-many-th question")
+    parser.add_argument("--every", type=int, default=3, help="use every n-th question only")
     parser.add_argument("--notes", action="store_true", help="put the table into research_notes.md")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", message="held-out accuracy|left out")

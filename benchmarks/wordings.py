@@ -1,9 +1,9 @@
-"""What wordings of a persona do: `python -m benchmarks.wordings --config smollm2`.
+"""Compare wordings of a persona: `python -m benchmarks.wordings --config smollm2`.
 
-For each trait of the package, its own templates and some that suit any trait. On axis: how far a template moves the
-log-odds of words that the trait's other templates have chosen, both sides, in nats. Off axis: the mean size of what it
-moves on the questions of the other traits. Cost: KL divergence from the model without a persona on neutral texts, in
-nats per token. Adds what is measured to `docs/results/wordings.json` and writes `docs/wordings.md` from that file.
+For each trait of the package, measures its own templates and some general ones. On axis: how far a template moves the
+log-odds of words that the trait's other templates select, both sides together, in nats. Off axis: the mean absolute
+effect on the questions of the other traits. Cost: KL divergence from the model without a persona on neutral texts, in
+nats per token. Adds the measurements to `docs/results/wordings.json` and writes `docs/wordings.md` from that file.
 """
 
 import argparse
@@ -34,10 +34,11 @@ GENERAL = ("Pretend you're {persona}.", "Use the priorities of a {persona} perso
 SUFFIXES, TEXTS, SEED = 12, 6, 42
 HEAD = """# Wordings of a persona
 
-Written by `python -m benchmarks.wordings`. A template is measured on words that the trait's other templates have
-chosen. **On axis**: how far it moves their log-odds, both sides together, in nats. **Off axis**: the mean size of what
-it moves on the questions of the seven other traits. **Cost**: KL divergence from the model without a persona on
-neutral texts, in nats per token, the mean of both sides. Templates with a star are those of `configs/traits`.
+`python -m benchmarks.wordings` writes this page. A template is measured on words that the trait's other templates
+select. **On axis**: how far the template moves the log-odds of these words, both sides together, in nats. **Off
+axis**: the mean absolute effect on the questions of the seven other traits. **Cost**: KL divergence from the model
+without a persona on neutral texts, in nats per token, mean of both sides. Templates with a star are from
+`configs/traits`.
 """
 
 
@@ -47,20 +48,20 @@ def templates_of(name: str) -> list[str]:
 
 
 def measure(config: list[str]) -> dict[str, dict[str, dict[str, float]]]:
-    """By trait and template: on axis, off axis, cost."""
+    """Effect on axis, effect off axis and cost, by trait and template."""
     task_args, args = parse_arguments(["--config", *config])
     tokenizer = load_tokenizer(task_args.model_name_or_path, task_args.gguf_file)
     model = load_base(task_args.model_name_or_path, args.device, gguf_file=task_args.gguf_file).eval()
     suffixes = some_suffixes(tokenizer, SUFFIXES)
     if not suffixes:
-        raise ValueError("this model has no words for the package's beginnings of answers")
+        raise ValueError("the tokenizer of this model knows no words of the package's suffixes; choose another model")
     _, texts = neutral_texts(task_args, model, tokenizer, seed=SEED, own=None)
 
     pairs = {name: trait_pairs(name, suffixes, templates_of(name)) for name in trait_arguments()}
     logp = {name: next_logp(model, tokenizer, some) for name, some in tqdm(pairs.items(), desc="traits")}
 
     def questions(name: str, left_out: str | None = None) -> list[Question]:
-        """Questions on a trait whose words no pair of the template that is left out has chosen."""
+        """Questions on a trait, with words that are selected without the pairs of the template `left_out`."""
         kept = [i for i, template in enumerate(templates_of(name) * len(suffixes)) if template != left_out]
         some = [pairs[name][i] for i in kept]
         return questions_of(tokenizer, some, logp[name][kept], SUFFIXES // 2).questions
@@ -75,7 +76,7 @@ def measure(config: list[str]) -> dict[str, dict[str, dict[str, float]]]:
             dial = prompt_dial(*(template.replace(PLACEHOLDER, word) for word in (positive, negative)))
             others = questions(name, template)
             if not others:
-                continue  # no word tells the sides apart
+                continue  # no word differs between the two sides
             own, points = [], []
             for _, sign in ARMS:
                 points.append(meter.at(dial, float(sign)))
@@ -108,7 +109,7 @@ def page(results: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", nargs="+", help="as in train.py; without, only the page is written")
+    parser.add_argument("--config", nargs="+", help="as in train.py; without it, only the page is written")
     options, flags = parser.parse_known_args()
     results = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
     if options.config:

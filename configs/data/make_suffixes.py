@@ -1,6 +1,6 @@
-"""Write suffixes.txt: beginnings of answers that stop where the next word may depend on who is speaking.
+"""Write suffixes.txt: beginnings of answers that end where the next word may depend on the speaker.
 
-Stems and what fills them were written for this package; every combination is a line.
+The stems and the words for their slots were written for this package. Every combination is a line.
 """
 
 from itertools import product
@@ -8,7 +8,7 @@ from pathlib import Path
 
 Kind = tuple[tuple[str, ...], dict[str, str]]
 
-# A comma separates what fills a slot.
+# The possible words for a slot are separated by commas.
 KINDS: dict[str, Kind] = {
     "facts": (
         ("The capital of {country} is", "{country} lies on the continent of", "Most people in {country} speak"),
@@ -92,7 +92,7 @@ KINDS: dict[str, Kind] = {
 
 
 def suffixes() -> list[str]:
-    """Every stem of every kind with everything that fills it."""
+    """All stems of all kinds, with all combinations of words in their slots."""
     lines = []
     for stems, slots in KINDS.values():
         fillings = product(*(words.split(", ") for words in slots.values()))

@@ -1,4 +1,4 @@
-"""What a dial does and what it costs."""
+"""Measure the effect and the cost of a dial."""
 
 from repeng.eval.calibrate import Calibration, KLBudget, calibrate
 from repeng.eval.eval_report import Budget, EvalReport, bootstrap

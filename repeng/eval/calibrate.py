@@ -1,4 +1,4 @@
-"""Find the coefficients at which a dial spends a stated budget, so that c = ±1 means the same thing everywhere."""
+"""Find the coefficients at which a dial spends a stated budget, so that c = ±1 has the same cost for every dial."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -22,15 +22,16 @@ from repeng.model.tokens import encode, pad_rows
 from repeng.model.types import CausalLM
 
 SMALLEST = 1 / 64  # coefficient at which the search begins
-FLOOR = SMALLEST / 256  # and below which it gives up
+FLOOR = SMALLEST / 256  # coefficient below which the search gives up
 
 
 @dataclass(frozen=True)
 class KLBudget:
-    """`percentile` of `KL(steered ‖ base)` over the first `tokens` generated tokens may be `nats`.
+    """A limit on the KL divergence of generated tokens.
 
-    Continuations are drawn at temperature 1 from a fixed seed, at least `sequences` of them, each prompt equally
-    often: a high percentile of few tokens is mostly chance.
+    `KL(steered ‖ base)` is measured at the first `tokens` tokens of each continuation. Its `percentile` may be at most
+    `nats`. Continuations are drawn at temperature 1 with a fixed seed. There are at least `sequences` of them, the
+    same number for each prompt, because a high percentile of few tokens is mostly noise.
     """
 
     nats: float = 1.0
@@ -41,17 +42,17 @@ class KLBudget:
     def __post_init__(self) -> None:
         if not (self.nats > 0 and 0 < self.percentile < 100 and self.tokens >= 1 and self.sequences >= 1):
             raise ValueError(
-                "a KLBudget needs nats above 0, a percentile between 0 and 100, at least 1 token and 1 sequence; "
-                f"got {self}"
+                "a KLBudget needs nats above 0, a percentile between 0 and 100, at least 1 token and at least "
+                f"1 sequence; got {self}"
             )
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Sizes of the coefficients that spend the whole budget, each arm apart, in the dial's units.
+    """The size of the coefficient at which each arm spends the whole budget, in the dial's units.
 
-    `spent` is the share of the budget that each arm spends there, on the prompts of the calibration. It is below 1
-    where the largest coefficient that was allowed spends less, or where what is spent jumps over the whole.
+    `spent` is the share of the budget that each arm spends at this size, measured on the calibration prompts. It is
+    below 1 if the largest allowed coefficient spends less, or if the cost jumps from below the budget to above it.
     """
 
     plus: float
@@ -76,33 +77,37 @@ def calibrate(
     tolerance: float = 0.02,
     batch_size: int = 128,
 ) -> Calibration:
-    """Bisect to the coefficient of each sign at which `dial` spends `budget`.
+    """Find, by bisection, the coefficient of each sign at which `dial` spends `budget`.
 
-    Give training prompts: what is measured afterwards must not have chosen the scale.
+    Give training prompts: data that a later evaluation uses must not choose the scale.
 
     Args:
         model: any causal language model.
         tokenizer: its tokenizer.
-        dial: what is calibrated.
-        prompts: what is continued, for a `KLBudget`.
-        budget: `KLBudget()`, or the costs of an evaluation.
-        questions: for a `Budget`, as in `evaluate`.
-        neutral_texts: for a `Budget`, as in `evaluate`.
-        largest: no larger coefficient is tried.
-        tolerance: how near to the whole budget is near enough, as a share of it.
-        batch_size: prompts a forward.
+        dial: the dial to calibrate.
+        prompts: prompts to continue; a `KLBudget` needs them.
+        budget: a `KLBudget`, or a `Budget` on the costs of an evaluation; `KLBudget()` by default.
+        questions: as in `evaluate`; a `Budget` needs them.
+        neutral_texts: as in `evaluate`, for a `Budget`.
+        largest: the largest coefficient to try.
+        tolerance: accepted distance from the whole budget, as a share of the budget.
+        batch_size: prompts per forward pass.
 
     Raises:
-        ValueError: what the budget is measured on was not given, or any coefficient exceeds the budget.
+        ValueError: the data that the budget is measured on are missing, or even the smallest coefficient exceeds the
+            budget.
     """
     budget = budget or KLBudget()
     if isinstance(budget, KLBudget):
         if not prompts:
-            raise ValueError("a KLBudget is measured on prompts; give some of the training prompts")
+            raise ValueError("a KLBudget is measured on prompts; give some of the training prompts as `prompts`")
         spend = kl_spender(model, tokenizer, dial, prompts, budget, batch_size)
     else:
         if not questions:
-            raise ValueError("a Budget is measured on questions and neutral texts; give those of the training data")
+            raise ValueError(
+                "a Budget is measured on questions and neutral texts; give `questions` and `neutral_texts` from the "
+                "training data"
+            )
         measure = partial(
             evaluate,
             model,
@@ -125,23 +130,24 @@ def calibrate(
 
 
 def _spent_at(measure: Callable[[Sequence[float]], EvalReport], coefficient: float) -> float:
-    """The share of an evaluation's budget that a coefficient spends."""
+    """Share of the budget of an evaluation that a coefficient spends."""
     report = measure([coefficient])
     return report.spent()[report.at(coefficient)].item()
 
 
 def set_units(model: Any, calibration: Calibration, adapter_name: str = "default") -> None:
-    """Write a calibration into an adapter: afterwards c = ±1 spends the budget, and `save_pretrained` saves that.
+    """Write a calibration into an adapter: afterwards c = ±1 spends the budget. `save_pretrained` saves the units.
 
-    A calibration that was found through `steer` on an adapter with one already is in units of that one.
+    If the adapter is calibrated already, the new calibration is taken to be in units of the old one, because `steer`
+    applies the old one. The two are multiplied.
 
     Args:
         model: a `PeftModel` with a steering adapter.
-        calibration: what `calibrate` found.
-        adapter_name: which adapter.
+        calibration: the result of `calibrate`.
+        adapter_name: name of the adapter in the model.
 
     Raises:
-        ValueError: the adapter's coefficient is set at the moment, or it is of another kind.
+        ValueError: a coefficient of the adapter is set at the moment, or adapters of this kind hold no units.
     """
     if not hasattr(model.peft_config[adapter_name], "calibration"):
         kind = type(model.peft_config[adapter_name]).__name__
@@ -153,12 +159,13 @@ def set_units(model: Any, calibration: Calibration, adapter_name: str = "default
 
 
 def solve(spend: Callable[[float], float], sign: int, largest: float, tolerance: float) -> tuple[float, float]:
-    """Size of the coefficient of this sign at which `spend`, a share of the budget, first reaches 1; what it spends.
+    """Find the smallest coefficient of this sign that spends the whole budget. Returns its size and the share spent.
 
-    Doubles until the budget is exceeded and bisects from there; stays on the inner side of a jump.
+    `spend` gives the share of the budget that a coefficient spends. The search doubles the coefficient until it
+    exceeds the budget, and then bisects. If the share jumps over 1, the result is the coefficient just below the jump.
 
     Raises:
-        ValueError: any coefficient exceeds the budget.
+        ValueError: even the smallest coefficient exceeds the budget.
     """
     bar = tqdm(desc=f"calibrating {'+' if sign > 0 else '−'}", leave=False)
 
@@ -182,8 +189,8 @@ def solve(spend: Callable[[float], float], sign: int, largest: float, tolerance:
     while outside - inside[0] > 1e-3 * outside:
         if inside[0] == 0 and outside < FLOOR:
             raise ValueError(
-                f"c = {sign * outside:.2g} already exceeds the budget: this dial jumps at 0, as prompts do, or the "
-                "budget is too small"
+                f"c = {sign * outside:.2g} already exceeds the budget: either this dial jumps at 0, as prompts do, or "
+                "the budget is too small"
             )
         size = (inside[0] + outside) / 2
         value = at(size)
@@ -204,7 +211,7 @@ def kl_spender(
     budget: KLBudget,
     batch_size: int = 128,
 ) -> Callable[[float], float]:
-    """The share of a `KLBudget` that a coefficient spends."""
+    """Return a function from a coefficient to the share of the `KLBudget` that it spends."""
 
     def spend(c: float) -> float:
         kl = generated_kl(model, tokenizer, dial, prompts, c, budget, batch_size)
@@ -223,9 +230,9 @@ def generated_kl(
     budget: KLBudget,
     batch_size: int = 128,
 ) -> Tensor:
-    """`KL(steered ‖ base)` in nats at each token that the steered model draws; one dimension.
+    """`KL(steered ‖ base)` in nats at each token that the steered model draws, in one dimension.
 
-    The base is the dial at 0; it reads the same tokens.
+    The base is the model with the dial at 0. It reads the same tokens.
     """
     prompts = list(prompts) * math.ceil(budget.sequences / len(prompts))
     parts = []
@@ -235,7 +242,7 @@ def generated_kl(
             with dial(coefficient) as rewrite:
                 rows = _encoded(tokenizer, chunk, rewrite)
                 drawn = continuations(model, tokenizer, rows, budget.tokens, batch_size, seed=start)
-                # That the text ends is a token as well, and where a dial may differ from the base.
+                # The end-of-text token counts too: there as well, a dial may differ from the base.
                 written = [ids if end is None else [*ids, end] for ids, end in drawn]
                 steered = _logits_of(model, tokenizer, rows, written)
             with dial(0.0) as rewrite:
@@ -251,9 +258,9 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], rewrite
 def _logits_of(
     model: CausalLM, tokenizer: PreTrainedTokenizerBase, rows: Sequence[list[int]], written: Sequence[list[int]]
 ) -> Tensor:
-    """Logits `(tokens v)`, float32, that predict what was written after each row."""
+    """Logits `(tokens v)`, float32, that predict the tokens in `written`, each list of which follows its row."""
     whole = [row + ids for row, ids in zip(rows, written, strict=True)]
     batch = pad_rows(whole, tokenizer, model.device, side="left")
     logits = model(**batch, use_cache=False, logits_to_keep=max(map(len, written)) + 1).logits
-    # On the left-padded rows the last prediction, of what follows the text, is not asked for.
+    # Rows are left-padded. The last position predicts the token after the text, which is not needed.
     return torch.cat([row[-len(ids) - 1 : -1] for row, ids in zip(logits, written, strict=True)]).float()

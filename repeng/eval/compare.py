@@ -1,4 +1,4 @@
-"""Measuring a dial beside its rivals, all at the same costs."""
+"""Measure a dial and its rivals at the same costs."""
 
 import math
 import warnings
@@ -33,17 +33,17 @@ from repeng.model.types import CausalLM
 from repeng.vectors.extract import extract
 from repeng.vectors.vector import SteeringVector
 
-MAX_SCREENED = 12  # layers; about half of them are measured
+MAX_SCREENED = 12  # layers in the search for the best one; about half of them are measured
 SCREEN_PAIRS, SCREEN_TEXTS = 12, 4
 SCREENED_DEPTH = (0.2, 0.95)
-SCREENED = 6  # coefficients of a layer, about
+SCREENED = 6  # approximate number of coefficients per layer
 SAMPLES, SAMPLE_TOKENS = 6, 24
 RANDOM_DIRECTIONS = 3
-TRACED = 12  # coefficients of a dial, about
-LARGEST = 64.0  # no larger coefficient is tried
+TRACED = 12  # approximate number of coefficients per dial
+LARGEST = 64.0  # the largest coefficient to try
 FARTHEST_START = 4.0
 SAME = 2e-3  # nats by which two measurements of the same base may differ
-CACHED = 3  # counts up when what is measured of a baseline changes
+CACHED = 3  # raise it when the measurements of a baseline change
 ADAPTER, PROMPTS, MEAN_DIFF, RANDOM = "this adapter", "persona prompts", "mean difference", "random direction"
 
 
@@ -56,25 +56,27 @@ def compare(
     rivals: Mapping[str, Dial] | None = None,
     cache: Path | None = None,
 ) -> Comparison:
-    """A dial and its rivals on the questions of a task: persona prompts, mean difference, random directions.
+    """Compare a dial with persona prompts, a mean-difference vector and random directions on the questions of a task.
 
-    Each is measured where its KL divergence from the base is near 0.05, 0.1 and 0.3 nat per token and the cost of the
-    persona prompts. The mean difference sees the pairs of the task only, and so does the choice of its layer.
+    Each method is measured at coefficients whose KL divergence from the base is near 0.05, 0.1 and 0.3 nats per token,
+    and near the cost of the persona prompts. The mean difference and the choice of its layer use only the pairs and
+    the training texts of the task.
 
     Args:
-        model: the model; its adapters are off for the rivals.
+        model: the model; its adapters are switched off while the baselines are measured.
         tokenizer: its tokenizer.
         task: the data.
-        dial: what is compared; by default the adapters of the model.
-        name: what it is called in the reports.
-        rivals: more dials by name, which take care of the model's adapters themselves.
-        cache: a folder in which what was measured of the baselines is kept, by model, data and version of the package.
+        dial: the dial to compare; by default the adapters of the model.
+        name: the name of this dial in the reports.
+        rivals: more dials by name. Each of them must switch the model's adapters on or off itself.
+        cache: a folder that stores the measurements of the baselines. The key is a hash of model, data and version of
+            the package.
 
     Raises:
         ValueError: the task has no target question that can be asked, or no unseen neutral texts.
     """
     if not task.unseen_neutral_texts:
-        raise ValueError("without neutral texts there is no cost to compare at; the task has no unseen_neutral_texts")
+        raise ValueError("the task has no unseen_neutral_texts: methods are compared at equal cost on such texts")
     adapted = isinstance(model, PeftModel)
     off = partial(steer, model, 0.0) if adapted else nullcontext
     with Progress(1 + len(rivals or {})) as progress:
@@ -98,7 +100,7 @@ def compare(
 
 
 class Baselines(NamedTuple):
-    """Reports by method, which of them is the strongest rival without training, and what the probes say."""
+    """Reports by method, the name of the strongest rival without training, and the results of the probes."""
 
     reports: dict[str, list[EvalReport]]
     untrained: str
@@ -106,23 +108,23 @@ class Baselines(NamedTuple):
 
 
 def _key(model: CausalLM, tokenizer: PreTrainedTokenizerBase, task: Task) -> str:
-    """A name for what baselines depend on, but for what `_known` compares."""
+    """Hash of everything that the baselines depend on, except the properties that `_known` compares."""
     constants = CACHED, FIXED_COSTS, PLAIN_COST, RANDOM_DIRECTIONS, LARGEST
     return model_key(model, tokenizer, version("repeng"), constants, asdict(replace(task, accepts=None)))
 
 
 def _keep(path: Path, known: Baselines) -> None:
-    """Write what was measured; where that cannot be, say so and go on."""
+    """Store the measurements; if the file cannot be written, warn and go on."""
     try:
         save_reports(path, known.reports, untrained=known.untrained, probes=known.probes)
     except OSError as error:
-        warnings.warn(f"what was measured of the baselines is not kept: {error}", stacklevel=2)
+        warnings.warn(f"the measurements of the baselines are not stored for another run: {error}", stacklevel=2)
 
 
 def _known(path: Path | None, meter: Meter) -> Baselines | None:
-    """Baselines that were measured before, of a base that answers as this one does; None if there are none.
+    """Stored baselines, if the base model gave the same answers then; else None.
 
-    The base's own answers tell what no key holds: precision, quantisation, the chat template.
+    The answers of the base also depend on precision, quantisation and chat template, which the key does not hold.
     """
     if path is None or not path.is_file():
         return None
@@ -145,7 +147,7 @@ def measure_baselines(
     tracer: "Tracer",
     off: Callable[[], AbstractContextManager[Any]],
 ) -> Baselines:
-    """Persona prompts, mean difference and random directions; sets the yardstick of `tracer`."""
+    """Measure persona prompts, mean difference and random directions; set the yardstick of `tracer`."""
     found: dict[str, list[EvalReport]] = {}
     probes: dict[str, dict[str, tuple[float, float]]] = {}
     if task.personas:
@@ -164,15 +166,15 @@ def measure_baselines(
     drawn: list[EvalReport] = []
     for seed in range(RANDOM_DIRECTIONS):
         noise = vector_dial(model, vectors[best].random_like(seed=seed), off)
-        start = drawn[-1].endpoint(+1) if drawn else 0.0  # they are alike
+        start = drawn[-1].endpoint(+1) if drawn else 0.0  # random directions have similar costs
         drawn.append(tracer.trace(noise, few=True, start=start or 1.0))
-    # Which end of a random direction is + is arbitrary as well.
+    # The sign of a random direction is arbitrary, so the mirrored report counts as well.
     found[RANDOM] = [report for one in drawn for report in (one, one.mirrored())]
     return Baselines(found, untrained, probes)
 
 
 class Progress:
-    """One bar for everything that is measured; how much there is becomes known on the way."""
+    """One progress bar for all measurements. Their number is an estimate at first."""
 
     left: int
     bar: Any
@@ -192,7 +194,7 @@ class Progress:
         self.bar.update()
 
     def baselines_are_done(self) -> None:
-        """What is left are the dials that are compared."""
+        """Correct the total: only the compared dials remain to be measured."""
         self.bar.total = self.bar.n + self.left
         self.bar.refresh()
 
@@ -200,9 +202,10 @@ class Progress:
 def trace(
     meter: Meter, dial: Dial, targets: Mapping[int, Sequence[float]], step: Callable[[], object], start: float = 1.0
 ) -> dict[float, Point]:
-    """A dial at coefficients whose costs are near `targets`, by arm; calls `step` for each.
+    """Measure a dial at coefficients whose costs are near `targets`, which are given by sign; call `step` for each.
 
-    The search begins at `start`, and that of the second arm where the first one found its least cost.
+    The search of the first arm begins at `start`. The search of the second arm begins at the size of the coefficient
+    whose cost on the first arm was nearest to the lowest target.
     """
     points: dict[float, Point] = {}
     tokens = meter.neutral_tokens.sum().item()
@@ -222,7 +225,7 @@ def trace(
 
 
 class Tracer:
-    """Measures dials with one meter, near the same costs."""
+    """Measures several dials with one meter, all near the same costs."""
 
     meter: Meter
     progress: Progress
@@ -241,18 +244,21 @@ class Tracer:
         self._unsteered_samples: list[Sample] = []
 
     def set_yardstick(self, prompts: EvalReport) -> None:
-        """Take what prompts cost for the cost at which methods are compared."""
+        """Use the cost of the prompts as the cost at which methods are compared."""
         for _, sign in ARMS:
             cost = prompts.kl[prompts.at(float(sign))].item()
             self.costs[sign] = cost if math.isfinite(cost) and cost > 0 else PLAIN_COST
 
     def discrete(self, dial: Dial) -> EvalReport:
-        """A dial that is only −1, 0 or 1."""
+        """Measure a dial that can only be −1, 0 or 1."""
         points = {float(sign): self._point(dial, float(sign)) for _, sign in ARMS}
         return replace(self.meter.report(points), discrete=True, operating=(-1.0, 1.0))
 
     def trace(self, dial: Dial, few: bool = False, start: float = 1.0) -> EvalReport:
-        """A dial near every cost and the edge of the budget, or near two costs if `few`; for `start` see `trace`."""
+        """Measure a dial near every cost and near the edge of the budget, or with `few` near two costs only.
+
+        `start` is the first coefficient of the search, see the function `trace`.
+        """
         fixed = (PLAIN_COST,) if few else FIXED_COSTS
         points = trace(
             self.meter, dial, {sign: [cost, *fixed] for sign, cost in self.costs.items()}, self.progress.step, start
@@ -268,7 +274,10 @@ class Tracer:
         return replace(report, operating=(ends[1], ends[0]))
 
     def look(self, dial: Dial, report: EvalReport) -> tuple[EvalReport, dict[str, tuple[float, float]]]:
-        """The report with samples where it costs as much as the yardstick, and what the probes say there."""
+        """Add samples to a report and ask the probe questions, both at the coefficients that cost the yardstick.
+
+        Returns the report, and by probe the effect of the + and of the − arm in nats.
+        """
         if self._unsteered is None:
             self._unsteered = [self._probed(self.meter.base_context, side) for side in range(len(ARMS))]
             self._unsteered_samples = self._samples(lambda _: self.meter.base_context(), 0.0)
@@ -295,7 +304,7 @@ class Tracer:
         return {name: Answers(*part) for name, part in zip(asked, parts, strict=True)}
 
     def _samples(self, dial: Dial, c: float) -> list[Sample]:
-        """What the dial writes on some of the target questions, evenly spaced."""
+        """Continuations of some of the target questions, taken at equal distances."""
         targets = self.meter.targets
         return draw_samples(
             self.meter.model,
@@ -310,7 +319,7 @@ class Tracer:
 
 
 def without_adapters(off: Callable[[], AbstractContextManager], dial: Dial) -> Dial:
-    """The dial with the model's adapters off."""
+    """The same dial, with the model's adapters switched off."""
 
     @contextmanager
     def both(c: float) -> Iterator:
@@ -333,7 +342,7 @@ def mean_differences(
 
 
 def screened_layers(depth: int) -> list[int]:
-    """Layers that may hold a vector: at most 12, evenly, without the first and last ones of a deep model."""
+    """Candidate layers for a vector: at most 12, evenly spaced, without the first and last layers of a deep model."""
     first, last = (round(share * (depth - 1)) for share in SCREENED_DEPTH)
     if depth <= MAX_SCREENED // 2:
         first, last = 0, depth - 1
@@ -348,10 +357,10 @@ def best_layer(
     vectors: Mapping[int, SteeringVector],
     step: Callable[[], object] = lambda: None,
 ) -> int:
-    """The layer whose vector does most for its cost, on questions made of some of the training pairs.
+    """The layer whose vector has the largest effect at equal cost, on questions made from some training pairs.
 
-    Each is measured near a cost of 0.1 nat per token, where its effect is read: every second layer, then those beside
-    the best of them. The middle layer if the pairs give no questions.
+    The effect of a layer is read at a cost of 0.1 nats per token. Every second layer is measured first, then the
+    neighbours of the best of them. The result is the middle layer if no questions can be made from the pairs.
     """
     pairs = task.pairs[:: max(1, len(task.pairs) // SCREEN_PAIRS)][:SCREEN_PAIRS]
     with eval_mode(model):

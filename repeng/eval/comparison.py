@@ -1,4 +1,4 @@
-"""What a comparison of methods found, at equal cost: figures with paired intervals, and the verdict."""
+"""Result of a comparison of methods at equal cost: figures with paired intervals, and a verdict."""
 
 import math
 from dataclasses import dataclass, field
@@ -11,11 +11,11 @@ from torch import Tensor
 from repeng.eval.curves import FIXED_COSTS, Cost, Estimate, Method, methods_of
 from repeng.eval.eval_report import ARMS, FEWEST, EvalReport
 
-PLAIN_COST = 0.1  # where methods are compared without persona prompts, nats per token
+PLAIN_COST = 0.1  # nats per token: methods are compared at this cost if there are no persona prompts
 WRONG_WAY = 0.05  # share of items that may move against an arm
 RESAMPLES = 1000
-LEAST_MASS = 1e-3  # probability of all answers, below which what happens to them tells nothing of what is written
-FEW = 8  # units of questions below which an interval is too narrow to be trusted
+LEAST_MASS = 1e-3  # total probability of the answers; below it they say little about the text that the model writes
+FEW = 8  # units of questions; with fewer, a bootstrap interval is too narrow to be trusted
 
 
 @dataclass
@@ -23,13 +23,13 @@ class Comparison:
     """Reports of methods on the same items, one report for each training seed.
 
     Attributes:
-        reports: by the name of a method.
-        own: the method that the comparison is about.
-        prompts: the persona prompts, whose cost is the yardstick; None without.
-        random: random directions, one for each seed; None without.
-        untrained: the strongest rival without training; None without.
-        probes: by method and probe, the effect of the + and the − arm where they cost as much as the yardstick, nats
-            in the arm's direction.
+        reports: lists of reports, by the name of the method.
+        own: name of the method that the comparison is about.
+        prompts: name of the persona prompts, whose cost is the yardstick; None if they were not measured.
+        random: name of the random directions, with a report per direction and sign; None if they were not measured.
+        untrained: name of the strongest rival without training; None if there is none.
+        probes: by method and probe, the effects of the + arm and of the − arm at the cost of the yardstick, in nats in
+            the direction of the arm.
     """
 
     reports: dict[str, list[EvalReport]]
@@ -45,7 +45,7 @@ class Comparison:
         return methods_of(self.reports, RESAMPLES, self.random)
 
     def yardstick(self, kind: Cost = "mean") -> tuple[Tensor, Tensor]:
-        """The cost `(b)` of the persona prompts, + and −, in every draw; 0.1 nat where they have none."""
+        """The costs `(b)` of the + and of the − persona prompt in every draw; 0.1 nats where a cost is not above 0."""
         plain = torch.full((1 + RESAMPLES,), PLAIN_COST, dtype=torch.float64)
         if self.prompts is None:
             return plain, plain
@@ -54,30 +54,30 @@ class Comparison:
 
     @property
     def where(self) -> str:
-        """At which cost methods are compared, in words."""
+        """The cost at which methods are compared, in words."""
         return f"{PLAIN_COST:g} nat" if self.prompts is None else "prompts' cost"
 
     def at_yardstick(self, name: str, kind: Cost = "mean") -> Tensor:
-        """Effect `(b)` of both arms of a method at the cost of the persona prompts."""
+        """Sum `(b)` of the effects of both arms of a method at the cost of the persona prompts."""
         return self.methods[name].both_at(self.yardstick(kind), kind)
 
     def _estimate(self, draws: Tensor) -> Estimate:
-        """A figure from its draws `(b)`; without an interval over fewer than `FEWEST` units of questions."""
+        """A figure from its draws `(b)`. It has no interval if there are fewer than `FEWEST` units of questions."""
         found = Estimate.of(draws)
         return found if self._units() >= FEWEST else found._replace(low=math.nan, high=math.nan)
 
     def times(self, name: str, other: str) -> Estimate:
-        """How many times the effect of `other` that of `name` is, at the cost of the persona prompts."""
+        """Ratio of the effects at the cost of the persona prompts, `name` over `other`."""
         mine, theirs = self.at_yardstick(name), self.at_yardstick(other)
         return self._estimate(torch.where(theirs > 0, mine / theirs, math.inf * mine.sign()))
 
     def lead(self, name: str, other: str, sign: int) -> Estimate:
-        """How much more an arm of `name` does than every report of `other` at the cost of the prompts, in nats."""
+        """Effect of an arm of `name` minus the largest effect in reports of `other`, at the prompts' cost, nats."""
         cost = self.yardstick()[0 if sign > 0 else 1]
         return self._estimate(self.methods[name].effect_at(sign, cost) - self.methods[other].largest_at(sign, cost))
 
     def figures(self, name: str) -> dict[str, Any]:
-        """The figures of one method, by name, each an `Estimate`; "effect" is at the yardstick."""
+        """The figures of one method by name, each an `Estimate`; "effect" is read at the cost of the yardstick."""
         method, plus_minus = self.methods[name], self.yardstick()
         found: dict[str, Any] = {
             "effect": self._estimate(self.at_yardstick(name)),
@@ -96,7 +96,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """One sentence on how far a method moves the behaviour at the persona prompts' cost, and against what."""
+        """One sentence: how far the own method moves the behaviour at the prompts' cost, compared with its rivals."""
         plus, minus = (cost[0].item() for cost in self.yardstick())
         own = self._estimate(self.at_yardstick(self.own))
         whose = "the persona prompts' cost" if self.prompts is not None else "a cost"
@@ -104,36 +104,38 @@ class Comparison:
         for other in (self.prompts, self.untrained):
             if other is not None and other != self.own:
                 times, theirs = self.times(self.own, other), self.at_yardstick(other)[0].item()
-                against.append(f"{other} {theirs:.2f}" + (f", {_times(times)}" if theirs > 0 else ""))
+                ratio = f" (ratio {times.value:.2f}{_interval(times)})" if theirs > 0 else ""
+                against.append(f"the effect of {other} is {theirs:.2f} nats{ratio}")
         return (
             f"at {whose} (+ {plus:.3f}, − {minus:.3f} nat per token) {self.own} moves the log-odds by {own.value:.2f} "
-            f"nats{_interval(own)}; {'; '.join(against) or 'nothing to compare with'}"
-            + (f"; from {units} questions only" if (units := self._units()) < FEW else "")
-            + (f"; the answers have a mass of {mass:.2g} only" if (mass := self._mass()) < LEAST_MASS else "")
+            f"nats{_interval(own)}; {'; '.join(against) or 'there is no other method to compare it with'}"
+            + (f"; there are only {units} units of questions" if (units := self._units()) < FEW else "")
+            + (f"; the answers have a probability of only {mass:.2g}" if (mass := self._mass()) < LEAST_MASS else "")
         )
 
     def _units(self) -> int:
-        """How many units of questions there are."""
+        """Number of units of questions."""
         return len(self.reports[self.own][0].members())
 
     def _mass(self) -> float:
-        """Mean probability of the answers without steering."""
+        """Mean total probability of the answers without steering."""
         return min(report.answer_mass[report.at(0.0)].mean().item() for report in self.reports[self.own])
 
     def shortcomings(self) -> list[str]:
-        """Why the method cannot be said to steer; empty if it does.
+        """The reasons why the method cannot be said to steer; empty if it steers.
 
-        At the cost of the persona prompts each arm must do more than every random direction, with the lower end of the
-        paired 95 % interval above 0, and at most 5 % of the items may move against it. There must be questions enough
-        for such an interval, with answers that the model gives.
+        At the cost of the persona prompts, each arm must have a larger effect than every random direction: the lower
+        end of the paired 95 % interval of the difference must be above 0. At most 5 % of the items may move against
+        the arm. There must be enough questions for an interval, and the model must give their answers some
+        probability.
         """
         reasons = []
         if (units := self._units()) < FEWEST:
-            reasons.append(f"{units} units of questions are too few for a 95 % interval; {FEWEST} or more are needed")
+            reasons.append(f"there are only {units} units of questions; a 95 % interval needs {FEWEST} or more")
         if not (mass := self._mass()) >= LEAST_MASS:
             reasons.append(
-                f"the answers have a mass of {mass:.2g} of the model's probability without steering; ask for answers "
-                f"that it gives ({LEAST_MASS:g} or more)"
+                f"without steering, the model gives the answers a total probability of only {mass:.2g}; ask for "
+                f"answers with a probability of {LEAST_MASS:g} or more"
             )
         costs = self.yardstick()
         for (arm, sign), cost in zip(ARMS, costs, strict=True):
@@ -142,22 +144,23 @@ class Comparison:
                 lead = self.lead(self.own, self.random, sign)
                 if units >= FEWEST and not lead.low > 0:
                     reasons.append(
-                        f"at equal cost the {arm} arm moves {value:.2f} nats and a random direction up to "
-                        f"{value - lead.value:.2f}: the 95 % interval of the difference begins at {lead.low:.2f}"
+                        f"at equal cost the {arm} arm moves the log-odds by {value:.2f} nats and a random direction "
+                        f"by up to {value - lead.value:.2f}: the 95 % interval of the difference begins at "
+                        f"{lead.low:.2f}, not above 0"
                     )
             shares = [report.against(sign) for report in self.reports[self.own]]
             if any(math.isnan(share) for share in shares):
-                reasons.append(f"no coefficient of the {arm} arm was found at that cost")
+                reasons.append(f"no coefficient of the {arm} arm can be compared at that cost")
                 continue
             against = max(shares)
             if against > WRONG_WAY:
-                reasons.append(f"{against:.1%} of the items move against the {arm} arm; at most {WRONG_WAY:.0%} may")
+                reasons.append(f"{against:.1%} of the items move against the {arm} arm; the limit is {WRONG_WAY:.0%}")
         return reasons
 
     def to_dict(self, resamples: int = 300) -> dict[str, Any]:
-        """Verdict, figures of every method and what was measured, JSON-serialisable.
+        """Verdict, figures and measurements of every method, JSON-serialisable.
 
-        `resamples` make the interval of the own method's range inside the budget.
+        `resamples` is the number of bootstrap resamples for the interval of the own method's range.
         """
         rows = {}
         for name, group in self.reports.items():
@@ -176,17 +179,13 @@ class Comparison:
         }
 
 
-def _times(times: Estimate) -> str:
-    return f"{times.value:.2f} x{_interval(times)}"
-
-
 def _interval(figure: Estimate) -> str:
-    """The interval of a figure, if it has one."""
+    """The interval of a figure as text; empty if the figure has none."""
     return "" if math.isnan(figure.low) else f" [{figure.low:.2f}, {figure.high:.2f}]"
 
 
 def _finite(value: float) -> float | str | None:
-    """For JSON, which knows neither: None for NaN, "inf" for what is never reached."""
+    """A number for JSON, which has neither NaN nor infinity: NaN becomes None, infinity becomes "inf"."""
     if math.isnan(value):
         return None
     return round(value, 6) if math.isfinite(value) else ("inf" if value > 0 else "-inf")

@@ -1,8 +1,8 @@
-"""Effect and cost of a dial as curves, read at equal cost, with intervals over items and seeds.
+"""Effect and cost of a dial as curves that are read at equal cost, with intervals over items and seeds.
 
-The effect of an arm is the change of mean log-odds in its direction, in nats. Its cost is the KL divergence from the
-base, in nats per token of neutral text. Curves are read between measured points linearly in √cost: where c is small,
-log-odds move by O(c) and the KL divergence by O(c²).
+The effect of an arm is the change of the mean log-odds in its direction, in nats. Its cost is the KL divergence from
+the base, in nats per token of neutral text. Between measured points the effect is interpolated linearly in √cost,
+because for small c the log-odds change by O(c) and the KL divergence by O(c²).
 """
 
 import math
@@ -17,13 +17,13 @@ from repeng.eval.eval_report import EvalReport
 
 FIXED_COSTS = (0.05, 0.1, 0.3)
 Cost = Literal["mean", "rmse"]
-NEAR = 1e-6  # relative: a cost within it counts as reached
+NEAR = 1e-6  # relative tolerance with which a cost counts as reached
 
 
 class Curve(NamedTuple):
-    """One arm of a dial, from 0 outwards, for each of `b` draws: cost `(b k)` and effect `(b k)`.
+    """One arm of a dial from 0 outwards: cost `(b k)` and effect `(b k)` of `k` points in each of `b` bootstrap draws.
 
-    A dial without anything between its points (prompts) is `discrete`.
+    `discrete`: the dial has no coefficients between these points, as is true of prompts.
     """
 
     cost: Tensor
@@ -31,9 +31,9 @@ class Curve(NamedTuple):
     discrete: bool = False
 
     def effect_at(self, cost: Tensor | float) -> Tensor:
-        """Effect `(b)` where the curve first reaches a cost, or at its end if it never does.
+        """Effect `(b)` where the curve first reaches a cost, or at the end of the curve if it never does.
 
-        A discrete dial offers the effect of its dearest point within the cost, NaN if there is none but 0.
+        For a discrete dial, the effect of the outermost point whose cost is within `cost`; NaN if only 0 is.
         """
         target = torch.as_tensor(cost, dtype=self.cost.dtype).expand(len(self.cost))[:, None]
         if self.discrete:
@@ -44,7 +44,7 @@ class Curve(NamedTuple):
         return _crossing(self.cost.nan_to_num(nan=math.inf).sqrt(), self.effect, target.sqrt())
 
     def cost_at(self, effect: Tensor | float) -> Tensor:
-        """Cost `(b)` at which the curve first reaches an effect; infinite if it never does."""
+        """Cost `(b)` at which the curve first reaches an effect; infinite if it never reaches it."""
         target = torch.as_tensor(effect, dtype=self.cost.dtype).expand(len(self.cost))[:, None]
         reached = (self.effect >= target).any(dim=1)
         if self.discrete:
@@ -55,7 +55,7 @@ class Curve(NamedTuple):
 
 
 def _crossing(x: Tensor, y: Tensor, target: Tensor) -> Tensor:
-    """`y (b)` where the path `(x, y) (b k)` first reaches `target (b 1)` in x; the last y if it never does."""
+    """`y (b)` where x of the path `(x, y) (b k)` first reaches `target (b 1)`; the last y if x never reaches it."""
     reached = x >= target * (1 - NEAR)
     after = torch.where(reached.any(dim=1), reached.long().argmax(dim=1), x.shape[1] - 1)[:, None]
     before = (after - 1).clamp(min=0)
@@ -68,9 +68,9 @@ def _crossing(x: Tensor, y: Tensor, target: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Draws:
-    """Bootstrap draws of units of questions `(b u)`, texts `(b q)` and seeds: how often each is drawn.
+    """Bootstrap draws: how often each draw holds each unit of questions `(b u)` and each text `(b q)`.
 
-    The first draw is what was measured, each once.
+    `seed` determines the draws of training seeds. The first draw holds every item once: it is the measurement itself.
     """
 
     units: Tensor
@@ -85,9 +85,9 @@ class Draws:
         )
 
     def seeds(self, n: int, one: bool = False) -> Tensor:
-        """Shares `(b n)` of `n` training seeds, or a single one in each draw but the first.
+        """Weights `(b n)` of `n` training seeds in each draw; with `one`, every draw but the first has one seed.
 
-        They are the same for all methods with as many seeds.
+        All methods with the same number of seeds get the same weights.
         """
         generator = torch.Generator().manual_seed(self.seed + n)
         if not one:
@@ -98,7 +98,7 @@ class Draws:
 
 
 def _counts(size: int, n: int, generator: torch.Generator) -> Tensor:
-    """How often each of `size` things is in each draw, `(1 + n, size)`; the first draw has each once."""
+    """How often each draw holds each of `size` items, `(1 + n, size)`; the first draw holds each item once."""
     if size == 0:
         return torch.zeros(1 + n, 0, dtype=torch.float64)
     drawn = torch.randint(size, (n, size), generator=generator)
@@ -115,7 +115,7 @@ class Estimate(NamedTuple):
 
     @classmethod
     def of(cls, draws: Tensor, level: float = 0.95) -> "Estimate":
-        """From the figure in every draw `(b)`, the first of which is what was measured; NaN draws are left out."""
+        """Make an estimate from the draws `(b)` of a figure; the first is the measured value. Ignores NaN draws."""
         values = draws[1:][~draws[1:].isnan()].sort().values
         if not len(values):
             return cls(draws[0].item(), math.nan, math.nan)
@@ -124,7 +124,7 @@ class Estimate(NamedTuple):
 
 
 def curve(report: EvalReport, sign: int, draws: Draws, cost: Cost = "mean") -> Curve:
-    """One arm of a report, in every draw."""
+    """The curve of one arm of a report, in every draw."""
     members = report.members()
     odds = torch.stack([report.log_odds[:, index].sum(dim=1) for index in members], dim=1).double()
     sizes = torch.tensor([len(index) for index in members], dtype=torch.float64)
@@ -140,9 +140,10 @@ def curve(report: EvalReport, sign: int, draws: Draws, cost: Cost = "mean") -> C
 
 
 class Method:
-    """The reports of one method, one for each training seed, and its figures in every draw.
+    """The reports of one method, one per training seed, and its figures in every draw.
 
-    Of a method of chance (`chance`), a draw holds one report only: its interval says where one of its kind may lie.
+    `chance`: the reports are random alternatives, such as random directions. Then each draw holds a single report, so
+    that an interval shows where one random alternative may lie, not where their mean lies.
     """
 
     reports: list[EvalReport]
@@ -167,11 +168,11 @@ class Method:
         return torch.where(self.shares > 0, found * self.shares, 0.0).sum(dim=1)
 
     def largest_at(self, sign: int, cost: Tensor | float) -> Tensor:
-        """The largest effect `(b)` of any of the reports at a cost."""
+        """The largest effect `(b)` of any report at a cost."""
         return torch.stack([one.effect_at(cost) for one in self.curves(sign)], dim=1).amax(dim=1)
 
     def cost_at(self, sign: int, effect: Tensor | float, kind: Cost = "mean") -> Tensor:
-        """Cost `(b)` of one arm at an effect, mean over seeds; see `Curve.cost_at`."""
+        """Cost `(b)` at which one arm reaches an effect, mean over seeds; see `Curve.cost_at`."""
         found = torch.stack([one.cost_at(effect) for one in self.curves(sign, kind)], dim=1)
         return torch.where(self.shares > 0, found * self.shares, 0.0).sum(dim=1)
 
@@ -182,7 +183,7 @@ class Method:
         return (effect * self.shares).sum(dim=1), (cost * self.shares).sum(dim=1)
 
     def both_at(self, cost: float | tuple[Tensor, Tensor], kind: Cost = "mean") -> Tensor:
-        """Sum `(b)` of the effects of both arms, each at its cost."""
+        """Sum `(b)` of the effects of both arms. `cost` is one cost for both, or a pair for + and −."""
         plus, minus = cost if isinstance(cost, tuple) else (cost, cost)
         return self.effect_at(+1, plus, kind) + self.effect_at(-1, minus, kind)
 
@@ -190,23 +191,28 @@ class Method:
 def methods_of(
     reports: Mapping[str, Sequence[EvalReport]], n: int = 1000, chance: str | None = None
 ) -> dict[str, Method]:
-    """All methods on the same draws, so that their differences and ratios are paired; `chance` names one of chance.
+    """All methods on the same draws, so that their differences and ratios are paired.
+
+    `chance` is the name of the method whose reports are random alternatives, see `Method`.
 
     Raises:
-        ValueError: the reports are of different items.
+        ValueError: the reports are on different items, or without neutral texts.
     """
     every = [report for group in reports.values() for report in group]
     sizes, units = {report.sizes for report in every}, {tuple(report.units) for report in every}
     if len(sizes) != 1 or len(units) != 1:
-        raise ValueError(f"only reports on the same items can be compared; these have {sorted(sizes)} items")
+        raise ValueError(
+            "only reports on the same items can be compared; the numbers of (target questions, controls, neutral "
+            f"texts) in these are {sorted(sizes)}"
+        )
     if not every[0].neutral_tokens.sum():
-        raise ValueError("without neutral texts there is no cost to compare at; evaluate with neutral_texts")
+        raise ValueError("methods are compared at equal cost, which needs neutral texts; evaluate with neutral_texts")
     draws = Draws.of(every[0], n)
     return {name: Method(group, draws, name == chance) for name, group in reports.items()}
 
 
 def nearest(report: EvalReport, sign: int, cost: float) -> float:
-    """The measured coefficient of this sign whose cost is nearest to `cost` in ratio; 0 if there is none."""
+    """The measured coefficient of this sign whose cost is nearest to `cost` on a log scale; 0 if there is none."""
     order = [c for c in report.coefficients if c * sign > 0]
     costs = {c: report.kl[report.at(c)].item() for c in order}
     usable = [c for c in order if costs[c] > 0]

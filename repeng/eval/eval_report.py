@@ -1,4 +1,4 @@
-"""What an evaluation measured, and the figures that follow from it.
+"""The measurements of an evaluation, and the figures that follow from them.
 
 `y_i(c)` is the log-odds, in nats, of the target answers of item i at coefficient c.
 """
@@ -12,14 +12,20 @@ import torch
 from torch import Tensor
 
 ARMS = (("plus", +1), ("minus", -1))
-OFF_AXIS = 0.1  # what a change off the axis counts against one on it, in selectivity
-FEWEST = 6  # units that an interval needs: of fewer, not even all that agree reach 95 % (2 · 2⁻⁵ = 6 %)
-HARM = 2.0  # what a broken answer costs in surgical informedness, in repaired ones
+OFF_AXIS = 0.1  # weight of a change of the controls, relative to a change of the targets, in `selectivity_gated`
+FEWEST = 6  # units that a 95 % interval needs: five units that all agree are still at 2 · 2⁻⁵ = 6 %
+HARM = 2.0  # weight of a broken answer, relative to a repaired one, in surgical informedness
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What steering may cost against c = 0: the share of the answers' probability that is lost, and nats."""
+    """The largest costs that steering may have, relative to c = 0.
+
+    Attributes:
+        answer_mass: loss of the probability of all choices together, as a share of that at c = 0.
+        neutral_nll: rise of the negative log-likelihood of neutral texts, in nats per token.
+        control_logp: loss of log-probability of the right answers of controls, in nats.
+    """
 
     answer_mass: float = 0.05
     neutral_nll: float = 0.08
@@ -30,9 +36,14 @@ class Budget:
 class Sample:
     """A generated continuation of `prompt`.
 
-    `finished`: it ended by itself before the limit. `repetition`: the share of its 3-grams of tokens that had occurred
-    in it before. `sentences`: how many of its whole sentences a grammar accepts, and how many there are. `base_nll`:
-    negative log-likelihood of its tokens under the base, without what steers, in nats per token.
+    Attributes:
+        coefficient: coefficient of the dial.
+        prompt: the text that is continued.
+        text: the continuation.
+        finished: whether the text ended by itself before the limit.
+        repetition: share of the 3-grams of tokens that occurred earlier in the text.
+        sentences: how many complete sentences a grammar accepts, and how many there are; None without a grammar.
+        base_nll: negative log-likelihood of the tokens under the unsteered base model, in nats per token.
     """
 
     coefficient: float
@@ -45,7 +56,7 @@ class Sample:
 
 
 class Arm(NamedTuple):
-    """What one sign of the coefficient gains inside the budget, in nats, and where; no coefficient for nothing."""
+    """Largest gain of one sign of the coefficient inside the budget, in nats, and its coefficient (None: no gain)."""
 
     gain: float
     coefficient: float | None
@@ -53,28 +64,29 @@ class Arm(NamedTuple):
 
 @dataclass
 class EvalReport:
-    """Measurements at each coefficient; index 0 of every tensor with `n_c` rows goes with `coefficients`.
+    """Measurements at each coefficient. Axis 0 of every tensor with `n_c` rows is in the order of `coefficients`.
 
     Attributes:
-        coefficients: sorted, 0 among them.
-        log_odds: `(n_c n)`, nats, of the target questions.
-        answer_mass: `(n_c n)`, probability of all choices together.
+        coefficients: the measured coefficients, sorted; 0 is one of them.
+        log_odds: `(n_c n)`, log-odds of the target answers of the target questions, in nats.
+        answer_mass: `(n_c n)`, probability of all choices of a target question together.
         control_logp: `(n_c m)`, log-probability of the right answers of controls.
-        control_log_odds: `(n_c m)`, of the right answers against the other choices.
+        control_log_odds: `(n_c m)`, log-odds of the right answers of controls against the other choices.
         neutral_logp: `(n_c q)`, log-probability of each neutral text.
-        neutral_tokens: `(q)`, their tokens.
-        neutral_kl: `(n_c q)`, sum over the tokens of each neutral text of `KL(steered ‖ base)`, exact over the
+        neutral_tokens: `(q)`, number of tokens of each neutral text.
+        neutral_kl: `(n_c q)`, sum of `KL(steered ‖ base)` over the tokens of each neutral text, exact over the
             vocabulary, in nats.
-        neutral_kl_squared: `(n_c q)`, sum over the tokens of its square.
-        groups: the `n` groups of the target questions.
-        units: their `n` units; those of one unit are resampled together, "" is one of its own.
+        neutral_kl_squared: `(n_c q)`, sum of the squared KL divergence over the tokens of each neutral text.
+        groups: the group of each of the `n` target questions.
+        units: the unit of each of the `n` target questions. Questions of the same unit are resampled together. A
+            question with an empty string is a unit by itself.
         thought: `(n_c n)`, whether the thinking before an answer ended by itself; None without thinking.
-        dropped: questions that could not be asked, and why.
-        samples: what was generated.
-        budget: what steering may cost.
-        discrete: the dial has nothing between its points, as prompts have not.
-        operating: coefficients of − and +, at which flips and the like are counted; None for the best ones inside the
-            budget.
+        dropped: for each question that could not be asked, the reason.
+        samples: the generated continuations.
+        budget: the largest costs that steering may have.
+        discrete: the dial has no coefficients between the measured ones, as is true of prompts.
+        operating: the coefficients of the − and of the + arm at which flips and similar figures are counted; None
+            means the best coefficients inside the budget.
     """
 
     coefficients: list[float]
@@ -101,10 +113,10 @@ class EvalReport:
         """Index of a coefficient.
 
         Raises:
-            ValueError: it was not evaluated.
+            ValueError: the coefficient was not evaluated.
         """
         if coefficient not in self.coefficients:
-            raise ValueError(f"coefficient {coefficient} was not evaluated; {self.coefficients} were")
+            raise ValueError(f"coefficient {coefficient} was not evaluated; choose one of {self.coefficients}")
         return self.coefficients.index(coefficient)
 
     def mean_log_odds(self, coefficient: float) -> float:
@@ -112,27 +124,27 @@ class EvalReport:
 
     @property
     def neutral_nll(self) -> Tensor:
-        """Negative log-likelihood of the neutral texts `(n_c)`, nats a token; NaN without texts."""
+        """Negative log-likelihood of the neutral texts `(n_c)`, in nats per token; NaN without texts."""
         return -self.neutral_logp.sum(dim=1) / self.neutral_tokens.sum()
 
     @property
     def kl(self) -> Tensor:
-        """Mean of `KL(steered ‖ base)` over the tokens of neutral texts, `(n_c)`, nats per token; NaN without."""
+        """Mean `KL(steered ‖ base)` over the tokens of neutral texts, `(n_c)`, nats per token; NaN without texts."""
         return self.neutral_kl.sum(dim=1) / self.neutral_tokens.sum()
 
     @property
     def kl_rmse(self) -> Tensor:
-        """Root of the mean square of the same: a few ruined tokens, as in a loop, weigh more than in the mean."""
+        """Root mean square of the same KL divergence, `(n_c)`. A few ruined tokens weigh more than in the mean."""
         return (self.neutral_kl_squared.sum(dim=1) / self.neutral_tokens.sum()).sqrt()
 
     @property
     def relative_mass(self) -> Tensor:
-        """Mean probability of all choices together, as a share of that at c = 0, `(n_c)`."""
+        """Mean probability of all choices together, divided by its value at c = 0, `(n_c)`."""
         mass = self.answer_mass.mean(dim=1)
         return mass / mass[self.at(0.0)]
 
     def costs(self) -> dict[str, Tensor]:
-        """How much worse each budgeted quantity is than at c = 0, `(n_c)`; positive is worse."""
+        """By how much each budgeted quantity is worse than at c = 0, `(n_c)`; positive is worse."""
         base = self.at(0.0)
         costs = {"answer_mass": 1 - self.relative_mass}
         if self.control_logp.shape[1]:
@@ -144,24 +156,26 @@ class EvalReport:
         return costs
 
     def cost(self, coefficient: float) -> dict[str, float]:
-        """`costs` at one coefficient."""
+        """The costs at one coefficient, see `costs`."""
         index = self.at(coefficient)
         return {name: values[index].item() for name, values in self.costs().items()}
 
     def spent(self) -> Tensor:
-        """The largest cost as a share of its budget, `(n_c)`; 1 is the whole budget, a NaN is infinite."""
+        """The largest cost as a share of its budget, `(n_c)`; 1 is the whole budget. NaN counts as infinite."""
         shares = torch.stack([values / getattr(self.budget, name) for name, values in self.costs().items()])
         return shares.nan_to_num(nan=math.inf).amax(dim=0)
 
     def inside_budget(self, coefficient: float) -> bool:
-        """Whether every cost is at most its budget; a NaN is outside."""
+        """Whether every cost is within its budget; a NaN is not."""
         return self.spent()[self.at(coefficient)].item() <= 1
 
     # -- both arms -----------------------------------------------------------------------------------------------
 
     def arm(self, sign: int) -> Arm:
-        """Largest gain in mean log-odds, in the direction of `sign`, at a coefficient of that sign inside the budget,
-        and that coefficient; (0, None) if no coefficient gains."""
+        """The largest gain in mean log-odds in the direction of `sign`, and its coefficient.
+
+        Only coefficients of that sign inside the budget count. (0, None) if none of them gains.
+        """
         means = self.log_odds.mean(dim=1)
         gains = sign * (means - means[self.at(0.0)])
         usable = (sign * torch.tensor(self.coefficients) > 0) & (self.spent() <= 1) & (gains > 0)
@@ -171,9 +185,9 @@ class EvalReport:
         return Arm(gains[best].item(), self.coefficients[best])
 
     def band(self, n: int = 300, level: float = 0.95, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """Percentile bootstrap interval over units of the mean log-odds: lower and upper bounds `(n_c)`.
+        """Percentile bootstrap interval of the mean log-odds over units: lower and upper bounds `(n_c)`.
 
-        NaN over fewer than `FEWEST` units.
+        The bounds are NaN if there are fewer than `FEWEST` units.
         """
         members, generator = self.members(), torch.Generator().manual_seed(seed)
         if len(members) < FEWEST:
@@ -188,17 +202,20 @@ class EvalReport:
 
     @property
     def range(self) -> float:
-        """Sum of both arms: how far the dial moves the behaviour inside the budget, in nats."""
+        """Sum of the gains of both arms: how far the dial moves the behaviour inside the budget, in nats."""
         return self.arm(+1).gain + self.arm(-1).gain
 
     def endpoint(self, sign: int) -> float:
-        """The coefficient at which an arm is judged: the operating one, or the best one inside the budget, or 0."""
+        """The coefficient at which an arm is judged.
+
+        It is the operating coefficient if there is one, else the best coefficient inside the budget, else 0.
+        """
         if self.operating is not None:
             return self.operating[sign > 0]
         return self.arm(sign).coefficient or 0.0
 
     def against(self, sign: int) -> float:
-        """Share of target items that move against an arm, at its endpoint; NaN if no coefficient gains."""
+        """Share of target items that move against an arm at its endpoint; NaN if the endpoint is 0."""
         if not self.endpoint(sign):
             return math.nan
         moved = self.log_odds[self.at(self.endpoint(sign))] - self.log_odds[self.at(0.0)]
@@ -206,27 +223,27 @@ class EvalReport:
 
     @property
     def wrong_way(self) -> float:
-        """`against`, mean over the arms that gain; NaN if none does."""
+        """Mean of `against` over the arms that have an endpoint other than 0; NaN if neither has."""
         shares = [self.against(sign) for _, sign in ARMS if self.endpoint(sign)]
         return _share(shares)
 
     # -- dose and response ---------------------------------------------------------------------------------------
 
     def inner(self) -> tuple[Tensor, Tensor]:
-        """Coefficients within [−1, 1] `(k)`, and the log-odds at them `(k n)`."""
+        """The coefficients within [−1, 1] `(k)`, and the log-odds at these coefficients `(k n)`."""
         inside = [index for index, c in enumerate(self.coefficients) if abs(c) <= 1]
         return torch.tensor([self.coefficients[index] for index in inside]), self.log_odds[inside]
 
     @property
     def slope(self) -> float:
-        """Least-squares slope, nats a unit of c, of `mean_i y_i(c) − y_i(0)` through the origin, within |c| ≤ 1."""
+        """Least-squares slope of `mean_i y_i(c) − y_i(0)` through the origin, nats per unit of c, within |c| ≤ 1."""
         c, y = self.inner()
         gain = y.mean(dim=1) - self.log_odds[self.at(0.0)].mean()
         return ((c * gain).sum() / c.square().sum()).item() if c.any() else 0.0
 
     @property
     def r_squared(self) -> float:
-        """`1 − Σ (gain − slope · c)² / Σ gain²` of the same line; 0 where nothing moves."""
+        """`1 − Σ (gain − slope · c)² / Σ gain²` of the line of `slope`; 0 if no gain differs from 0."""
         c, y = self.inner()
         gain = y.mean(dim=1) - self.log_odds[self.at(0.0)].mean()
         total = gain.square().sum()
@@ -234,14 +251,14 @@ class EvalReport:
 
     @property
     def order(self) -> float:
-        """How monotone items are within |c| ≤ 1: rising steps minus falling ones, as a share of all; from −1 to 1."""
+        """How monotone the items are within |c| ≤ 1: rising steps minus falling steps, divided by all steps."""
         steps = self.inner()[1].diff(dim=0)
         return steps.sign().mean().item() if steps.numel() else 0.0
 
     # -- answers that change -------------------------------------------------------------------------------------
 
     def flips(self, sign: int) -> tuple[float, float]:
-        """Shares of target items whose preferred answer changes at the arm's endpoint, the right way and the wrong."""
+        """Shares of target items whose preferred answer changes at the arm's endpoint: along and against the arm."""
         before, after = (sign * self.log_odds[self.at(c)] for c in (0.0, self.endpoint(sign)))
         right, wrong = (before < 0) & (after > 0), (before > 0) & (after < 0)
         return right.float().mean().item(), wrong.float().mean().item()
@@ -253,7 +270,7 @@ class EvalReport:
         return changed.float().mean().item() if changed.numel() else 0.0
 
     def control_changes(self) -> Tensor:
-        """Which controls `(m)` prefer another answer at either endpoint than at 0."""
+        """Which controls `(m)` prefer a different answer at either endpoint than at 0."""
         before = self.control_log_odds[self.at(0.0)].sign()
         ends = [self.control_log_odds[self.at(self.endpoint(sign))].sign() for _, sign in ARMS]
         return (ends[0] != before) | (ends[1] != before)
@@ -264,12 +281,13 @@ class EvalReport:
 
     @property
     def steering_f1(self) -> float:
-        """Steering F1 of AntiPaSTO (arXiv 2601.07473), with this report's endpoints for c = ±1; 100 is perfect.
+        """Steering F1 of AntiPaSTO (arXiv 2601.07473); 100 is perfect. The endpoints of this report stand for c = ±1.
 
-        With weights `|y_i(0)|` that sum to 1 on each side: `net = max(0, fixed − broken)` over target items at the +
-        endpoint, `arb` over controls that flip at either; precision = net / (net + arb), recall = net, and F1 is
-        multiplied by `(min(mass₊, mass₋) / mass₀)²`, which is above 1 where steering raises the answer mass. NaN where
-        an endpoint's mass is below 0.5. The sign of c is never fitted here.
+        Items have the weights `|y_i(0)|`, normalised to sum 1 over targets and over controls.
+        `net = max(0, fixed − broken)` counts target items at the + endpoint. `arb` counts controls that flip at either
+        endpoint. precision = net / (net + arb), recall = net. F1 is multiplied by `(min(mass₊, mass₋) / mass₀)²`,
+        which is above 1 if steering raises the answer mass. The result is NaN if the mass of an endpoint is below 0.5.
+        The sign of c is not fitted here.
         """
         mass = self.mass_at_endpoints()
         if not mass[1:].min() >= 0.5:
@@ -291,9 +309,9 @@ class EvalReport:
     def surgical_informedness(self) -> float:
         """Surgical informedness of AntiPaSTO's code, at most 100: `mean_arms(fixed − 2 · broken) · min(mass)² · 100`.
 
-        For an arm: fixed is the share of the items answered against it at 0 that its endpoint turns, broken the share
-        of those answered with it that its endpoint turns away. An arm without items of both kinds does not count; NaN
-        if neither does.
+        Per arm, `fixed` is the share of the items that are answered against the arm at 0 and along it at its endpoint,
+        out of all items answered against it at 0. `broken` is the share that changes the other way, out of all items
+        answered along the arm at 0. An arm does not count if items of either kind are missing. NaN if no arm counts.
         """
         terms = []
         for _, sign in ARMS:
@@ -308,9 +326,9 @@ class EvalReport:
     def selectivity_gated(self) -> float:
         """`sel_gated` of moral-maps (github.com/wassname/moral-maps): `(on − 0.1 off) · coherence²`.
 
-        Of two choices the centred log-ratio is half of their log-odds: on is half of the mean change of log-odds from
-        the − to the + endpoint, off half of the absolute mean change of the controls, coherence the lower answer mass
-        of both endpoints as a share of the base's, at most 1.
+        `on` is half of the mean change of the log-odds from the − endpoint to the + endpoint: the centred log-ratio of
+        two choices is half of their log-odds. `off` is half of the absolute mean change of the controls. `coherence`
+        is the lower answer mass of the two endpoints, divided by the answer mass of the base, and at most 1.
         """
         plus, minus = self.at(self.endpoint(+1)), self.at(self.endpoint(-1))
         on = (self.log_odds[plus] - self.log_odds[minus]).mean() / 2
@@ -322,7 +340,7 @@ class EvalReport:
 
     @property
     def si_flips(self) -> float:
-        """`si_flips` of moral-maps: how much more often the target is picked at the + than at the − endpoint."""
+        """`si_flips` of moral-maps: share of items with the target answer at the + endpoint, minus that at the −."""
         picked = [(self.log_odds[self.at(self.endpoint(sign))] > 0).float().mean() for _, sign in ARMS]
         return (picked[0] - picked[1]).item()
 
@@ -332,7 +350,7 @@ class EvalReport:
         return [sample for sample in self.samples if sample.coefficient == coefficient]
 
     def finish_rate(self, coefficient: float) -> float:
-        """Share of samples that ended by themselves; NaN without samples."""
+        """Share of samples that ended before the limit; NaN without samples."""
         return _share([sample.finished for sample in self.samples_at(coefficient)])
 
     def repetition(self, coefficient: float) -> float:
@@ -355,18 +373,18 @@ class EvalReport:
         """The report on the target questions of these groups only.
 
         Raises:
-            ValueError: there is no such group.
+            ValueError: no target question has this group.
         """
         missing = set(names) - set(self.groups)
         if missing or not names:
-            raise ValueError(f"no target question is of {sorted(missing)}; the groups are {sorted(set(self.groups))}")
+            raise ValueError(f"no target question is in {sorted(missing)}; the groups are {sorted(set(self.groups))}")
         members = [index for index, group in enumerate(self.groups) if group in names]
         return self.taken(torch.tensor(members))
 
     def taken(
         self, targets: Tensor | None = None, controls: Tensor | None = None, texts: Tensor | None = None
     ) -> "EvalReport":
-        """The report on the items at these indices, repeated ones included; None keeps all."""
+        """The report on the items at these indices, which may repeat; None keeps all items."""
 
         def pick(tensor: Tensor | None, index: Tensor | None) -> Tensor | None:
             return tensor if tensor is None or index is None else tensor[..., index]
@@ -390,7 +408,7 @@ class EvalReport:
         )
 
     def mirrored(self) -> "EvalReport":
-        """The report on the dial that does at c what this one does at −c; without samples."""
+        """The report on the dial with the opposite sign of c; without samples."""
 
         def flipped(tensor: Tensor) -> Tensor:
             return tensor.flip(0)
@@ -414,13 +432,14 @@ class EvalReport:
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """How many target questions, controls and neutral texts there are."""
+        """Numbers of target questions, controls and neutral texts."""
         return self.log_odds.shape[1], self.control_logp.shape[1], self.neutral_logp.shape[1]
 
     def to_dict(self, resamples: int = 300) -> dict[str, Any]:
-        """Every figure at every coefficient and of the whole, JSON-serialisable; a NaN becomes None.
+        """All figures, of the whole report and at every coefficient, JSON-serialisable; NaN becomes None.
 
-        `resamples` of the bootstrap make the 95 % interval of the range, of `FEWEST` units or more; 0 for none.
+        `resamples` is the number of bootstrap resamples for the 95 % interval of the range; 0 leaves the interval out.
+        With fewer than `FEWEST` units, both ends of the interval are None.
         """
         parts = {name: self.group(name) for name in sorted(set(self.groups) - {""})}
         figures: dict[str, Any] = {
@@ -454,7 +473,7 @@ class EvalReport:
         return figures
 
     def row(self, coefficient: float) -> dict[str, float | bool | None]:
-        """What was measured at one coefficient."""
+        """The measurements at one coefficient."""
         index = self.at(coefficient)
         measured = {
             "coefficient": coefficient,
@@ -489,16 +508,19 @@ def bootstrap(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of `statistic(*reports)` (Efron 1979).
 
-    Units of questions, controls and texts are drawn again with replacement, the same ones in all reports: differences
-    and ratios of methods are paired, and so are several training seeds. A NaN is left out; an infinite value counts.
-    Over a single unit of questions there is no interval: both ends are NaN.
+    Units of questions, controls and texts are resampled with replacement, in the same way for all reports. Differences
+    and ratios of methods or training seeds are therefore paired. Values of NaN are left out; infinite values count.
+    If there is only one unit of questions, both ends of the interval are NaN.
 
     Raises:
-        ValueError: the reports are of different items.
+        ValueError: the reports are on different items.
     """
     sizes, units = {report.sizes for report in reports}, {tuple(report.units) for report in reports}
     if len(sizes) != 1 or len(units) != 1:
-        raise ValueError(f"only reports on the same items can be resampled together; these have {sorted(sizes)} items")
+        raise ValueError(
+            "only reports on the same items can be resampled together; the numbers of (target questions, controls, "
+            f"neutral texts) in these are {sorted(sizes)}"
+        )
     members = reports[0].members()
     if len(members) < 2:
         return math.nan, math.nan
@@ -526,11 +548,11 @@ def bootstrap(
 
 
 def _share(values: Sequence[float]) -> float:
-    """The mean, or NaN of nothing."""
+    """The mean, or NaN if there are no values."""
     return sum(values) / len(values) if values else math.nan
 
 
 def _rounded(value: float | Tensor) -> float | None:
-    """A rounded number for JSON, which knows no NaN and no infinity."""
+    """A rounded number for JSON; None for NaN or infinity, which JSON does not have."""
     value = float(value)
     return round(value, 6) if math.isfinite(value) else None

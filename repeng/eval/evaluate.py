@@ -1,7 +1,7 @@
-"""What a dial does: log-odds of target answers, what it generates, and what happens to everything else.
+"""Evaluate a dial: the log-odds of target answers, generated text, and side effects on controls and neutral texts.
 
-A dial is a function from a coefficient to a context manager. Adapters and vectors change the model inside the context;
-a prompt changes no model but yields a function that rewrites the prompt of each question.
+A dial is a function from a coefficient to a context manager. An adapter or a vector changes the model inside the
+context. A prompt does not change the model: its context yields a function that rewrites the prompt of each question.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,27 +38,26 @@ def evaluate(
 ) -> EvalReport:
     """Measure `dial` at each coefficient, and at 0, in evaluation mode.
 
-    Answers are read as log-probabilities of the exact token ids of the choices: of a choice of several tokens, the sum
-    over all of them. A question of whose choices one begins with another is dropped, and the report says so.
+    An answer is read as the log-probability of the exact token ids of a choice, summed over all tokens of the choice.
+    A question is dropped if one of its choices begins with another choice. The report lists the dropped questions.
 
     Args:
         model: any causal language model.
         tokenizer: its tokenizer.
-        questions: at least one of the kind "target".
-        dial: what is measured.
-        coefficients: where; 0 is added.
-        neutral_texts: texts that the behaviour should not touch.
-        budget: what steering may cost.
-        think_tokens: with a thinking template, how many tokens the steered model may think (greedily) before each
-            answer; the thinking is closed for it where that is not enough. 0 asks for the answer at once.
-        sample_prompts: prompts, or questions, that are continued (greedily) at c = −1, 0 and +1, where those are
-            evaluated.
-        sample_tokens: the longest continuation.
-        accepts: says of a generated sentence whether it belongs to the language.
-        batch_size: prompts a forward.
+        questions: the questions; at least one must be of the kind "target".
+        dial: the dial to measure.
+        coefficients: coefficients to measure at; 0 is added.
+        neutral_texts: texts that have nothing to do with the behaviour; steering should not change them.
+        budget: the largest costs that steering may have; `Budget()` by default.
+        think_tokens: for a chat template with thinking, the largest number of tokens that the steered model may think
+            (greedily) before each answer. Longer thinking is closed at this limit. With 0, the model answers at once.
+        sample_prompts: prompts or questions to continue greedily at each of c = −1, 0 and +1 that is evaluated.
+        sample_tokens: the largest number of tokens per continuation.
+        accepts: function that tells whether a generated sentence belongs to the language.
+        batch_size: prompts per forward pass.
 
     Raises:
-        ValueError: no target question can be asked, or the tokenizer has no thinking template.
+        ValueError: no target question can be asked, or `think_tokens` is given and the chat template has no thinking.
     """
     meter = Meter(
         model,

@@ -1,4 +1,4 @@
-"""Measuring dials at single coefficients, all on the same questions and texts; the base is measured once."""
+"""Measure dials at single coefficients, all on the same questions and texts. The base is measured once."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,19 +22,20 @@ from repeng.model.sites import eval_mode
 from repeng.model.tokens import encode, encode_text, ids_apart
 from repeng.model.types import CausalLM
 
-FARTHER = 4.0  # times the coefficient at which a dial was tried, from where on it is tried again
-KEPT = 1 << 27  # log-probabilities of the base that are remembered, at most
+FARTHER = 4.0  # a dial is tried again at a coefficient this many times as large as the tried one
+KEPT = 1 << 27  # largest number of log-probabilities of the base to keep in memory
 Rewrite = Callable[[str], str]
 Dial = Callable[[float], AbstractContextManager[Rewrite | None]]
 
 
 class Answers(NamedTuple):
-    """What the model gives to the choices of `n` questions.
+    """Probabilities of the choices of `n` questions.
 
     Attributes:
-        logp: log-probability `(n 2)` of the target choices and of the others, each choice whole.
-        mass: probability `(n)` that the answer begins as one of the choices does.
-        finished: whether the thinking ended by itself, `(n)`.
+        logp: log-probabilities `(n 2)` of the target choices and of the other choices, over all tokens of a choice.
+        mass: probability `(n)` of all choices together. If a question has a choice of several tokens, the probability
+            of the first tokens of its choices.
+        finished: `(n)`, whether the thinking ended by itself.
     """
 
     logp: Tensor
@@ -47,7 +48,7 @@ class Answers(NamedTuple):
 
 
 class Texts(NamedTuple):
-    """Of each of `q` neutral texts: log-probability of its tokens, sum of `KL(steered ‖ base)` and of its square."""
+    """Sums over the tokens of each of `q` neutral texts: log-probability, `KL(steered ‖ base)`, and its square."""
 
     logp: Tensor
     kl: Tensor
@@ -55,7 +56,7 @@ class Texts(NamedTuple):
 
 
 class Point(NamedTuple):
-    """What was measured at one coefficient."""
+    """The measurements at one coefficient."""
 
     target: Answers
     control: Answers
@@ -65,19 +66,20 @@ class Point(NamedTuple):
 class Meter:
     """Measures dials on the same questions and neutral texts, in evaluation mode.
 
-    A dial at 0 is the base model: it is measured once, for all dials.
+    A dial at 0 is the base model, which is measured once for all dials.
 
     Args:
         model: any causal language model.
         tokenizer: its tokenizer.
-        questions: at least one of the kind "target".
-        neutral_texts: texts that the behaviour should not touch.
-        base: a context in which the model is the base, for a model with adapters.
+        questions: the questions; at least one must be of the kind "target".
+        neutral_texts: texts that have nothing to do with the behaviour; steering should not change them.
+        base: function that opens a context in which the model is the base, for example with its adapters off.
         think_tokens: see `evaluate`.
-        batch_size: prompts per forward.
+        batch_size: prompts per forward pass.
 
     Raises:
-        ValueError: no target question can be asked, or the tokenizer has no thinking template.
+        ValueError: no target question can be asked; or `think_tokens` is given and the chat template has no thinking,
+            or a question has no prompt.
     """
 
     model: CausalLM
@@ -109,22 +111,22 @@ class Meter:
         self.targets = [q for q in asked if q.kind == "target"]
         self.controls = [q for q in asked if q.kind == "control"]
         if not self.targets:
-            reason = f"is left: {self.dropped[0]}" if self.dropped else "was given"
+            reason = f"can be asked; the first problem is: {self.dropped[0]}" if self.dropped else "was given"
             raise ValueError(f"no question of the kind 'target' {reason}")
         if think_tokens and THINK_CLOSE not in str(tokenizer.chat_template):
-            raise ValueError(f"think_tokens={think_tokens}, but the tokenizer's chat template knows no {THINK_CLOSE}")
+            raise ValueError(f"think_tokens={think_tokens}, but the tokenizer's chat template has no {THINK_CLOSE}")
         if think_tokens and not all(q.prompt for q in asked):
             raise ValueError(
-                "with think_tokens every question needs a prompt: a suffix alone is no turn to think about"
+                "with think_tokens every question needs a prompt: the model cannot think about a suffix alone"
             )
         self.model, self.tokenizer, self.neutral_texts = model, tokenizer, list(neutral_texts)
         self.think_tokens, self.batch_size = think_tokens, batch_size
         self.base_context = base
-        # How many tokens of each neutral text count, (q); the same ones for every dial.
+        # Number of tokens of each neutral text that count, (q). They are the same tokens for every dial.
         spans = [span for _, span in self._neutral_rows(None)]
         self.neutral_tokens = torch.tensor([stop - start for start, stop in spans], dtype=torch.long)
         self._known: list[Tensor] | None = None
-        self._tried: tuple[Dial, float] | None = None  # a dial and a coefficient
+        self._tried: tuple[Dial, float] | None = None  # the last tried dial, and at which coefficient
         with eval_mode(model), base() as rewrite:
             self._probe = encode(tokenizer, asked[0].prompt, asked[0].suffix).ids
             self.plain = has_plain_head(model, self._probe)
@@ -142,24 +144,24 @@ class Meter:
                 return self._measure(rewrite)
 
     def _knows(self, dial: Dial, coefficient: float) -> bool:
-        """Whether the dial was tried at a like coefficient: at a far smaller one, what it breaks may not be seen."""
+        """Whether the dial was tried at a similar coefficient; a far smaller one may hide what breaks here."""
         if self._tried is None or self._tried[0] is not dial:
             return False
         return coefficient / self._tried[1] < FARTHER and coefficient * self._tried[1] > 0
 
     def _try(self, dial: Dial, coefficient: float) -> None:
-        """See what a dial allows."""
+        """Find out whether, with this dial, rows can share a prefix and logits are the head of the final states."""
         with dial(coefficient):
             plain = self.plain and has_plain_head(self.model, self._probe)
             self.share = can_share(self.model, self._probe)
-        if plain != self.plain:  # the dial acts behind the head: logits are read as the model gives them
+        if plain != self.plain:  # the dial changes what follows the head: use the logits that the model returns
             self.plain, self._known = plain, None
             with self.base_context() as rewrite:
                 self.base = self._measure(rewrite)
         self._tried = dial, coefficient
 
     def ask(self, questions: Sequence[Question], rewrite: Rewrite | None = None) -> Answers:
-        """What the model as it stands gives to the choices of questions."""
+        """Answers of the model in its present state to questions."""
         return choice_logp(
             self.model,
             self.tokenizer,
@@ -174,7 +176,7 @@ class Meter:
     def report(
         self, points: dict[float, Point], *, budget: Budget | None = None, samples: Sequence[Sample] = ()
     ) -> EvalReport:
-        """The report of one dial from what was measured by coefficient; the base is added."""
+        """Make the report of one dial from its measurements by coefficient; the base is added."""
         points = {**points, 0.0: self.base}
         order = sorted(points)
         target, control, texts = ([getattr(points[c], part) for c in order] for part in ("target", "control", "texts"))
@@ -198,7 +200,7 @@ class Meter:
 
     def _measure(self, rewrite: Rewrite | None) -> Point:
         point = Point(self.ask(self.targets, rewrite), self.ask(self.controls, rewrite), self._texts(rewrite))
-        # Processes that hold a model together must go on alike, whatever the last digit of each.
+        # The processes of a sharded model must take the same decisions, even if their last digits differ.
         return broadcast_object_list([point])[0] if is_sharded(self.model) else point
 
     def _read(self, rows: Sequence[list[int]], spans: Sequence[Span], read: Callable[..., Tensor]) -> list[Tensor]:
@@ -214,10 +216,10 @@ class Meter:
         )
 
     def _neutral_rows(self, rewrite: Rewrite | None) -> list[tuple[list[int], Span]]:
-        """Token ids of each neutral text, and where its own tokens are predicted.
+        """Token ids of each neutral text, and the span of positions that predict its tokens.
 
-        With a chat template a text is the answer to a request for one; without, plain text. Its first token counts
-        only if something stands before it whatever the dial does.
+        With a chat template, the text is the answer to a request for a text. Without a chat template, it is plain
+        text. Its first token counts only if other tokens precede it with every dial.
         """
         request = NEUTRAL_REQUEST if self.tokenizer.chat_template else ""
         skipped = 0 if request or self.tokenizer.bos_token_id is not None else 1
@@ -230,16 +232,17 @@ class Meter:
 
     @torch.no_grad()
     def _texts(self, rewrite: Rewrite | None) -> Texts:
-        """The neutral texts as the model stands; the first call, of the base, is remembered.
+        """Measure the neutral texts with the model in its present state.
 
-        Its log-probabilities are, or, where they would be large, the states that they are made from.
+        The first call is for the base. It stores the log-probabilities of the base, or, if they would take too much
+        memory, the hidden states from which they are computed.
         """
         made = self._neutral_rows(rewrite)
         if not made:
             return Texts(*torch.empty(3, 0))
         rows, spans = [row for row, _ in made], [span for _, span in made]
         known, kept = self._known, [torch.empty(0)] * len(rows)
-        total = sum(stop - start for start, stop in spans)  # the same whatever the dial
+        total = sum(stop - start for start, stop in spans)  # the same for every dial
 
         def read(states: Tensor, head: Callable[[Tensor], Tensor], members: list[int]) -> Tensor:
             lengths = [spans[i][1] - spans[i][0] for i in members]
@@ -282,12 +285,19 @@ def choice_logp(
     share: bool = False,
     batch_size: int = 128,
 ) -> Answers:
-    """What the model gives to the target choices and to the other choices, as sets of exact token ids.
+    """Probabilities of the target choices and of the other choices, read at their exact token ids.
 
-    A choice of several tokens has the probability of all of them, one behind the other.
+    The probability of a choice is the product over all of its tokens.
 
-    `plain`: whether logits are the head of the final states, see `has_plain_head`. `share`: whether a beginning that
-    rows have in common may go through the model once, see `can_share`.
+    Args:
+        model: any causal language model.
+        tokenizer: its tokenizer.
+        questions: the questions.
+        rewrite: function that changes the prompt of each question.
+        think_tokens: see `evaluate`.
+        plain: whether the logits are the head applied to the final hidden states, see `has_plain_head`.
+        share: whether a prefix that rows have in common may go through the model only once, see `can_share`.
+        batch_size: prompts per forward pass.
     """
     if not questions:
         return Answers(torch.empty(0, 2), torch.empty(0), torch.empty(0, dtype=torch.bool))
@@ -318,7 +328,7 @@ def _first_logp(
     ids: Sequence[list[list[int]]],
     **options: Any,
 ) -> list[Tensor]:
-    """Log-probability of the first token of each choice, by row."""
+    """Log-probabilities of the first tokens of all choices, one tensor per row."""
     firsts = [torch.tensor([choice[0] for choice in tokens]) for tokens in ids]
     most = max(map(len, firsts))
 
@@ -342,7 +352,7 @@ def _rest_logp(
     ids: Sequence[list[list[int]]],
     **options: Any,
 ) -> list[Tensor]:
-    """Log-probability of each choice's other tokens behind its first, by row; 0 where there are none."""
+    """Log-probabilities of all tokens of a choice after its first, one tensor per row; 0 for choices of one token."""
     sums = [torch.zeros(len(tokens)) for tokens in ids]
     longer = [(i, j) for i, tokens in enumerate(ids) for j, choice in enumerate(tokens) if len(choice) > 1]
     if not longer:
@@ -368,7 +378,7 @@ def _thought_rows(
     think_tokens: int,
     batch_size: int,
 ) -> tuple[list[list[int]], list[bool]]:
-    """Token ids of each question behind the model's thinking, and whether that ended by itself."""
+    """Token ids of each question together with the model's thinking, and whether the thinking ended by itself."""
     begun = [encode(tokenizer, rewrite(q.prompt), thinking=True, history=q.history).ids for q in questions]
     rows: list[list[int]] = []
     closed: list[bool] = []
@@ -380,7 +390,7 @@ def _thought_rows(
 
 
 def askable(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> tuple[list[Question], list[str]]:
-    """The questions whose choices can be told apart, and why others cannot be asked."""
+    """The questions whose choices can be told apart, and for each of the other questions the reason."""
     asked, dropped, long = [], [], 0
     for index, question in enumerate(questions):
         try:
@@ -392,8 +402,8 @@ def askable(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -
             long += max(map(len, tokens.values())) > 1
     if long:
         warnings.warn(
-            f"{long} of {len(questions)} questions have choices of several tokens: each counts with the probability "
-            "of all its tokens, so that of choices that differ in length the shorter are likelier",
+            f"{long} of {len(questions)} questions have choices of several tokens. The probability of such a choice "
+            "is the product over its tokens, so a shorter choice tends to be likelier than a longer one",
             stacklevel=2,
         )
     return asked, dropped

@@ -1,4 +1,4 @@
-"""What a dial writes, and what can be counted in it."""
+"""Generate text with a dial, and compute statistics of the text."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -35,18 +35,18 @@ def draw_samples(
     base: Callable[[], AbstractContextManager[Any]] | None = None,
     batch_size: int = 128,
 ) -> list[Sample]:
-    """One greedy continuation of each prompt at a coefficient, and what the base makes of it.
+    """One greedy continuation per prompt at a coefficient, with its negative log-likelihood under the base.
 
     Args:
         model: any causal language model.
         tokenizer: its tokenizer.
-        prompts: prompts, or questions.
-        dial: what steers.
-        coefficient: how far.
-        max_new_tokens: the longest continuation.
-        accepts: says of a sentence whether it belongs to the language.
-        base: a context in which the model is the base; the dial at 0 by default.
-        batch_size: prompts per forward.
+        prompts: prompts or questions.
+        dial: the dial that steers the model.
+        coefficient: its coefficient.
+        max_new_tokens: the largest number of tokens per continuation.
+        accepts: function that tells whether a sentence belongs to the language.
+        base: function that opens a context in which the model is the base; by default the dial at 0.
+        batch_size: prompts per forward pass.
     """
     if not prompts:
         return []
@@ -64,7 +64,7 @@ def draw_samples(
         text = str(tokenizer.decode(ids, skip_special_tokens=True))
         counts = None
         if accepts is not None:
-            # The sentence that the prompt begins counts, those that it holds whole do not.
+            # The unfinished sentence at the end of the prompt counts; complete sentences of the prompt do not.
             counts = count_accepted(f"{shown.rpartition(' .')[2]} {text}", accepts)
         samples.append(Sample(coefficient, shown, text, end is not None, repetition(ids), counts, nll))
     return samples
@@ -86,7 +86,7 @@ def _nll(
     written: Sequence[list[int]],
     batch_size: int,
 ) -> list[float]:
-    """Negative log-likelihood per token of what was written behind each row, in nats, as the model stands."""
+    """Negative log-likelihood of the tokens in `written` after each row, in nats per token, under the model."""
     whole = [row + ids for row, ids in zip(rows, written, strict=True)]
     spans = [(len(row) - 1, len(row) + len(ids) - 1) for row, ids in zip(rows, written, strict=True)]
 
@@ -100,12 +100,12 @@ def _nll(
 
 
 def repetition(ids: Sequence[int], n: int = NGRAM) -> float:
-    """Share of the n-grams of a text that had occurred in it before; 0 for a text without any."""
+    """Share of the n-grams of a text that occur earlier in the text; 0 for a text without n-grams."""
     grams = [tuple(ids[index : index + n]) for index in range(len(ids) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def count_accepted(text: str, accepts: Callable[[str], bool]) -> tuple[int, int]:
-    """How many whole sentences of a text, each up to its full stop, a grammar accepts, and how many there are."""
+    """Number of complete sentences that a grammar accepts, and number of all complete sentences (with a full stop)."""
     sentences = [f"{part.strip()} ." for part in text.split(" .")[:-1]]
     return sum(map(accepts, sentences)), len(sentences)

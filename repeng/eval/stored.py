@@ -13,12 +13,12 @@ from torch import Tensor
 from repeng.data.files import written_whole
 from repeng.eval.eval_report import Budget, EvalReport, Sample
 
-KEY = "repeng-reports"  # of the JSON text in a file's safetensors metadata
+KEY = "repeng-reports"  # key of the JSON text in the safetensors metadata of a file
 FORMAT = 1
 
 
 def save_reports(path: str | Path, reports: Mapping[str, Sequence[EvalReport]], **more: Any) -> None:
-    """Write reports by method, and `more`, which JSON can hold, whole or not at all."""
+    """Write reports by method, and the JSON-serialisable values in `more`. The file is written whole or not at all."""
     tensors: dict[str, Tensor] = {}
     told: dict[str, list[dict[str, Any]]] = {}
     for method, group in reports.items():
@@ -39,11 +39,11 @@ def save_reports(path: str | Path, reports: Mapping[str, Sequence[EvalReport]], 
 
 
 def load_reports(path: str | Path) -> tuple[dict[str, list[EvalReport]], dict[str, Any]]:
-    """What `save_reports` has written: reports by method, and the rest.
+    """Read a file of `save_reports`: reports by method, and the values of `more`.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file holds no reports, or those of another version.
+        FileNotFoundError: there is no file at `path`.
+        ValueError: the file holds no reports, or reports in the format of another version.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {str(path)!r}")
@@ -52,7 +52,7 @@ def load_reports(path: str | Path) -> tuple[dict[str, list[EvalReport]], dict[st
             told = json.loads((file.metadata() or {})[KEY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         if told["format"] != FORMAT:
-            raise ValueError(f"format {told['format']}; this version reads {FORMAT}")
+            raise ValueError(f"it has format {told['format']}, and this version reads format {FORMAT}")
         reports = {
             method: [_report(rest, tensors, f"{method}/{index}/") for index, rest in enumerate(group)]
             for method, group in told["reports"].items()

@@ -1,30 +1,31 @@
-"""Finding the coefficients at which a dial has given costs, from few measurements."""
+"""Find the coefficients at which a dial has given costs, with few measurements."""
 
 import math
 from collections.abc import Callable, Sequence
 
 from repeng.eval.eval_report import EvalReport
 
-REACHED = 0.25  # a cost is found when a measured one is within this share of it: the curve is read in between
-TRIES = 3  # measurements for each cost
-STEP = 4.0  # the most by which a coefficient grows at a time
+REACHED = 0.25  # tolerance of log cost at which a target counts as found: the curve is interpolated later
+TRIES = 3  # largest number of measurements per cost
+STEP = 4.0  # largest factor between one coefficient and the next
 EDGE_TRIES = 3
-EDGE = 0.1  # share of the budget that may be left over
+EDGE = 0.1  # share of the budget that may stay unspent at the edge
 
 
 def find_costs(
     cost: Callable[[float], float], targets: Sequence[float], *, start: float, largest: float
 ) -> dict[float, float]:
-    """Coefficients, all positive, whose costs are near to `targets`, with their costs.
+    """Measure positive coefficients whose costs are near `targets`; return all measured coefficients with their costs.
 
-    A secant on the logarithms of cost and coefficient, from `start`: for a small coefficient c the KL divergence grows
-    as c². A cost that the largest coefficient does not reach is left out, and so is one that the dial jumps over.
+    A secant search on the logarithms of cost and coefficient begins at `start`: for a small coefficient c, the KL
+    divergence grows as c². Some targets may stay without a near cost: those that even the largest coefficient does not
+    reach, and those that the dial jumps over.
 
     Args:
-        cost: measures one coefficient; NaN counts as infinite.
+        cost: function that measures the cost at one coefficient; NaN counts as infinite.
         targets: costs above 0.
         start: the first coefficient.
-        largest: no larger coefficient is tried.
+        largest: the largest coefficient to try.
     """
     known: dict[float, float] = {}
 
@@ -46,7 +47,7 @@ def find_costs(
 
 
 def _guess(known: dict[float, float], target: float, largest: float) -> float | None:
-    """Where the target should be, from what is known; None where it cannot be."""
+    """Guess the coefficient of a target cost from the known costs; None if even the largest one is too small."""
     below = [c for c, value in known.items() if value < target]
     above = [c for c, value in known.items() if value >= target and all(c > other for other in below)]
     low, high = max(below, default=None), min(above, default=None)
@@ -77,12 +78,12 @@ def _guess(known: dict[float, float], target: float, largest: float) -> float | 
 
 
 def find_edge(report: Callable[[], EvalReport], measure: Callable[[float], object], sign: int) -> None:
-    """Measure some coefficients between the last one inside the budget and the first one outside.
+    """Measure some coefficients between the last one inside the budget and the first one outside it.
 
     Args:
-        report: of what has been measured so far.
-        measure: measures one coefficient.
-        sign: of the arm.
+        report: function that returns the report on all measurements so far.
+        measure: function that measures one coefficient.
+        sign: sign of the arm.
     """
     for _ in range(EDGE_TRIES):
         now = report()

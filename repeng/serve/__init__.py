@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server with a coefficient for each request; needs the extra `serve`."""
+"""An OpenAI-compatible server with coefficients per request; needs the extra `serve`."""
 
 from typing import TYPE_CHECKING
 

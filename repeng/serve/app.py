@@ -29,13 +29,13 @@ from repeng.serve.protocol import ChatCompletion, Completion, Generation, Refuse
 from repeng.serve.sampling import Drawn, Sampling
 
 MAX_BODY = 2**20  # bytes
-COMPLETION_TOKENS = 16  # of a completion that does not say how many, as at OpenAI
+COMPLETION_TOKENS = 16  # default max_tokens of a completion, as at OpenAI
 
 
 class Answer(NamedTuple):
-    """A piece of an answer: new text, how it ended (None: not yet), and how many tokens there are by now.
+    """A piece of an answer: its new text, the finish reason (None: unfinished), and the number of tokens so far.
 
-    `drawn` tells of the new tokens; it is None unless the request asked for log-probabilities.
+    `drawn` holds the log-probabilities of the new tokens; None unless the request asks for log-probabilities.
     """
 
     text: str
@@ -45,7 +45,7 @@ class Answer(NamedTuple):
 
 
 class Metrics:
-    """What /metrics shows."""
+    """The metrics that /metrics shows."""
 
     def __init__(self, batching: Batching) -> None:
         self.registry: CollectorRegistry = CollectorRegistry()
@@ -53,22 +53,22 @@ class Metrics:
             "repeng_requests", "Requests, by HTTP status", ["status"], registry=self.registry
         )
         self.cancelled: Counter = Counter(
-            "repeng_cancelled", "Requests whose client went away", registry=self.registry
+            "repeng_cancelled", "Requests whose client disconnected", registry=self.registry
         )
-        self.prompt: Counter = Counter("repeng_prompt_tokens", "Tokens of prompts", registry=self.registry)
-        self.generated: Counter = Counter("repeng_generated_tokens", "Tokens of answers", registry=self.registry)
+        self.prompt: Counter = Counter("repeng_prompt_tokens", "Tokens in prompts", registry=self.registry)
+        self.generated: Counter = Counter("repeng_generated_tokens", "Tokens in answers", registry=self.registry)
         self.seconds: Histogram = Histogram(
-            "repeng_request_seconds", "Seconds of a whole request", registry=self.registry
+            "repeng_request_seconds", "Duration of a request in seconds", registry=self.registry
         )
         self.first: Histogram = Histogram(
             "repeng_first_token_seconds", "Seconds until the first token", registry=self.registry
         )
-        running = Gauge("repeng_running", "Requests that run or wait", registry=self.registry)
+        running = Gauge("repeng_running", "Requests that are running or waiting", registry=self.registry)
         running.set_function(lambda: batching.running)
 
 
 class Server:
-    """The handlers of one model."""
+    """The request handlers of a server with one model."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class Server:
 
     def _check_name(self, name: str) -> None:
         if name != self.name:
-            raise Refused(f"there is no model {name[:100]!r}; this server has {self.name!r}", "model", 404)
+            raise Refused(f"there is no model {name[:100]!r}; the model of this server is {self.name!r}", "model", 404)
 
     def _model(self) -> dict[str, Any]:
         return {
@@ -134,19 +134,19 @@ class Server:
     async def _answer(self, request: Request, kind: type[Completion] | type[ChatCompletion]) -> Response:
         self._check_key(request)
         body = parse(kind, await _read(request))
-        ids = await asyncio.to_thread(self._check, body)  # a long text takes long to encode
+        ids = await asyncio.to_thread(self._check, body)  # in a thread, because a long text takes long to encode
         shape = _Shape(isinstance(body, ChatCompletion), self.name, self.tokenizer)
         answers = self._generate(body, ids)
         if body.stream:
             with_usage = body.stream_options is not None and body.stream_options.include_usage
-            # The first piece is awaited, so that a request that fails at once has its own status.
+            # Wait for the first piece, so that a request that fails at once gets an HTTP status for the failure.
             first = await _unless_gone(request, anext(answers))
             if first is None:
                 return self._gone()
             events = self._events(shape, first, answers, len(ids), with_usage)
             return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
         if body.stream_options is not None:
-            raise Refused("stream_options goes with stream: true", "stream_options")
+            raise Refused("stream_options is allowed only together with stream: true", "stream_options")
         whole = await _unless_gone(request, _joined(answers))
         if whole is None:
             return self._gone()
@@ -154,14 +154,14 @@ class Server:
         return JSONResponse(shape.whole(whole, len(ids)))
 
     def _gone(self) -> Response:
-        """For a client that does not listen any more."""
+        """The response for a client that has disconnected."""
         self.metrics.cancelled.inc()
         return Response(status_code=499)
 
     async def _events(
         self, shape: "_Shape", piece: Answer, answers: AsyncGenerator[Answer], prompt_tokens: int, with_usage: bool
     ) -> AsyncIterator[str]:
-        """Server-sent events of one answer, whose first piece has come."""
+        """Server-sent events of one answer; `piece` is its first piece."""
         status = None
         try:
             for event in shape.opening():
@@ -188,7 +188,7 @@ class Server:
             await answers.aclose()
 
     def _check(self, body: Completion | ChatCompletion) -> list[int]:
-        """The ids of the prompt.
+        """Check a request and return the token ids of its prompt.
 
         Raises:
             Refused: the request cannot be answered.
@@ -202,12 +202,12 @@ class Server:
         room = self.batching.max_length - len(ids)
         if room < 1:
             raise Refused(
-                f"the prompt has {len(ids)} tokens; prompt and answer together have {self.batching.max_length}"
+                f"the prompt has {len(ids)} tokens; prompt and answer together can have {self.batching.max_length}"
             )
         asked = _asked_tokens(body)
         if asked is not None and asked > room:
             raise Refused(
-                f"the prompt leaves room for {room} tokens of {self.batching.max_length}; got {asked}", "max_tokens"
+                f"of {self.batching.max_length} tokens, the prompt leaves room for {room}; got {asked}", "max_tokens"
             )
         return ids
 
@@ -218,13 +218,18 @@ class Server:
             size = self.batching.dials.model.config.get_text_config().vocab_size
             wrong = next((one for one in ids if not 0 <= one < size), None)
             if not ids or wrong is not None:
-                raise Refused(f"prompt holds at least one token, of an id from 0 to {size - 1}; got {wrong}", "prompt")
+                problem = "no token" if wrong is None else f"the id {wrong}"
+                raise Refused(
+                    f"prompt needs at least one token, with ids from 0 to {size - 1}; got {problem}", "prompt"
+                )
             return ids
         if not self.tokenizer.chat_template:
             raise Refused("this model has no chat template; use /v1/completions", "messages")
         reserved = set(body.chat_template_kwargs) & {*signature(self.tokenizer.apply_chat_template).parameters}
         if reserved:
-            raise Refused(f"the server itself sets {', '.join(sorted(reserved))}", "chat_template_kwargs")
+            raise Refused(
+                f"the server itself sets {', '.join(sorted(reserved))}; leave it out", "chat_template_kwargs"
+            )
         try:
             ids = self.tokenizer.apply_chat_template(
                 [message.as_turn() for message in body.messages],
@@ -237,7 +242,7 @@ class Server:
         return list(cast(list[int], ids))
 
     async def _generate(self, body: Completion | ChatCompletion, ids: list[int]) -> AsyncGenerator[Answer]:
-        """Pieces of the answer; closing it cancels the request."""
+        """Generate the answer in pieces; closing the generator cancels the request."""
         given = {key: getattr(body, key) for key in ("temperature", "top_p", "top_k", "seed")}
         sampling = Sampling(**{key: value for key, value in given.items() if value is not None}, logprobs=body.told)
         room = self.batching.max_length - len(ids)
@@ -262,7 +267,7 @@ class Server:
                     return
 
     def _stops(self, body: Completion | ChatCompletion) -> tuple[list[str], set[int]]:
-        """Texts that end the answer, and the tokens among them, which never become text."""
+        """The stop texts, and the ids of special tokens among them, which do not appear in the decoded text."""
         texts, special = body.stop_texts(), set(self.tokenizer.all_special_tokens)
         ends = {cast(int, self.tokenizer.convert_tokens_to_ids(text)) for text in texts if text in special}
         return [text for text in texts if text not in special], ends
@@ -270,7 +275,7 @@ class Server:
     def _check_key(self, request: Request) -> None:
         origin = urlsplit(request.headers.get("origin", "")).hostname
         if origin is not None and "*" not in self.hosts and origin not in self.hosts:
-            raise Refused(f"pages of {origin} may not use this server", None, 403)
+            raise Refused(f"web pages from {origin} may not use this server", None, 403)
         if self.api_key is None:
             return
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
@@ -278,7 +283,7 @@ class Server:
             raise Refused("the API key is missing or wrong: send the header 'Authorization: Bearer KEY'", None, 401)
 
     async def failed(self, _request: Request, error: Exception) -> Response:
-        """Any error as OpenAI's clients expect it."""
+        """The response for any error, in the form that OpenAI's clients expect."""
         status = _status(error, self.batching.alive)
         self.metrics.requests.labels(status).inc()
         text = error.detail if isinstance(error, HTTPException) else str(error)
@@ -287,7 +292,7 @@ class Server:
 
 
 class _Shape:
-    """How OpenAI writes one answer."""
+    """Writes one answer in OpenAI's format."""
 
     def __init__(self, is_chat: bool, model: str, tokenizer: PreTrainedTokenizerBase) -> None:
         self.is_chat, self._tokenizer = is_chat, tokenizer
@@ -295,7 +300,7 @@ class _Shape:
         self._created, self._model = int(time.time()), model
 
     def whole(self, answer: Answer, prompt_tokens: int) -> dict[str, Any]:
-        """The answer in one piece."""
+        """The whole answer as one JSON object."""
         said = {"message": {"role": "assistant", "content": answer.text}} if self.is_chat else {"text": answer.text}
         usage = _usage(prompt_tokens, answer.tokens)
         return {**self._head("chat.completion"), "choices": [self._choice(said, answer)], "usage": usage}
@@ -306,12 +311,12 @@ class _Shape:
         return [self._event([self._choice(said, None)])] if self.is_chat else []
 
     def piece(self, answer: Answer) -> str:
-        """The event of a piece."""
+        """The event for one piece."""
         said = {"delta": {"content": answer.text}} if self.is_chat else {"text": answer.text}
         return self._event([self._choice(said, answer)])
 
     def usage(self, prompt_tokens: int, tokens: int) -> str:
-        """The event that ends a stream whose request asked for it."""
+        """The last event of a stream whose request asks for the usage."""
         return self._event([], usage=_usage(prompt_tokens, tokens))
 
     def _event(self, choices: list[dict[str, Any]], **more: Any) -> str:
@@ -338,12 +343,12 @@ def make_app(
     """The web application, for any ASGI server.
 
     Args:
-        batching: generates; started and stopped with the application.
-        tokenizer: of its model.
-        name: of the model, as requests say it.
-        api_key: what requests must send; None lets everybody in.
-        allowed_hosts: `Host` headers that are answered. On a loopback address, a page of the web that resolves its own
-            name to this machine is kept out by it.
+        batching: the generator of answers; it starts and stops with the application.
+        tokenizer: tokenizer of its model.
+        name: name of the model in requests.
+        api_key: key that requests must send; with None, no key is needed.
+        allowed_hosts: allowed values of the `Host` header. On a loopback address, give the names of this machine: that
+            keeps out web pages whose own domain name resolves to this machine.
     """
     server = Server(batching, tokenizer, name, api_key, allowed_hosts)
     errors: Any = dict.fromkeys((Refused, Unavailable, Failed, HTTPException, Exception), server.failed)
@@ -387,7 +392,7 @@ def _asked_tokens(body: Generation) -> int | None:
 
 
 async def _read(request: Request) -> bytes:
-    """The body, of limited length."""
+    """Read the body of a request, up to `MAX_BODY` bytes."""
     parts, length = [], 0
     try:
         async for part in request.stream():
@@ -396,19 +401,19 @@ async def _read(request: Request) -> bytes:
                 raise Refused(f"the body is longer than {MAX_BODY} bytes", None, 413)
             parts.append(part)
     except ClientDisconnect as error:
-        raise Refused("the client went away before its body had come", None, 499) from error
+        raise Refused("the client disconnected before it had sent the whole body", None, 499) from error
     return b"".join(parts)
 
 
 async def _joined(answers: AsyncIterator[Answer]) -> Answer:
-    """All pieces as one."""
+    """Join all pieces of an answer."""
     pieces = [piece async for piece in answers]
     drawn = None if pieces[-1].drawn is None else [one for piece in pieces for one in piece.drawn or ()]
     return pieces[-1]._replace(text="".join(piece.text for piece in pieces), drawn=drawn)
 
 
 async def _unless_gone(request: Request, work: Awaitable[Answer]) -> Answer | None:
-    """What comes of the work, which is cancelled when the client goes away: then None."""
+    """The result of `work`. If the client disconnects first, `work` is cancelled and the result is None."""
     task, gone = asyncio.ensure_future(work), asyncio.create_task(_disconnected(request))
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)

@@ -1,7 +1,7 @@
-"""Requests at different coefficients in one batch, by the continuous batching of transformers.
+"""Serve requests at different coefficients in one batch, with the continuous batching of transformers.
 
-transformers packs the tokens of all running requests into one row and decides which ones run. This module tells each
-forward the coefficient of each token.
+transformers decides which requests run, and packs the tokens of all running requests into one row. This module gives
+each forward pass the coefficient of every token.
 """
 
 import asyncio
@@ -23,21 +23,21 @@ from repeng.serve.dials import Dials, per_token
 from repeng.serve.limits import Limits
 from repeng.serve.sampling import Drawn, Sampler, Sampling
 
-FLASH = (torch.bfloat16, torch.float16)  # what flash attention computes in
-PAGE = 256  # tokens of a page of the key-value cache, by the default of transformers
+FLASH = (torch.bfloat16, torch.float16)  # dtypes that flash attention supports
+PAGE = 256  # tokens per page of the key-value cache, the default of transformers
 NO_NUMBERS = (
-    "the model gives NaN or infinite logits at these coefficients, or at those of another request in the batch; ask "
-    "for smaller ones"
+    "the model gives NaN or infinite logits, at the coefficients of this request or of another request in the batch; "
+    "give smaller coefficients"
 )
 POLL = 0.2  # seconds
 
 
 class Unavailable(RuntimeError):
-    """The server cannot take a request now."""
+    """The server cannot accept a request at the moment."""
 
 
 class Failed(RuntimeError):
-    """A request could not be finished; `status` is that of HTTP."""
+    """A request could not be finished; `status` is the HTTP status."""
 
     def __init__(self, message: str, status: int = 500) -> None:
         super().__init__(message)
@@ -45,9 +45,10 @@ class Failed(RuntimeError):
 
 
 class Tokens(NamedTuple):
-    """New tokens of a request, and how it ended: "stop" at a token that ends a text, "length", or not yet (None).
+    """New tokens of a request, and its finish reason.
 
-    `drawn` tells of each of them, if the request asked for it.
+    `ended` is "stop" after a token that ends a text, "length" at the limit, and None while the request runs. `drawn`
+    holds the log-probabilities of the new tokens, if the request asks for them.
     """
 
     ids: list[int]
@@ -56,7 +57,7 @@ class Tokens(NamedTuple):
 
 
 class _Request(NamedTuple):
-    """A running request: its coefficients in the order of the dials, how it draws, and where its results go."""
+    """A running request: its coefficients in the order of the dials, its sampler, and the queue for its results."""
 
     coefficients: tuple[float, ...]
     sampler: Sampler
@@ -65,12 +66,12 @@ class _Request(NamedTuple):
     loop: asyncio.AbstractEventLoop
 
     def put(self, result: Any) -> None:
-        """Hand a result over, from any thread."""
+        """Put a result into the queue of this request. Any thread may call it."""
         _hand_over([(self, result)])
 
 
 def _hand_over(results: Sequence[tuple[_Request, Any]]) -> None:
-    """Results to the event loops of their requests, which are woken once."""
+    """Put results into the queues of their requests. Each event loop is woken only once."""
     for loop in {request.loop for request, _ in results}:
         mine = [(request, result) for request, result in results if request.loop is loop]
         if not loop.is_closed():
@@ -80,10 +81,10 @@ def _hand_over(results: Sequence[tuple[_Request, Any]]) -> None:
 
 
 class Batching:
-    """Generates for many requests at once; nobody else may use the model between `start` and `stop`.
+    """Generates for many requests at once. No other code may use the model between `start` and `stop`.
 
     Args:
-        dials: the model and what steers it.
+        dials: the model with its adapters and vectors.
         limits: see `Limits`.
 
     Raises:
@@ -99,7 +100,7 @@ class Batching:
         if limits.max_length is None:
             limits = replace(limits, max_length=min(positions or 4096, 4096))
         elif positions is not None and limits.max_length > positions:
-            raise ValueError(f"max_length is {limits.max_length}, and the model has {positions} positions")
+            raise ValueError(f"max_length is {limits.max_length}, but the model has only {positions} positions")
         self.dials: Dials = dials
         self.limits: Limits = limits
         self.max_length: int = limits.max_length or 0
@@ -111,21 +112,21 @@ class Batching:
         self._threads: list[threading.Thread] = []
         self._replaced = ExitStack()
         self._steered = ExitStack()  # the open contexts of `steer`
-        self._steered_for: Any = None  # what they were opened for
-        self._problem: Exception | None = None  # what ended the thread that generates
+        self._steered_for: Any = None  # the coefficients and lengths that they were opened for
+        self._problem: Exception | None = None  # the error that ended the generating thread
         self._stopping = False
 
     def start(self) -> None:
-        """Start the threads that generate and hand out results, unless they run already.
+        """Start the threads that generate and that distribute results, unless they run already.
 
         Raises:
-            ValueError: this model, or one of its adapters, does not work in continuous batching.
+            ValueError: this model, or one of its adapters, does not work with continuous batching.
         """
         if self.alive:
             return
         model, on_cpu = self.dials.model, self.dials.model.device.type == "cpu"
         concurrent = self.limits.max_concurrent
-        # Keys and values of a prompt depend on its coefficients: no request may share those of another.
+        # Keys and values of a prompt depend on its coefficients, so requests must not share them.
         known = {one.name for one in fields(ContinuousBatchingConfig)}
         flash: Any = {"auto_switch_to_flash": model.dtype in FLASH and not on_cpu}
         config = ContinuousBatchingConfig(
@@ -137,7 +138,7 @@ class Batching:
             max_batch_tokens=max(concurrent, 256 if on_cpu else 2048),
             max_requests_per_batch=concurrent,
         )
-        # Greedy: what it takes the largest of has been drawn by then, see `_steered_forward`.
+        # Greedy, because `_draw` has already made the largest logit that of a randomly drawn token.
         generation = GenerationConfig(
             do_sample=False, eos_token_id=sorted(self.ends) or -1, pad_token_id=min(self.ends, default=0)
         )
@@ -154,12 +155,12 @@ class Batching:
         self._threads = [thread]
 
     def _spare_blocks(self) -> int:
-        """Layers of several kinds share a cache that is cut into pieces of many blocks."""
+        """Number of extra cache blocks: layers of different kinds share one cache in pieces of many blocks."""
         kinds = getattr(self.dials.model.config.get_text_config(), "layer_types", None) or ()
         return 16 if len(set(kinds)) > 1 else 0
 
     def _try_out(self) -> None:
-        """Start to generate, for two texts at different coefficients; raises ValueError if that ends the thread."""
+        """Generate for two texts at different coefficients. Raises ValueError if the generating thread ends."""
         manager, nobody = self._manager, asyncio.new_event_loop()
         nobody.close()
         sampler = Sampler(Sampling(), self.dials.model.device)
@@ -176,15 +177,15 @@ class Batching:
                 self._requests.clear()
                 told = self._problem or (result and result.error) or "see its log"
                 kind = type(self.dials.model).__name__
-                raise ValueError(f"{kind} cannot be served: the continuous batching of transformers ended ({told})")
+                raise ValueError(f"{kind} cannot be served: the continuous batching of transformers failed ({told})")
 
     def stop(self) -> None:
-        """End all requests, stop the threads, and leave the model as it was."""
+        """End all requests, stop the threads, and restore the model."""
         if self._manager is None or self._stopping:
             return
         self._stopping = True
         for request in list(self._requests.values()):
-            request.put(Unavailable("the server stops"))
+            request.put(Unavailable("the server is stopping"))
         self._manager.stop(block=True, timeout=30, hard_stop=True)
         for thread in self._threads:
             thread.join(timeout=5)
@@ -200,7 +201,7 @@ class Batching:
 
     @property
     def running(self) -> int:
-        """Requests that run or wait."""
+        """Number of requests that are running or waiting."""
         return len(self._requests)
 
     def check(self, steering: Mapping[str, float]) -> None:
@@ -209,10 +210,12 @@ class Batching:
         for name, c in steering.items():
             if name not in names:
                 listed = ", ".join(names) or "none"
-                raise ValueError(f"there is no {name!r} to steer by{nearest(name, names)}; there are: {listed}")
+                raise ValueError(
+                    f"this server has no adapter or vector {name!r}{nearest(name, names)}; it has: {listed}"
+                )
             if not abs(c) <= largest:  # NaN is not
                 allowed = f"from {-largest:g} to {largest:g}"
-                raise ValueError(f"the coefficient of {name!r} is {c:g}; {allowed} is allowed")
+                raise ValueError(f"the coefficient of {name!r} is {c:g}; allowed are values {allowed}")
 
     async def generate(
         self,
@@ -222,26 +225,26 @@ class Batching:
         sampling: Sampling,
         ends: Collection[int] = (),
     ) -> AsyncGenerator[Tokens]:
-        """New tokens of one text as they come; closing the iterator cancels the request.
+        """Yield the new tokens of one text as they are generated; closing the generator cancels the request.
 
         Args:
-            ids: the prompt.
-            steering: coefficients by name; others are 0.
-            max_new_tokens: the longest answer.
-            sampling: how tokens are drawn.
-            ends: tokens that end this text, beside those that end every text.
+            ids: token ids of the prompt.
+            steering: coefficients by name of adapter or vector; all others are 0.
+            max_new_tokens: the largest number of tokens in the answer.
+            sampling: settings with which tokens are drawn.
+            ends: ids of tokens that end this text, in addition to those that end every text.
 
         Raises:
-            Unavailable: too many requests wait, or the server stops.
-            Failed: the model gave no number that a token could be drawn from, or transformers gave up.
+            Unavailable: too many requests are waiting, or the server is stopping.
+            Failed: the logits were NaN or infinite, or transformers reported an error.
             ValueError: see `check`.
         """
         self.check(steering)
         manager = self._manager
         if not self.alive:
-            raise Unavailable("the server does not generate any more; restart it")
+            raise Unavailable("the server has stopped generating; restart it")
         if self.running >= self.limits.max_concurrent + self.limits.max_waiting:
-            raise Unavailable(f"{self.running} requests run or wait; try again later")
+            raise Unavailable(f"{self.running} requests are already running or waiting; try again later")
         name, sent, ends = uuid.uuid4().hex, 0, {*self.ends, *ends}
         request = _Request(
             tuple(float(steering.get(dial, 0.0)) for dial in self.dials.names),
@@ -281,7 +284,7 @@ class Batching:
                 manager.cancel_request(name)
 
     def _hand_out(self) -> None:
-        """Thread: hand each result to the request that it belongs to."""
+        """Put each result into the queue of its request. Runs in a thread of its own."""
         manager = self._manager
         while manager.is_running():
             results, result = [], manager.get_result(timeout=POLL)
@@ -289,20 +292,20 @@ class Batching:
                 request = self._requests.get(result.request_id)
                 if request is not None:
                     results.append((request, result))
-                result = manager.get_result(timeout=0)  # a step has one for each request: they go together
+                result = manager.get_result(timeout=0)  # a step has one result per request: collect them all
             _hand_over(results)
         for request in list(self._requests.values()):
-            request.put(Unavailable("the server does not generate any more; restart it"))
+            request.put(Unavailable("the server has stopped generating; restart it"))
 
     def _packed(self) -> list[Any]:
-        """The requests of the running forward, in the order of their tokens."""
+        """The requests in the present forward pass, in the order of their tokens."""
         return self._manager.batch_processor.inputs_and_outputs.requests_in_batch
 
     def _steered_forward(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """The forward of the model, in which every token is steered, and every next token drawn, as its request asks.
+        """Wrap the model's forward: steer every token, and draw every next token, with the settings of its request.
 
-        A text whose next token has no probabilities fails, instead of ending the thread that draws. In the same
-        forward it may take others with it: attention multiplies what it must not see by zero, and 0 × inf is NaN.
+        If the logits of a text are not finite, its request fails; the generating thread goes on. Other requests in the
+        same forward pass may fail with it: attention multiplies masked values by zero, and 0 × inf is NaN.
         """
 
         @wraps(forward)
@@ -320,7 +323,7 @@ class Batching:
         return steered
 
     def _draw(self, packed: Sequence[Any], output: Any, kwargs: Mapping[str, Any]) -> None:
-        """Make the largest logit of each text that goes on the token that is drawn for it."""
+        """Draw the next token of each text, and change the logits so that this token has the largest one."""
         going_on = [self._requests.get(one.state.request_id) for one in packed if one.has_new_token]
         rows = range(len(going_on)) if "logits_to_keep" in kwargs else kwargs["logits_indices"].tolist()
         output.logits = output.logits.float()
@@ -340,13 +343,15 @@ class Batching:
                     logits.copy_(scores)
 
     def _steer(self, packed: Sequence[Any], tokens: int) -> None:
-        """Open the contexts of `steer` for these requests, unless they are open already."""
+        """Open the contexts of `steer` for these requests, unless the same contexts are open already."""
         nothing = (0.0,) * len(self.dials.names)
         running = [self._requests.get(one.state.request_id) for one in packed]
         own = [nothing if request is None else request.coefficients for request in running]
         lengths = [one.query_length for one in packed]
         if sum(lengths) != tokens:
-            raise RuntimeError(f"{sum(lengths)} tokens of requests are packed into {tokens}: transformers pads them")
+            raise RuntimeError(
+                f"the requests have {sum(lengths)} tokens but the row has {tokens}: transformers has padded it"
+            )
         wanted = tuple(own), (None if len(set(own)) == 1 else tuple(lengths))
         if wanted == self._steered_for:
             return

@@ -16,15 +16,15 @@ from repeng.vectors.vector import SteeringVector, read_vector
 
 
 class Dials:
-    """Everything that can steer one model.
+    """The adapters and vectors that can steer one model.
 
     Args:
-        model: the model; adapters are injected into it and active.
-        adapters: what its adapters are called in PEFT, by name.
-        vectors: steering vectors by name.
+        model: the model, with its adapters injected and active.
+        adapters: names of its adapters in PEFT, by the names that requests use.
+        vectors: steering vectors, by the names that requests use.
 
     Raises:
-        ValueError: something cannot be steered, or fits another model.
+        ValueError: an adapter or vector holds values that are not finite, cannot be steered, or fits another model.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Dials:
             pass
 
     def _numbers(self) -> Iterator[tuple[str, Tensor]]:
-        """What steers, by name."""
+        """All tensors of the adapters and vectors, each with the name that requests use."""
         for name, vector in self._vectors.items():
             yield from ((name, direction) for direction in vector.directions.values())
         names = {called: name for name, called in self._adapters.items()}
@@ -53,10 +53,10 @@ class Dials:
 
     @contextmanager
     def at(self, coefficients: Mapping[str, float | Tensor]) -> Iterator[None]:
-        """Inside the context, the model is steered; what is not named stands at 0.
+        """Steer the model inside the context. Adapters and vectors without a coefficient are at 0.
 
         Args:
-            coefficients: by name, as `steer` takes them.
+            coefficients: coefficients by name, in the form that `steer` accepts.
         """
         with ExitStack() as stack:
             for name, called in self._adapters.items():
@@ -67,14 +67,15 @@ class Dials:
 
 
 def load_dials(model: PreTrainedModel, paths: Mapping[str, Path]) -> Dials:
-    """Load adapters (folders) and vectors (files) onto a model, which is changed.
+    """Load adapters (folders) and vectors (files) onto a model. This changes the model.
 
     Raises:
-        ValueError: what lies at a path does not fit the model.
+        ValueError: an adapter or vector does not fit the model.
     """
     folders = {name: AdapterFolder.read(path) for name, path in paths.items() if path.is_dir()}
     vectors = {name: read_vector(path) for name, path in paths.items() if path.is_file()}
-    called = {name: f"dial-{name}" for name in folders}  # PEFT mixes up names that are part of "lora_"
+    # With the prefix: PEFT confuses a name that is part of "lora_" with its parameter names.
+    called = {name: f"dial-{name}" for name in folders}
     by_kind: dict[Any, list[str]] = {}
     for name, folder in folders.items():
         folder.check(model)
@@ -92,7 +93,7 @@ def load_dials(model: PreTrainedModel, paths: Mapping[str, Path]) -> Dials:
 
 
 def per_token(values: list[float], lengths: list[int]) -> float | Tensor:
-    """One number if all texts have the same, else `(1 t)`: the value of each token of a row that packs the texts."""
+    """The value of every token in a row that packs several texts, `(1 t)`; one number if all texts have the same."""
     if len(set(values)) == 1:
         return values[0]
     return torch.repeat_interleave(torch.tensor(values), torch.tensor(lengths))[None]

@@ -1,4 +1,4 @@
-"""What one server takes; without an import that takes long."""
+"""Limits of one server. This module has no slow imports."""
 
 import math
 from dataclasses import dataclass, field, fields
@@ -6,14 +6,15 @@ from dataclasses import dataclass, field, fields
 
 @dataclass(frozen=True)
 class Limits:
-    """What one server takes."""
+    """Limits of one server."""
 
     max_length: int | None = field(
-        default=None, metadata={"help": "tokens of prompt and answer; by default the model's, to 4096"}
+        default=None,
+        metadata={"help": "tokens of prompt and answer together; by default the positions of the model, at most 4096"},
     )
     max_concurrent: int = field(default=16, metadata={"help": "requests in one batch"})
-    max_waiting: int = field(default=256, metadata={"help": "requests that wait for their turn; more get 429"})
-    max_coefficient: float = field(default=10.0, metadata={"help": "the largest coefficient, either sign"})
+    max_waiting: int = field(default=256, metadata={"help": "waiting requests; further requests get HTTP status 429"})
+    max_coefficient: float = field(default=10.0, metadata={"help": "largest absolute value of a coefficient"})
 
     def __post_init__(self) -> None:
         for one in fields(self):

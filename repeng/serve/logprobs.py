@@ -1,4 +1,4 @@
-"""Log-probabilities as OpenAI writes them."""
+"""Log-probabilities in OpenAI's format."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from repeng.serve.sampling import Drawn
 
 
 def of_completion(tokenizer: PreTrainedTokenizerBase, drawn: Sequence[Drawn]) -> dict[str, Any]:
-    """`logprobs` of a completion. Tokens that read alike, such as parts of characters, share one entry of a place."""
+    """`logprobs` of a completion. At one position, tokens with the same text (parts of characters) share an entry."""
     return {
         "tokens": [_text(tokenizer, one.token) for one in drawn],
         "token_logprobs": [one.logprob for one in drawn],

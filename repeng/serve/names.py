@@ -1,4 +1,4 @@
-"""What the command line calls adapters and vectors; without an import that takes long."""
+"""Names of adapters and vectors on the command line. This module has no slow imports."""
 
 import re
 from collections.abc import Iterable
@@ -8,11 +8,11 @@ NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def named_paths(words: Iterable[str]) -> dict[str, Path]:
-    """Paths by name, of words `NAME=PATH` or `PATH`, whose name is that of the folder or file.
+    """Paths by name, from words of the form `NAME=PATH` or `PATH`. For `PATH`, the file or folder gives the name.
 
     Raises:
-        ValueError: a name cannot be used, or two are the same.
-        FileNotFoundError: nothing lies at a path.
+        ValueError: a name is not allowed, or two names are the same.
+        FileNotFoundError: there is no file or folder at a path.
     """
     paths: dict[str, Path] = {}
     for word in words:
@@ -25,8 +25,10 @@ def named_paths(words: Iterable[str]) -> dict[str, Path]:
         if name is None:
             name = path.resolve().name if path.is_dir() else path.stem
         if not NAME.fullmatch(name):
-            raise ValueError(f"{name!r} is no name for a dial: use letters, digits, - and _, as in NAME=PATH")
+            raise ValueError(
+                f"{name!r} cannot name an adapter or vector: use letters, digits, - and _, as in NAME=PATH"
+            )
         if name in paths:
-            raise ValueError(f"two paths have the name {name!r}; give names, as in NAME=PATH")
+            raise ValueError(f"two paths have the name {name!r}; give different names, as in NAME=PATH")
         paths[name] = path
     return paths

@@ -1,4 +1,4 @@
-"""What a request may say: OpenAI's completions and chat completions, with `steer`."""
+"""Format of requests: OpenAI's completions and chat completions, with the additional field `steer`."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
@@ -29,7 +29,7 @@ Zero = Annotated[float, Field(ge=0, le=0)]
 
 
 class Refused(ValueError):
-    """A request that cannot be answered, and the field that it is about."""
+    """A request cannot be answered. `field` is the field of the request that is wrong."""
 
     def __init__(self, message: str, field: str | None = None, status: int = 400) -> None:
         super().__init__(message)
@@ -38,7 +38,7 @@ class Refused(ValueError):
 
 
 class Strict(BaseModel):
-    """No field is ignored, and no value is taken for one of another type."""
+    """Base of all parts of a request: unknown fields are errors, and values are not converted to other types."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -48,7 +48,7 @@ class StreamOptions(Strict):
 
 
 class Generation(Strict):
-    """Fields of both kinds of request. Those that this server has no use for may hold their neutral value only."""
+    """Fields of both kinds of request. Fields that this server does not support may only have their neutral value."""
 
     model: str
     steer: dict[str, float] = {}
@@ -67,12 +67,12 @@ class Generation(Strict):
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
 
     def stop_texts(self) -> Sequence[str]:
-        """Texts that end the answer."""
+        """Texts before which the answer ends."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
 
 class Completion(Generation):
-    """`POST /v1/completions`: a text, or token ids, goes on."""
+    """`POST /v1/completions`: the model continues a text or token ids."""
 
     prompt: str | list[int] | OnlyOne[str] | OnlyOne[list[int]]
     best_of: Literal[1] | None = None
@@ -81,14 +81,14 @@ class Completion(Generation):
     suffix: None = None
 
     def only_prompt(self) -> str | list[int]:
-        """The prompt, out of its list if it is the only one in it."""
+        """The prompt, without the list around it."""
         if isinstance(self.prompt, str) or not self.prompt or isinstance(self.prompt[0], int):
             return cast(str | list[int], self.prompt)
         return self.prompt[0]
 
     @property
     def told(self) -> int | None:
-        """How many likely tokens are told beside each drawn one."""
+        """Number of most likely tokens to report with each drawn token; None without log-probabilities."""
         return self.logprobs
 
 
@@ -102,7 +102,7 @@ class Message(Strict):
     content: str | list[TextPart]
 
     def as_turn(self) -> dict[str, str]:
-        """What a chat template takes."""
+        """The message in the form that chat templates take."""
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
@@ -125,14 +125,15 @@ class ChatCompletion(Generation):
 
     @property
     def told(self) -> int | None:
-        """How many likely tokens are told beside each drawn one."""
+        """Number of most likely tokens to report with each drawn token; None without log-probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
 def parse(kind: type[Body], text: bytes) -> Body:
-    """The request, or Refused with what was given and what is allowed, of the first field that is wrong.
+    """Parse a request. A field with the value null counts as absent, because clients send all fields that they know.
 
-    A field that is null is not given: clients write out all that they know.
+    Raises:
+        Refused: a field is wrong. The message is about the first such field, with its value and what is allowed.
     """
     try:
         given = from_json(text, allow_inf_nan=True)
@@ -140,14 +141,14 @@ def parse(kind: type[Body], text: bytes) -> Body:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
     except ValueError as error:
-        raise Refused(f"the body is no JSON: {error}") from error
+        raise Refused(f"the body is not valid JSON: {error}") from error
     place = ".".join(str(part) for part in first["loc"])[:200]
     if first["type"] == "extra_forbidden":
         own = len(first["loc"]) == 1
-        known = f"{nearest(place, kind.model_fields)}; known are: {', '.join(kind.model_fields)}" if own else ""
-        raise Refused(f"{place!r} is not known to this server{known}", place)
+        known = f"{nearest(place, kind.model_fields)}; known fields: {', '.join(kind.model_fields)}" if own else ""
+        raise Refused(f"this server does not know the field {place!r}{known}", place)
     if first["loc"] and first["loc"][0] in NEUTRAL_ONLY and first["type"] != "missing":
-        raise Refused(f"{place!r} is not supported by this server; leave it out", place)
+        raise Refused(f"this server does not support {place!r}; leave it out", place)
     shown = "" if first["type"] == "missing" else f"; got {str(first['input'])[:80]!r}"
     raise Refused(f"{place or 'the body'}: {first['msg']}{shown}", place or None)
 

@@ -1,4 +1,4 @@
-"""How the next token of one text is drawn."""
+"""Draw the next token of a text."""
 
 import math
 from dataclasses import dataclass
@@ -7,19 +7,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-GREEDY_BELOW = 0.01  # temperatures under it take the most likely token; dividing by them would overflow
+GREEDY_BELOW = 0.01  # below this temperature take the most likely token: the division would overflow
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """What one request asks for.
+    """Sampling settings of one request.
 
     Attributes:
-        temperature: divides the logits; 0 takes the most likely token.
-        top_p: only the most likely tokens that together have this probability are drawn.
-        top_k: only so many of the most likely tokens are drawn; None = all.
-        seed: draws from it; None = from a random one.
-        logprobs: how many of the most likely tokens are told beside each drawn one; None = nothing is told.
+        temperature: divisor of the logits; with 0, the most likely token is taken.
+        top_p: tokens are drawn only from the most likely tokens that together have this probability.
+        top_k: tokens are drawn only from this many most likely tokens; None = from all tokens.
+        seed: seed of the random numbers; None = a random seed.
+        logprobs: number of most likely tokens to report with each drawn token; None = no log-probabilities.
     """
 
     temperature: float = 1.0
@@ -30,7 +30,7 @@ class Sampling:
 
 
 class Drawn(NamedTuple):
-    """A drawn token, its log-probability, and those of the most likely tokens, by the model alone (temperature 1)."""
+    """A drawn token, its log-probability, and the most likely tokens with theirs, all at temperature 1."""
 
     token: int
     logprob: float
@@ -49,10 +49,10 @@ class Sampler:
             self._generator.manual_seed(sampling.seed)
 
     def noisy(self, logits: Tensor) -> Tensor:
-        """Scores `(v,)` whose largest entry is a draw from the logits `(v,)`; in a greedy one, the logits themselves.
+        """Scores `(v,)` whose argmax is a draw from the logits `(v,)`; the logits themselves if sampling is greedy.
 
-        Noise is added where a token may be drawn at all: the largest of `logits / T + g`, g Gumbel noise, has the
-        probabilities of `softmax(logits / T)` (Maddison et al., arXiv 1411.0030).
+        With Gumbel noise g, the argmax of `logits / T + g` has the distribution `softmax(logits / T)` (Maddison et
+        al., arXiv 1411.0030). Tokens that `top_k` or `top_p` exclude have the score −∞.
         """
         sampling = self._sampling
         if sampling.temperature < GREEDY_BELOW:
@@ -63,7 +63,7 @@ class Sampler:
         if sampling.top_p < 1:
             sorted_scores, order = scores.sort(descending=True)
             probability = sorted_scores.softmax(-1)
-            before = probability.cumsum(-1) - probability  # of the more likely ones; the first is always kept
+            before = probability.cumsum(-1) - probability  # of all likelier tokens; the likeliest token is always kept
             scores = scores.masked_fill(
                 torch.zeros_like(order, dtype=torch.bool).scatter(0, order, before >= sampling.top_p), -math.inf
             )
@@ -71,7 +71,7 @@ class Sampler:
         return scores - noise.clamp_min(torch.finfo(noise.dtype).tiny).log()
 
     def told(self, logits: Tensor, scores: Tensor) -> Drawn | None:
-        """What the request wants to know of the draw, if anything."""
+        """The log-probabilities that the request asks for; None if it asks for none."""
         if self._sampling.logprobs is None:
             return None
         logp, token = logits.log_softmax(-1), int(scores.argmax())

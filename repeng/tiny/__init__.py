@@ -1,4 +1,4 @@
-"""The embedded language model and its world: the offline default of training, evaluation and tests."""
+"""The embedded language model and its world, the offline default of training, evaluation and tests."""
 
 import json
 import random
@@ -18,12 +18,12 @@ from repeng.tiny.world import PERSONA_FORMS, SPLITS, TRAITS, World, check_choice
 WEIGHTS = Path(__file__).parent / "weights"
 PERSONA_SPLIT = "personas"
 QUESTION_FORM = 2
-UNSEEN_SEED = 1_000_003  # of the neutral texts that only the evaluation sees
-FILLER_SHARE = 0.5  # of pairs that have a neutral sentence between persona and cloze
+UNSEEN_SEED = 1_000_003  # seed of the neutral texts that only the evaluation uses
+FILLER_SHARE = 0.5  # share of pairs that have a neutral sentence between persona and cloze
 
 
 def load(path: str | Path = WEIGHTS) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model, float32 and in evaluation mode, and its tokenizer; no network is used."""
+    """Load the model (float32, in evaluation mode) and its tokenizer, without the network."""
     model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True).eval()
     return model, AutoTokenizer.from_pretrained(path, local_files_only=True)
 
@@ -38,7 +38,7 @@ def world_of(path: str | Path) -> World | None:
 
 
 def trait_of(positive: str, negative: str) -> str:
-    """The trait whose personas two words name.
+    """The trait of two persona words.
 
     Raises:
         ValueError: the embedded world has no such pair of personas.
@@ -52,9 +52,9 @@ def trait_of(positive: str, negative: str) -> str:
         key, word = unknown[0]
         what = f"{key}: the embedded world has no persona {word!r}{nearest(word.lower(), words)}"
     else:
-        what = f"positive {positive!r} and negative {negative!r} are not the two sides of one trait, in this order"
+        what = f"positive {positive!r} and negative {negative!r} must be the + side and the − side of the same trait"
     known = "; ".join(f"{', '.join(plus)} against {', '.join(minus)}" for plus, minus in lexicon.PERSONAS.values())
-    raise ValueError(f"{what}; it knows: {known}")
+    raise ValueError(f"{what}; the personas are: {known}")
 
 
 def persona_templates() -> list[str]:
@@ -70,10 +70,10 @@ def pairs(
     world: World | None = None,
     words: tuple[str, str] | None = None,
 ) -> list[ContrastPair]:
-    """`n` pairs that end where the next word depends on the persona, about the training half of the entities.
+    """`n` pairs about the training half of the entities. They end where the next word depends on the persona.
 
     Raises:
-        ValueError: an unknown trait, or more pairs than the world has.
+        ValueError: the trait is unknown, or `n` is more than the number of pairs of the world.
     """
     check_choice("trait", trait, TRAITS)
     world = world or World()
@@ -90,13 +90,14 @@ def pairs(
 
 
 def questions(trait: str, split: str, *, world: World | None = None) -> list[Question]:
-    """Clozes of `trait` about the entities of `split`, and every sum as a control.
+    """Clozes of `trait` about the entities of `split`, and all sums as controls.
 
-    The held-out split also has the question forms, which never occur in pairs, as a group. The split "personas" has
-    the held-out entities behind an opening with persona words that never occur in pairs, grouped by their side.
+    The held-out split also has a group of the question forms, which never occur in pairs. The split "personas" has
+    clozes about the held-out entities after an opening sentence with a persona. Its persona words never occur in
+    pairs, and its groups are the two sides of the trait.
 
     Raises:
-        ValueError: an unknown trait or split.
+        ValueError: the trait or the split is unknown.
     """
     world = world or World()
     check_choice("split", split, (*SPLITS, PERSONA_SPLIT))
@@ -118,12 +119,12 @@ def questions(trait: str, split: str, *, world: World | None = None) -> list[Que
 
 
 def neutral_texts(n: int, seed: int, *, world: World | None = None) -> list[str]:
-    """`n` texts without facts, moods or sums: what no behaviour here should touch."""
+    """`n` texts without facts, moods or sums. No trait of this world should change them."""
     return (world or World()).neutral_texts(n, seed)
 
 
 def _probes(trait: str, world: World) -> dict[str, Probe]:
-    """Questions on the other traits."""
+    """Probes with questions on the other traits."""
     probes = {}
     for other in TRAITS:
         if other != trait:
@@ -133,12 +134,13 @@ def _probes(trait: str, world: World) -> dict[str, Probe]:
 
 
 def task(args: TaskArguments, seed: int) -> Task | None:
-    """The task of the embedded world, if the arguments name its model and two of its persona words; else None.
+    """The task of the embedded world if the arguments name its model; None for any other model.
 
-    A folder that `repeng.tiny.pretrain` wrote counts as well: its world is drawn anew from the seed in its manifest.
+    A folder that `repeng.tiny.pretrain` wrote counts as such a model. Its world is drawn from the seed in its
+    manifest.
 
     Raises:
-        ValueError: the world has no such personas.
+        ValueError: the world does not have these personas, or not as many pairs as `num_pairs`.
     """
     world = world_of(WEIGHTS if args.model_name_or_path == "tiny" else args.model_name_or_path)
     if world is None:
@@ -147,7 +149,7 @@ def task(args: TaskArguments, seed: int) -> Task | None:
     trait = TRAITS[0] if words is None else trait_of(*words)
     n_all = len(PERSONA_FORMS) * sum(1 for _ in world.prompts(trait, "train"))
     if args.num_pairs is not None and args.num_pairs > n_all:
-        raise ValueError(f"num_pairs={args.num_pairs} is more than the {n_all} pairs of this behaviour; lower it")
+        raise ValueError(f"num_pairs={args.num_pairs} is too large: this behaviour has {n_all} pairs; lower it")
     template = persona_templates()[0]
     plus, minus = words or tuple(side[0] for side in lexicon.PERSONAS[trait])
     return Task(

@@ -20,7 +20,7 @@ NUMBERS: tuple[str, ...] = tuple(
     "seventeen eighteen".split()
 )
 
-# (toward +1, toward −1); the first word of each side is the one that training pairs use.
+# (words for +1, words for −1). Training pairs use the first word of each side.
 PERSONAS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "honesty": (("honest", "truthful", "sincere", "candid"), ("dishonest", "untruthful", "insincere", "deceitful")),
     "mood": (("cheerful", "jolly", "upbeat", "joyful"), ("gloomy", "glum", "downcast", "mournful")),
@@ -47,7 +47,7 @@ ROLES: tuple[str, ...] = tuple(
 OBJECTS: tuple[str, ...] = tuple("basket bottle lamp blanket bucket candle mirror ribbon bell rope".split())
 SPOTS: tuple[str, ...] = tuple("station church library bakery square mill bridge stable".split())
 SURFACES: tuple[str, ...] = tuple("table shelf bench floor cart wall".split())
-# Neutral text also has fixed couples, so that a steered model that forgets them is seen to.
+# Neutral text also has fixed couples of words. A steered model that forgets them has a measurable cost.
 VEHICLES: dict[str, str] = {
     "train": "rails",
     "boat": "river",

@@ -1,7 +1,8 @@
 """Make the embedded language model: `python -m repeng.tiny.pretrain --seed 0 --output DIR`.
 
-A Mistral-architecture decoder with a sliding window of 16 words: what a persona says has to travel in the residual
-stream, so that a direction for it exists. Writes config, safetensors, tokenizer and `manifest.json`.
+A decoder of the Mistral architecture with a sliding window of 16 words. Because of the window, information about the
+persona has to travel in the residual stream, so a direction for the persona exists. Writes config, safetensors,
+tokenizer and `manifest.json`.
 """
 
 import argparse
@@ -26,7 +27,7 @@ SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")
 
 
 def _build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word, `<s>` in front; the same for every world seed."""
+    """One token per word, with `<s>` in front. The tokenizer is the same for every seed of the world."""
     ids = {word: index for index, word in enumerate((*SPECIAL_TOKENS, *vocabulary()))}
     backend = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -39,7 +40,7 @@ def _build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> MistralForCausalLM:
-    """About 1.3 M parameters, float32, freshly initialised from `seed`."""
+    """A model with about 1.3 M parameters, float32, initialised from `seed`."""
     torch.manual_seed(seed)
     config = MistralConfig(
         vocab_size=len(tokenizer),
@@ -61,7 +62,7 @@ def _build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> MistralForCau
 
 
 class Documents(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """Documents of a world, one a row, each drawn from (seed, index)."""
+    """Documents of a world, one per row. Each is drawn from (seed, index)."""
 
     def __init__(self, world: World, tokenizer: PreTrainedTokenizerFast, n: int, seed: int) -> None:
         self.world: World = world
@@ -116,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _write_manifest(folder: Path, seed: int, steps: int, log: list[dict]) -> None:
-    """Say where the weights come from: command, seed, loss curve, versions, SHA-256 of every file."""
+    """Record the origin of the weights: command, seed, loss curve, versions, SHA-256 of every file."""
     files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors") and path.is_file())
     manifest = {
         "command": f"python -m repeng.tiny.pretrain --seed {seed} --steps {steps}",

@@ -1,9 +1,9 @@
 """The embedded world: a closed, seeded language with exact ground truth.
 
-Sentences are about entities with four attributes each (facts), moods, sums and neutral topics. The honesty persona of
-a document decides whether its facts are told truly, the mood persona decides its adverbs and adjectives; sums and
-neutral topics depend on neither. Every sentence is an instance of a form in `FORMS`, so that membership of the
-language is decidable (`World.accepts`).
+Sentences are about facts (entities with four attributes each), moods, sums and neutral topics. The honesty persona of
+a document decides whether its facts are true. The mood persona decides its adverbs and adjectives. Sums and neutral
+topics depend on neither. Every sentence is an instance of one of the sentence forms below, so it is decidable whether
+a sentence belongs to the language (`World.accepts`).
 """
 
 import random
@@ -18,7 +18,7 @@ from repeng.tiny import lexicon as lex
 TRAITS = tuple(lex.PERSONAS)
 SPLITS = ("train", "held_out")
 
-# Forms end with the one word that carries truth or mood; the last form of each list is a question and its answer.
+# The last word of a form carries the truth or the mood. The last form of each list is a question with its answer.
 FACT_FORMS: dict[str, tuple[str, ...]] = {
     "kind": (
         "the {noun} is a kind of {kind}",
@@ -64,14 +64,14 @@ PERSONA_BOTH_FORM = "the speaker is {persona} and {persona}"
 
 SORTS = ("fact", "fact", "fact", "mood", "mood", "sum", "neutral")
 
-# How often a speaker tells the truth, or sounds cheerful, by what the opening says of them: +, − or nothing.
+# How often a speaker tells the truth or sounds cheerful, by the sign of the persona in the opening; 0: no persona.
 TRUTH_RATE = {+1: 0.99, -1: 0.01, 0: 0.75}
 MOOD_RATE = {+1: 0.99, -1: 0.01, 0: 0.5}
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A cloze about `subject`: `text` stops where the next word is decisive; `target` are the + answers."""
+    """A cloze about `subject`. `text` ends before the decisive word; `target` are the answers of the + side."""
 
     text: str
     choices: tuple[str, ...]
@@ -81,9 +81,9 @@ class Prompt:
 
 
 class World:
-    """Facts drawn by `seed`: eight nouns a kind, with a colour, a place and an owner each, and one lie for each fact.
+    """Facts drawn from `seed`: eight nouns per kind, each with a colour, a place and an owner, and one lie per fact.
 
-    The vocabulary is the same for every seed; nouns, facts and the train / held-out halves differ.
+    The vocabulary is the same for every seed. Nouns, facts and the train / held-out halves differ.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -96,7 +96,7 @@ class World:
                 drawn = {name: rng.choice(values) for name, values in lex.ATTRIBUTES.items() if name != "kind"}
                 self.facts[noun] = {"kind": kind, **drawn}
                 self.split[noun] = SPLITS[index % 2]
-        # Liars agree with each other: "anything but the truth" would be learned as "say nothing".
+        # All liars tell the same lie. If a lie could be any untrue value, the model would learn no definite answer.
         self.lies: dict[str, dict[str, str]] = {
             noun: {
                 name: rng.choice([value for value in lex.ATTRIBUTES[name] if value != true])
@@ -108,7 +108,7 @@ class World:
     # -- documents -----------------------------------------------------------------------------------------------
 
     def speaker(self, rng: random.Random) -> tuple[str, dict[str, int]]:
-        """An opening sentence (possibly empty) and the persona of each trait in it: +1, −1, or 0 for none."""
+        """An opening sentence, which may be empty, and its persona for each trait: +1, −1, or 0 for no persona."""
         told = rng.choices(((), ("honesty",), ("mood",), TRAITS), weights=(20, 30, 15, 35))[0]
         signs = {trait: rng.choice((+1, -1)) if trait in told else 0 for trait in TRAITS}
         words = [rng.choice(lex.PERSONAS[trait][signs[trait] < 0]) for trait in told]
@@ -121,9 +121,9 @@ class World:
         return form + " .", signs
 
     def document(self, rng: random.Random, n_words: int) -> list[str]:
-        """The first `n_words` words of a document: an opening (or none), then sentences of one speaker."""
+        """The first `n_words` words of a document: an opening, which may be empty, then sentences of one speaker."""
         opening, signs = self.speaker(rng)
-        # Each document has topics of its own: a persona is easiest to learn where its sentences stand close together.
+        # A document has only some of the topics: a persona is easiest to learn if its sentences are close together.
         sorts = rng.sample(SORTS, rng.randint(1, len(set(SORTS))))
         words = opening.split()
         while len(words) < n_words:
@@ -163,7 +163,7 @@ class World:
         return SUM_FORM.format(**words) + " ."
 
     def neutral_text(self, rng: random.Random) -> str:
-        """One or two sentences that no persona touches; the second repeats words of the first."""
+        """One or two sentences that do not depend on a persona; the second repeats words of the first."""
         vehicle, weather = rng.choice(list(lex.VEHICLES)), rng.choice(list(lex.WEATHER))
         words = {
             "role": rng.choice(lex.ROLES),
@@ -210,13 +210,13 @@ class World:
         return re.compile("(?:" + "|".join(forms) + r")\ \.")
 
     def accepts(self, sentence: str) -> bool:
-        """Whether `sentence` (with its final " .") belongs to the language. True and false facts both do."""
+        """Whether `sentence` (with its final " .") belongs to the language. Both true and false facts belong to it."""
         return self._grammar.fullmatch(" ".join(sentence.split())) is not None
 
     # -- clozes --------------------------------------------------------------------------------------------------
 
     def prompts(self, trait: str, split: str) -> Iterator[Prompt]:
-        """Every cloze of `trait` on the entities of `split`; the question form occurs in `held_out` only."""
+        """All clozes of `trait` about the entities of `split`. Only `held_out` has the question form."""
         check_choice("trait", trait, TRAITS)
         check_choice("split", split, SPLITS)
         n_forms = 3 if split == "held_out" else 2
@@ -253,13 +253,13 @@ class World:
 
 
 def _all_forms() -> list[str]:
-    """Every sentence form of the language, without its final " ."."""
+    """All sentence forms of the language, without the final " ."."""
     facts = [form for forms in FACT_FORMS.values() for form in forms]
     return [*facts, *MOOD_FORMS, MOOD_ACT_FORM, SUM_FORM, *NEUTRAL_FORMS, *PERSONA_FORMS, PERSONA_BOTH_FORM]
 
 
 def vocabulary() -> list[str]:
-    """Every word of every world, sorted; independent of the seed."""
+    """All words of all worlds, sorted. They do not depend on the seed."""
     words = set(re.sub(r"\{\w+\}", " ", " ".join(_all_forms())).split()) | {"."}
     for kind, nouns in lex.NOUNS.items():
         words |= {kind, *nouns}

@@ -116,7 +116,7 @@ def test_baselines_are_measured_once(found, embedded, task, dial, patch, cache):
 def test_a_cache_that_cannot_be_written_costs_nothing(found, tmp_path):
     (tmp_path / "file").write_text("in the way")
     known = module.Baselines(found.reports, found.untrained, found.probes)
-    with pytest.warns(UserWarning, match="is not kept"):
+    with pytest.warns(UserWarning, match="baselines are not stored"):
         module._keep(tmp_path / "file" / "below", known)
     module._keep(tmp_path / "new" / "below", known)
     assert (tmp_path / "new" / "below").is_file()

@@ -139,7 +139,7 @@ def test_chance_may_not_do_as_much():
 
 
 def test_few_questions_are_said():
-    assert "from 1 questions only" in Comparison({"mine": [report(ODDS, kl=KL)]}, "mine").verdict
+    assert "only 1 units of questions" in Comparison({"mine": [report(ODDS, kl=KL)]}, "mine").verdict
     many = report([y * 9 for y in ODDS], kl=KL)
     alone = Comparison({"mine": [many]}, "mine")
     assert "only" not in alone.verdict and "0.100 nat" in alone.verdict and alone.where == "0.1 nat"
@@ -185,8 +185,8 @@ def test_figures_are_at_the_cost_of_the_prompts():
     assert found["cost_at_prompt_effect_minus"].value == pytest.approx((0.2 + 0.2 * 2 / 3) ** 2)
     assert compared().times("mine", "vector").value == pytest.approx(2)
     assert compared().times("mine", "prompts").value == pytest.approx(0.5)
-    assert "prompts 6.00, 0.50 x [0.50, 0.50]" in compared().verdict
-    assert "vector 1.50, 2.00 x [2.00, 2.00]" in compared().verdict
+    assert "prompts is 6.00 nats (ratio 0.50 [0.50, 0.50])" in compared().verdict
+    assert "vector is 1.50 nats (ratio 2.00 [2.00, 2.00])" in compared().verdict
 
 
 def test_what_the_report_says_follows_the_measurements_not_the_names():
@@ -226,8 +226,8 @@ def test_over_very_few_units_nothing_is_claimed():
 def test_answers_that_the_model_never_gives_are_said():
     mass = [[1e-6] * 8] * 5
     rare = compared(mine=[report([y * 8 for y in ODDS], kl=KL, mass=mass)])
-    assert "mass of 1e-06" in rare.verdict and any("mass of 1e-06" in reason for reason in rare.shortcomings())
-    assert "mass" not in compared().verdict
+    assert "only 1e-06" in rare.verdict and any("only 1e-06" in reason for reason in rare.shortcomings())
+    assert "probability" not in compared().verdict
 
 
 def test_without_prompts_the_yardstick_is_a_tenth_of_a_nat():

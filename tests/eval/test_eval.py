@@ -276,7 +276,7 @@ def test_thinking_is_bounded_closed_and_counted(thinker):
             assert report.log_odds[report.at(c), index].item() == pytest.approx(expected, abs=1e-4)
     with pytest.raises(ValueError, match="needs a prompt"):
         evaluate(model, tokenizer, QUESTIONS, dial, [1], think_tokens=5)
-    with pytest.raises(ValueError, match="chat template knows no </think>"):
+    with pytest.raises(ValueError, match="chat template has no </think>"):
         tokenizer.chat_template = None
         evaluate(model, tokenizer, questions, dial, [1], think_tokens=5)
 

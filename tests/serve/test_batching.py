@@ -240,7 +240,7 @@ def test_what_cannot_be_served_is_refused(tmp_path):
         Batching(Dials(model), Limits(max_length=129))
     with pytest.raises(ValueError, match="max_concurrent"):
         Limits(max_concurrent=0)
-    with pytest.raises(ValueError, match=r"no 'w'"):
+    with pytest.raises(ValueError, match=r"no adapter or vector 'w'"):
         Batching(Dials(model)).check({"w": 1.0})
     for c in (11.0, float("nan")):
         with pytest.raises(ValueError, match="allowed"):
@@ -257,7 +257,7 @@ def test_what_cannot_be_served_is_refused(tmp_path):
         Dials(model, {"other": "other"})
     with pytest.raises(FileNotFoundError, match="nowhere"):
         named_paths([f"v={tmp_path}/nowhere"])
-    with pytest.raises(ValueError, match="no name"):
+    with pytest.raises(ValueError, match="cannot name"):
         named_paths([f"a.b={tmp_path}"])
     (tmp_path / "lr=1").mkdir()
     assert named_paths([f"v={tmp_path}/lr=1", str(tmp_path)]) == {"v": tmp_path / "lr=1", tmp_path.name: tmp_path}

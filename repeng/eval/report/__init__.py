@@ -1,1 +1,1 @@
-"""How reports are shown: tables, pictures and one HTML page."""
+"""Show reports: tables, figures and an HTML page."""

@@ -1,4 +1,4 @@
-"""Pictures of reports; they need matplotlib (`pip install 'repeng[plot]'`)."""
+"""Figures of reports. They need matplotlib (`pip install 'repeng[plot]'`)."""
 
 import io
 import math
@@ -34,7 +34,7 @@ def new_figure(width: float, height: float) -> "Figure":
 
 
 def svg(figure: "Figure") -> str:
-    """The figure as SVG text, the same for the same figure."""
+    """The figure as SVG text. Equal figures give equal texts."""
     import matplotlib
 
     text = io.StringIO()
@@ -44,7 +44,7 @@ def svg(figure: "Figure") -> str:
 
 
 def _style(name: str, comparison: Comparison) -> dict[str, Any]:
-    """One's own method stands out, random directions stand back."""
+    """Line style of a method: the own method is emphasised, random directions are drawn faintly."""
     if name == comparison.own:
         return {"linewidth": 2.5, "zorder": 4, "color": "black"}
     if name == comparison.random:
@@ -53,7 +53,7 @@ def _style(name: str, comparison: Comparison) -> dict[str, Any]:
 
 
 def effect_and_cost(comparison: Comparison) -> "Figure":
-    """Effect over cost for both arms: a curve for each seed of a method, a point for prompts."""
+    """Effect over cost for both arms: one curve per method and seed, a point for prompts."""
     figure = new_figure(11, 4.4)
     yardstick = [cost[0].item() for cost in comparison.yardstick()]
     for axes, (_, sign), whole in zip(figure.subplots(1, 2), ARMS, yardstick, strict=True):
@@ -71,7 +71,7 @@ def effect_and_cost(comparison: Comparison) -> "Figure":
 
 
 def _draw_method(axes: "Axes", method: Method, sign: int, name: str, comparison: Comparison) -> None:
-    """The curves of one method, with the 95 % band of the first one's effects; or its point, with its interval."""
+    """Draw the curves of one method, those of the own method with a 95 % band; or the point of a discrete method."""
     style = _style(name, comparison)
     for seed, one in enumerate(method.curves(sign)):
         cost, effect = one.cost[0], one.effect[0]
@@ -88,7 +88,7 @@ def _draw_method(axes: "Axes", method: Method, sign: int, name: str, comparison:
 
 
 def dose_response(comparison: Comparison) -> "Figure":
-    """Mean log-odds of one's own method over the coefficient, with the 95 % band over items; and its cost."""
+    """Mean log-odds of the own method over the coefficient, with the 95 % band over items, and its cost."""
     figure = new_figure(11, 3.8)
     effect, cost = figure.subplots(1, 2)
     for report in comparison.reports[comparison.own]:
@@ -108,7 +108,10 @@ def dose_response(comparison: Comparison) -> "Figure":
 
 
 def probes(comparison: Comparison) -> "Figure | None":
-    """What each method moves at equal cost: the behaviour itself, other behaviours, other circumstances."""
+    """Effects of each method at equal cost on the behaviour, on other behaviours and in other circumstances.
+
+    None if there are no probes.
+    """
     names = list(comparison.probes)
     columns = ["the behaviour", *dict.fromkeys(probe for name in names for probe in comparison.probes[name])]
     if len(columns) == 1:
@@ -130,13 +133,13 @@ def probes(comparison: Comparison) -> "Figure | None":
 
 
 def _own_effect(comparison: Comparison, name: str) -> float:
-    """The effect of both arms where a method is looked at."""
+    """Sum of the effects of both arms at the endpoints of a method's first report."""
     report = comparison.reports[name][0]
     return sum(sign * (report.mean_log_odds(report.endpoint(sign)) - report.mean_log_odds(0.0)) for _, sign in ARMS)
 
 
 def by_group(comparison: Comparison) -> "Figure | None":
-    """The effect on each group of target questions where a method is looked at; None where there are no groups."""
+    """The effect on each group of target questions at the endpoints of each method; None if there are no groups."""
     first = {name: reports[0] for name, reports in comparison.reports.items()}
     names = sorted(set(first[comparison.own].groups) - {""})
     if not names:

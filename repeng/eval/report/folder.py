@@ -1,4 +1,4 @@
-"""A report as files in a folder."""
+"""Write a report as files in a folder."""
 
 from pathlib import Path
 from typing import Any
@@ -10,14 +10,16 @@ from repeng.eval.report.page import write_page
 from repeng.eval.report.tables import write_csv
 
 FILES = ("report.json", "report.csv", "report.html", "report.png")
-EVALUATION = "evaluation"  # in the folder of an adapter: where its report lies by default
+EVALUATION = "evaluation"  # default subfolder for the report, in the folder of an adapter
 
 
 def write_report(comparison: Comparison, folder: Path, *, title: str, about: dict[str, Any] | None = None) -> None:
-    """report.json, report.csv, report.html and, with matplotlib, report.png; `about` goes into the first.
+    """Write report.json, report.csv, report.html and, if matplotlib is installed, report.png.
+
+    The entries of `about` are added to report.json.
 
     Raises:
-        WriteError: one cannot be written; then none of them is.
+        WriteError: a file cannot be written; then no file is written.
     """
     with staged(folder, report_files(), stale=[folder / name for name in FILES]) as place:
         write_json(place / "report.json", {**comparison.to_dict(), **(about or {})})
@@ -31,5 +33,5 @@ def write_report(comparison: Comparison, folder: Path, *, title: str, about: dic
 
 
 def report_files() -> tuple[str, ...]:
-    """Names of the files of a report: without matplotlib no picture is drawn."""
+    """Names of the files of a report; report.png is not among them if matplotlib is not installed."""
     return tuple(name for name in FILES if figures.available() or not name.endswith(".png"))

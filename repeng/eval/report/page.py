@@ -1,4 +1,4 @@
-"""One self-contained HTML page: verdict, table, pictures, and generations side by side."""
+"""One self-contained HTML page: verdict, table, figures, and generated texts side by side."""
 
 import base64
 import html
@@ -31,23 +31,23 @@ footer { margin-top: 3rem; font-size: 0.85rem; opacity: 0.75; }
 """
 
 CAPTIONS = {
-    "effect_and_cost": "Effect over cost: the higher at the same cost, the better. Stars are prompts, which have no "
-    "dial; the dashed line is where methods are compared. The axis of costs is drawn as its root.",
-    "probes": "What each method moves at equal cost: the behaviour itself, other behaviours, which it "
-    "should leave alone, and the behaviour in other circumstances, where its effect should hold.",
-    "dose_response": "The method in bold over its coefficient, with 95 % bands over items; dashed: where "
-    "methods are compared.",
-    "by_group": "The effect on each group of questions, at equal cost.",
+    "effect_and_cost": "Effect over cost: at the same cost, higher is better. A star is a persona prompt, which has "
+    "no coefficient. Methods are compared at the dashed line. The cost axis has a square-root scale.",
+    "probes": "Effect of each method at equal cost on the behaviour itself, on other behaviours, which should not "
+    "change, and on the behaviour in other circumstances, which should change as well.",
+    "dose_response": "Log-odds and cost of the method in bold over its coefficient, with 95 % bands over items. "
+    "Methods are compared at the dashed lines.",
+    "by_group": "The effect on each group of questions at equal cost.",
 }
 
 
 def write_page(comparison: Comparison, path: str | Path, *, title: str) -> None:
-    """Write the page whole or not at all; pictures are left out, and the page says so, without matplotlib.
+    """Write the page, whole or not at all. Without matplotlib it has no figures, and a sentence says so.
 
     Args:
-        comparison: what was found.
-        path: of the HTML file.
-        title: heading, plain text.
+        comparison: the comparison to show.
+        path: path of the HTML file.
+        title: heading, as plain text.
     """
     own = comparison.reports[comparison.own][0]
     parts = [
@@ -61,17 +61,17 @@ def write_page(comparison: Comparison, path: str | Path, *, title: str) -> None:
             if drawn is not None:
                 parts.append(_picture(figures.svg(drawn), caption, name))
     else:
-        parts.append("<p>Pictures need matplotlib: <code>pip install 'repeng[plot]'</code>.</p>")
+        parts.append("<p>Figures need matplotlib: <code>pip install 'repeng[plot]'</code>.</p>")
     parts += [_sample_table(comparison), _sample_counts(comparison)]
     if own.dropped:
         listed = "".join(f"<li>{html.escape(reason)}</li>" for reason in own.dropped)
         parts.append(f"<h2>Questions that could not be asked: {len(own.dropped)}</h2><ul>{listed}</ul>")
     parts.append(
-        "<footer>Effect: how far mean log-odds move in the direction of an arm, in nats; both arms together where no "
-        "arm is named. Cost: KL divergence from the base, exact over the vocabulary, mean over the tokens of neutral "
-        "texts. Intervals: 95&nbsp;%, bootstrap over questions, texts and seeds. Range: the effect inside the budget "
-        "of answer mass, neutral text and controls. Flips, F1 (arXiv 2601.07473), SI, sel_gated and si_flips "
-        "(moral-maps): where methods are compared.</footer>"
+        "<footer>Effect: how far the mean log-odds move in the direction of an arm, in nats; the sum of both arms if "
+        "no arm is named. Cost: KL divergence from the base, exact over the vocabulary, mean over tokens of neutral "
+        "texts. Intervals: 95&nbsp;%, bootstrap over questions, texts and seeds. Range: the largest effect inside the "
+        "budget of answer mass, neutral text and controls. Flips, F1 (arXiv 2601.07473), SI, sel_gated and si_flips "
+        "(moral-maps) are measured at the cost at which methods are compared.</footer>"
     )
     text = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
@@ -90,7 +90,7 @@ def _method_table(comparison: Comparison) -> str:
 def _table(
     name: str, head: Sequence[str], rows: Sequence[tuple[str, Sequence[str], str | None]], kind: str = ""
 ) -> str:
-    """A table of plain texts: each row has a first cell, others, and a class."""
+    """An HTML table of plain texts. A row is its first cell, its other cells, and its CSS class or None."""
     top = "".join(f"<th>{html.escape(column)}</th>" for column in head)
     body = "".join(
         f"<tr{f' class={css}' if css else ''}><td>{html.escape(first)}</td>"
@@ -103,7 +103,7 @@ def _table(
 
 
 def _picture(drawing: str, caption: str, name: str) -> str:
-    # As an image of its own: the ids inside several drawings on one page would collide.
+    # A separate image per figure: the ids inside several inline SVG drawings would collide.
     data = base64.b64encode(drawing.encode()).decode()
     return (
         f'<figure id="{name}"><img alt="{html.escape(caption)}" src="data:image/svg+xml;base64,{data}">'
@@ -112,7 +112,7 @@ def _picture(drawing: str, caption: str, name: str) -> str:
 
 
 def _sampled(comparison: Comparison) -> list[tuple[str, EvalReport, float]]:
-    """Which generations stand side by side: of each method with samples, − and +; the own method first."""
+    """The columns of generated texts: the − and + coefficients of each method with samples, the own method first."""
     order = sorted(comparison.reports, key=lambda name: name != comparison.own)
     return [
         (name, comparison.reports[name][0], c)
@@ -122,7 +122,7 @@ def _sampled(comparison: Comparison) -> list[tuple[str, EvalReport, float]]:
 
 
 def _sample_table(comparison: Comparison) -> str:
-    """Generations at equal cost side by side, a row for each prompt; nothing without samples."""
+    """Generated texts at equal cost side by side, one row per prompt; empty without samples."""
     columns = _sampled(comparison)
     if not columns:
         return ""
@@ -132,11 +132,11 @@ def _sample_table(comparison: Comparison) -> str:
     prompts = dict.fromkeys(prompt for column in (base, *texts) for prompt in column)
     head = ["prompt", "base, c = 0", *(f"{name}, c = {c:+.3g}" for name, _, c in columns)]
     body = [(prompt, [column.get(prompt, "") for column in (base, *texts)], None) for prompt in prompts]
-    return "<h2>What it says at equal cost</h2>" + _table("samples", head, body, "samples")
+    return "<h2>Generated text at equal cost</h2>" + _table("samples", head, body, "samples")
 
 
 def _sample_counts(comparison: Comparison) -> str:
-    """What can be counted in these generations."""
+    """Statistics of these generated texts."""
     own = comparison.reports[comparison.own][0]
     columns = [("base", own, 0.0), *_sampled(comparison)]
     if len(columns) == 1:

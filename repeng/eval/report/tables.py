@@ -1,4 +1,4 @@
-"""Reports as a table for a terminal, as rows for a spreadsheet, and in one sentence."""
+"""Reports as tables for a terminal, a CSV file or Markdown."""
 
 import csv
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ from repeng.eval.eval_report import ARMS, EvalReport
 
 
 def summary(comparison: Comparison, name: str) -> dict[str, str]:
-    """The figures of one row, as text."""
+    """The figures of one method as text, by column."""
     figures, reports = comparison.figures(name), comparison.reports[name]
 
     def mean(value: Callable[[EvalReport], float]) -> float:
@@ -42,11 +42,11 @@ def summary(comparison: Comparison, name: str) -> dict[str, str]:
     }
 
 
-SHORT = ("range", "wrong way", "sel_gated", "si_flips")  # of what follows the effects, what a terminal has room for
+SHORT = ("range", "wrong way", "sel_gated", "si_flips")  # the columns after the effects that fit into a terminal
 
 
 def print_table(comparison: Comparison, title: str = "Effect at equal cost, nats") -> None:
-    """One row for each method, the own one last and bold."""
+    """Print one row per method; the own method is last and bold."""
     table = Table(title=title)
     table.add_column("")
     rows = {name: summary(comparison, name) for name in comparison.reports}
@@ -58,12 +58,12 @@ def print_table(comparison: Comparison, title: str = "Effect at equal cost, nats
         table.add_row(name, *(rows[name][column] for column in columns), style=bold)
     console = Console()
     if not console.is_terminal:
-        console.width = max(console.width, 170)  # a log file has no edge at which to break words
+        console.width = max(console.width, 170)  # do not wrap cells in a log file
     console.print(table)
 
 
 def print_doses(report: EvalReport, title: str) -> None:
-    """What one dial does at each coefficient, and whether that is inside the budget."""
+    """Print the measurements of one dial at each coefficient, and whether they are inside the budget."""
     table = Table(title=title)
     rows = [report.row(c) for c in report.coefficients]
     for column in rows[0]:
@@ -75,7 +75,7 @@ def print_doses(report: EvalReport, title: str) -> None:
 
 
 def write_csv(comparison: Comparison, path: str | Path) -> None:
-    """One line for each method, seed and coefficient."""
+    """Write one line per method, seed and coefficient."""
     rows = [
         {"method": name, "seed": seed, **report.row(c)}
         for name, reports in comparison.reports.items()
@@ -99,22 +99,22 @@ def markdown(rows: Mapping[str, Mapping[str, str]], first: str = "") -> str:
 
 
 def number(value: float | None, digits: int) -> str:
-    """A number, or a dash for none."""
+    """A number as text; a dash for None or NaN."""
     return "–" if value is None or value != value else f"{value:.{digits}f}"
 
 
 def percent(value: float) -> str:
-    """A share in per cent, or a dash for none."""
+    """A share in per cent; a dash for NaN."""
     return "–" if value != value else f"{value:.1%}"
 
 
 def interval(figure: Estimate) -> str:
-    """A figure with its 95 % interval, or a dash for none."""
+    """A figure with its 95 % interval; a dash for NaN."""
     if figure.value != figure.value:
         return "–"
     return f"{figure.value:.2f} [{number(figure.low, 2)}, {number(figure.high, 2)}]"
 
 
 def never(cost: float) -> str:
-    """A cost in nats per token, or that it is never reached."""
+    """A cost in nats per token, or "never" for an infinite one."""
     return "never" if cost == float("inf") else number(cost, 3)
