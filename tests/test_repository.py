@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import tomllib
 from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,12 @@ def test_the_public_ci_calls_the_scripts_that_are_there():
     assert versions == named and workflow["jobs"]["all"]["env"]["UV_PYTHON"] == versions[0]
     assert project["project"]["requires-python"] == f">={versions[0]}"
     assert all(re.fullmatch(r"[\w-]+/[\w-]+@v\d+", step["uses"]) for step in steps if "uses" in step)
+
+
+def test_there_is_one_version_and_the_changelog_begins_with_it():
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert version("repeng") == repeng.__version__
+    assert re.search(r"^## (\d[.\d]*) \(\d{4}-\d\d-\d\d\)", changelog, flags=re.M)[1] == repeng.__version__
 
 
 def test_the_guide_for_contributors_names_what_is_there():
