@@ -56,7 +56,7 @@ else:
         packages=("control", "data", "eval", "export", "model", "serve", "tiny", "train", "tuner", "vectors"),
     )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Budget",

@@ -1,11 +1,17 @@
 """What holds for the whole repository."""
 
 import ast
+import os
 import re
+import shlex
+import subprocess
+import tomllib
 from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import yaml
 from transformers import TrainingArguments
 
 import repeng
@@ -57,6 +63,55 @@ def test_ci_runs_the_readmes_test_command():
     assert (
         "uv run pytest -v --tb=short -n 2 --dist loadfile" in ci and "ruff check" in ci and "ruff format --check" in ci
     )
+
+
+def test_the_public_ci_calls_the_scripts_that_are_there():
+    text = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    workflow, project = yaml.safe_load(text), tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert workflow["permissions"] == {"contents": "read"} and "secrets" not in text
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    commands = [shlex.split(step["run"]) for step in steps if "run" in step]
+    assert commands == [[".ci/run", "fast"], [".ci/run"]]
+    for path, *_ in commands:
+        assert os.access(ROOT / path, os.X_OK)
+        subprocess.run(["bash", "-n", ROOT / path], check=True)
+    versions = workflow["jobs"]["fast"]["strategy"]["matrix"]["python"]
+    named = [word.split("::")[-1].strip() for word in project["project"]["classifiers"] if ":: 3." in word]
+    assert versions == named and workflow["jobs"]["all"]["env"]["UV_PYTHON"] == versions[0]
+    assert project["project"]["requires-python"] == f">={versions[0]}"
+    assert all(re.fullmatch(r"[\w-]+/[\w-]+@v\d+", step["uses"]) for step in steps if "uses" in step)
+
+
+def test_there_is_one_version_and_the_changelog_begins_with_it():
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert version("repeng") == repeng.__version__
+    assert re.search(r"^## (\d[.\d]*) \(\d{4}-\d\d-\d\d\)", changelog, flags=re.M)[1] == repeng.__version__
+
+
+def test_the_guide_for_contributors_names_what_is_there():
+    """Files, folders, the marks of the tests, the floors; names of the code stand in the code."""
+    guide = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    quoted = set(re.findall(r"`([^`\n]+)`", guide))
+    assert len(quoted) > 80
+    modules = {name.split()[2] for name in quoted if name.startswith("python -m")}
+    assert modules and all((ROOT / f"{name.replace('.', '/')}.py").is_file() for name in modules)
+    for name in quoted:
+        if re.fullmatch(r"[\w./-]+\.(py|md|yml|yaml)|[.\w]+/[\w./-]*", name):
+            assert any((folder / name).exists() for folder in (ROOT, ROOT / "repeng")), f"{name} does not exist"
+    code = "\n".join(
+        path.read_text(encoding="utf-8")
+        for part in ("repeng", "tests", "benchmarks")
+        for path in ROOT.glob(f"{part}/**/*.py")
+    )
+    for name in quoted:
+        if re.fullmatch(r"[A-Z_]{4,}|test_\w+|_\w+|[A-Z][a-z]+[A-Z]\w+", name) and not name.startswith("REPENG_"):
+            assert re.search(rf"\b{name}\b", code), f"{name} is nowhere in the code"
+    marks = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pytest"]["ini_options"][
+        "markers"
+    ]
+    assert set(re.findall(r"^\| `(\w+)` \|", guide, flags=re.M)) == {mark.split(":")[0] for mark in marks}
+    floors = re.findall(r"^\| (\d) \| `(\w+)/` \|", guide, flags=re.M)
+    assert {name: int(floor) for floor, name in floors} == FLOORS
 
 
 def imported_modules(path):

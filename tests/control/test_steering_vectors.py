@@ -11,6 +11,7 @@ from support import cache_name
 from transformers import Cache, pipeline
 
 from repeng import SteeringVector, SvdSteeringConfig, extract, steer, tiny
+from repeng.control.operators import OPERATORS
 from repeng.model.sites import capture, decoder_layers, edit_outputs, site_module
 from repeng.model.tokens import encode, pad_rows
 
@@ -202,7 +203,7 @@ def test_padding_is_seen_through_a_multimodal_wrapper(positions):
 
 def test_a_zero_vector_does_nothing_with_any_operator(base, batch):
     clean, nothing = logits(base, input_ids=batch), SteeringVector({("residual", LAYER): torch.zeros(128)})
-    for operator in ("add", "ablate", "rotate"):
+    for operator in OPERATORS:
         with steer(base, 1.0, vector=nothing, operator=operator):
             assert torch.allclose(logits(base, input_ids=batch), clean, atol=1e-4)
 

@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from support import randomise
 
+import repeng
 from repeng import SvdSteeringConfig, steer
 from repeng.export import export_gguf, export_gguf_dial, export_merged
 from repeng.model.loading import load_base
@@ -127,7 +128,7 @@ def test_a_merged_file_is_the_bases_but_for_the_change(name, tmp_path):
     write_base(tiny_models.build(name), base)
     assert export_merged(model, path, -0.5, base_file=base) == [path]
     assert torch.allclose(logits(load_base(str(path)).eval()), logits(model, -0.5), atol=0.01)
-    own = {"GGUF.kv_count": len(told(base)) - 1, "repeng.coefficient": "-0.5", "repeng.version": "0.1.0"}
+    own = {"GGUF.kv_count": len(told(base)) - 1, "repeng.coefficient": "-0.5", "repeng.version": repeng.__version__}
     assert told(path) == {**told(base), **own}
     kinds = [gguf.GGUFReader(str(file)).fields["repeng.test.numbers"].types for file in (base, path)]
     assert kinds[0] == kinds[1]
