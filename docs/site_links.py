@@ -1,4 +1,4 @@
-"""Hook of mkdocs: a link that leaves docs/ works in the repository only, so the site shows its text without the link."""
+"""Hook of mkdocs: a link that leaves docs/ works in the repository only; the site shows its text alone."""
 
 import re
 from typing import Any
