@@ -306,7 +306,7 @@ def test_the_commands_run_one_after_the_other(tmp_path):
         if "--eval_steps" in words:
             more += " --eval_steps 1"
         argv = [sys.executable, *programs[words[0]], *words[1:], *more.split()]
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=500, cwd=tmp_path, env=environment)
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=900, cwd=tmp_path, env=environment)
         assert done.returncode == 0, f"{command}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
         ran.append(command)
     assert len(ran) >= 6 and (tmp_path / "outputs" / "tiny" / "report.html").is_file()
