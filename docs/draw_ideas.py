@@ -1,13 +1,16 @@
-"""Draw the pictures of docs/ideas.md from docs/results/ideas.json, which `python -m benchmarks.ideas` has written."""
+"""Draw the pictures of docs/ideas.md and write its tables, from docs/results/ideas.json (`python -m benchmarks.ideas`)."""
 
 import json
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from matplotlib.axes import Axes
 
 from repeng._command import command
+from repeng.data.files import write_text
 from repeng.eval.report.figures import new_figure
+from repeng.eval.report.tables import markdown
 
 HERE = Path(__file__).parent
 NAMES = {"mean_diff": "mean difference", "gradient": "gradient", "fisher": "natural gradient", "random": "random"}
@@ -108,19 +111,109 @@ def layers(model: dict[str, Any], first: Axes, second: Axes) -> None:
     second.set(xlabel="layer", ylabel="held-out pairs told apart, %", ylim=(40, 103), title="What a probe sees there")
 
 
-IDEAS = {"trajectory": trajectory, "tokens": tokens, "gradient": gradient, "layers": layers}
+def share(whole: list[float], left: list[float]) -> float:
+    return 100 * (1 - sum(left) / sum(whole))
+
+
+def best(effects: dict[str, dict[str, float]]) -> str:
+    """The largest effect over layers, with its layer and interval."""
+    layer = max(effects, key=lambda key: effects[key]["value"])
+    value = effects[layer]
+    return f"{value['value']:.2f} [{value['low']:.2f}, {value['high']:.2f}], layer {layer}"
+
+
+def trajectory_rows(found: dict[str, Any]) -> dict[str, str]:
+    rows = {}
+    for name, values in found["correlation"].items():
+        layer = max(range(len(values)), key=values.__getitem__)
+        rows[f"largest rank correlation, {name}"] = f"{values[layer]:.2f}, layer {layer}"
+        rows[f"the same, mean of the first third of the layers, {name}"] = f"{mean(values[: len(values) // 3]):.2f}"
+    carried = found["carried"]
+    whole = carried["unchanged"]
+    for name in ("last token", "last six tokens"):
+        last = max(map(int, carried[name]))  # behind the last layer the state is the output itself
+        inner = [layer for layer in carried[name] if int(layer) < last]
+        for what, part in (("of the next token", slice(0, 1)), (f"of the {len(whole) - 1} after it", slice(1, None))):
+            shares = {layer: share(whole[part], carried[name][layer][part]) for layer in inner}
+            layer = max(shares, key=shares.__getitem__)
+            rows[f"the state at the {name} decides, {what}"] = f"{shares[layer]:.0f} %, layer {layer}"
+    return rows
+
+
+def tokens_rows(found: dict[str, Any]) -> dict[str, str]:
+    carried, effects = found["carried"], found["effect"]
+    names = {
+        **{n: f"effect, last {n} tokens" for n in effects},
+        "1": "effect, last token",
+        "mean": "effect, all tokens",
+    }
+    names["padding"] = "effect, index −1 of padded rows"
+    shown = {names[n]: f"{v['value']:.2f} [{v['low']:.2f}, {v['high']:.2f}]" for n, v in effects.items()}
+    decided = {p: share([carried["0"]], [value]) for p, value in carried.items() if p != "0"}
+    others = [value for p, value in decided.items() if p != "1"]
+    rows = {"layer": str(found["layer"]), "the last position decides, of the next token": f"{decided['1']:.0f} %"}
+    return rows | {"the most that an earlier position decides": f"{max(others):.0f} %"} | shown
+
+
+def gradient_rows(found: dict[str, Any]) -> dict[str, str]:
+    rows = {}
+    for c in sorted({point["c"] for point in found["points"]}):
+        some = [point for point in found["points"] if point["c"] == c]
+        off = [abs(point["measured"] - point["predicted"]) for point in some]
+        size = [abs(point["measured"]) for point in some]
+        rows[f"error of the prediction at c = ±{c:g}, of the mean effect"] = f"{100 * sum(off) / sum(size):.0f} %"
+    return rows | {f"best effect, {NAMES[name]}": best(effects) for name, effects in found["effect"].items()}
+
+
+def layers_rows(found: dict[str, Any]) -> dict[str, str]:
+    effects = found["effect"]
+    ends = [str(min(map(int, effects))), str(max(map(int, effects)))]
+    perfect = [layer for layer, value in zip(found["layers"], found["accuracy"], strict=True) if value == 1]
+    return {
+        "largest effect": best(effects),
+        **{f"effect at layer {end}": f"{effects[end]['value']:.2f}" for end in ends},
+        "layers with a perfect probe": f"{len(perfect)} of {len(found['layers'])} measured",
+    }
+
+
+IDEAS = {
+    "trajectory": (trajectory, trajectory_rows),
+    "tokens": (tokens, tokens_rows),
+    "gradient": (gradient, gradient_rows),
+    "layers": (layers, layers_rows),
+}
 
 
 def draw(figures: dict[str, dict[str, Any]]) -> None:
-    for name, idea in IDEAS.items():
-        figure = new_figure(4.6 * 2 * len(figures), 4.2)
-        parts = figure.subfigures(1, len(figures))
+    for name, (idea, _) in IDEAS.items():
+        figure = new_figure(9.2, 4 * len(figures))
+        parts = figure.subfigures(len(figures), 1)
         for part, (model, found) in zip(parts, figures.items(), strict=True):
             part.suptitle(f"{model}: {found['behaviour']}", fontsize=11)
             idea(found, *part.subplots(1, 2))
-        figure.savefig(HERE / f"ideas_{name}.png", dpi=90)
+        figure.savefig(HERE / f"ideas_{name}.png", dpi=80)
+
+
+def write_tables(figures: dict[str, dict[str, Any]]) -> None:
+    page = HERE / "ideas.md"
+    text = page.read_text(encoding="utf-8")
+    for name, (_, rows_of) in IDEAS.items():
+        rows: dict[str, dict[str, str]] = {}
+        for model, found in figures.items():
+            for label, value in rows_of(found[name]).items():
+                rows.setdefault(label, {})[model] = value
+        filled = {label: {model: cells.get(model, "–") for model in figures} for label, cells in rows.items()}
+        text = between(text, f"<!-- {name}: written by docs/draw_ideas.py -->", f"<!-- end of {name} -->", filled)
+    write_text(page, text)
+
+
+def between(text: str, begin: str, end: str, rows: dict[str, dict[str, str]]) -> str:
+    before, _, rest = text.partition(begin)
+    return f"{before}{begin}\n{markdown(rows, '')}\n{end}{rest.partition(end)[2]}"
 
 
 if __name__ == "__main__":
     with command():
-        draw(json.loads((HERE / "results" / "ideas.json").read_text(encoding="utf-8")))
+        measured = json.loads((HERE / "results" / "ideas.json").read_text(encoding="utf-8"))
+        draw(measured)
+        write_tables(measured)
