@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/ideas.md and write its tables, from docs/results/ideas.json (`python -m benchmarks.ideas`)."""
+"""Draw the pictures of docs/ideas.md and write its tables. `python -m benchmarks.ideas` has measured the figures."""
 
 import json
 from pathlib import Path
