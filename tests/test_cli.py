@@ -94,7 +94,7 @@ def test_a_vector_is_calibrated_where_it_lies(vector_file, embedded, batch, caps
             expected = embedded[0](batch).logits
         with steer(embedded[0], 1.0, vector=after):
             assert torch.allclose(embedded[0](batch).logits, expected, atol=1e-5)
-    assert capsys.readouterr().out.count("the budget is 0.5") == 2
+    assert capsys.readouterr().out.count("The budget is 0.5") == 2
 
 
 def test_an_adapter_is_calibrated_where_it_lies(adapter_folder, base, batch):
