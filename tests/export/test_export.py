@@ -149,7 +149,7 @@ def test_nothing_is_written_over(tmp_path):
 
 
 def test_what_is_no_change_of_a_weight_is_named(tmp_path):
-    for kind, message in (("residual", "turns the residual stream"), ("bias", "vector_of")):
+    for kind, message in (("residual", "rotates the residual stream"), ("bias", "vector_of")):
         for export in (export_lora, export_dial, export_merged):
             with pytest.raises(ValueError, match=message):
                 export(adapted(kind), tmp_path / "out")

@@ -115,7 +115,7 @@ def test_a_calibrated_dial_says_its_units(tmp_path):
     export_gguf_dial(model, folder)
     assert json.loads((folder / "dial.json").read_text())["units"] == {"plus": 0.5, "minus": 2.0}
     card = (folder / "README.md").read_text()
-    assert "a positive coefficient by 0.5 first, and a negative one by 2." in card
+    assert "a positive coefficient by 0.5 and a negative one by 2." in card
     assert '[{"id": 0, "scale": 0.25}, {"id": 1, "scale": 0.0625}]' in card
     for c, scale in ((2.0, 1.0), (-0.5, -1.0)):
         loras = [(folder / "odd.gguf", scale), (folder / "even.gguf", 1.0)]
@@ -174,10 +174,10 @@ def test_a_merged_file_needs_the_file_of_its_base(tmp_path):
 @pytest.mark.parametrize(
     "name, config, message",
     [
-        ("neox", SvdSteeringConfig(r=4, target_modules=["query_key_value"]), "of a gpt_neox model is not known here"),
+        ("neox", SvdSteeringConfig(r=4, target_modules=["query_key_value"]), "of a gpt_neox model"),
         ("llama-bias-tied", LoraConfig(r=2, target_modules=["lm_head"]), "tied to the embeddings"),
         ("gemma3-multimodal", LoraConfig(r=2, target_modules=["fc1"]), "vision_tower.*no name in a GGUF file"),
-        ("llama", SvdSteeringConfig(r=4, target_modules="residual"), "turns the residual stream"),
+        ("llama", SvdSteeringConfig(r=4, target_modules="residual"), "rotates the residual stream"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings", "ignore:.*tied")

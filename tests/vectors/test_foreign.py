@@ -90,7 +90,7 @@ def test_pickles_are_refused_and_the_way_to_convert_them_is_right(tmp_path):
     torch.save(rows, path)
     with pytest.raises(ValueError, match=r"is a pickle.*weights_only=True") as refused:
         SteeringVector.load(path)
-    code = str(refused.value).partition("weights_only=True and write ")[2]
+    code = str(refused.value).partition("weights_only=True, and call ")[2]
     target = tmp_path / "vector.safetensors"
     names = {"rows": torch.load(path, weights_only=True), "SteeringVector": SteeringVector}
     exec(code.replace("'vector.safetensors'", repr(str(target))), names)

@@ -176,8 +176,8 @@ def test_a_control_vector_says_what_it_is_for(tmp_path):
     [
         ("repeng.operation", "ablate", "repeng.operation = 'ablate'; a control vector has 'add'"),
         ("repeng.hook_point", "mlp output", "repeng.hook_point"),
-        ("repeng.layers", [1, 2], r"for the layers \[1, 2\] and holds directions for \[1\]"),
-        ("repeng.model", 7, "which is no text"),
+        ("repeng.layers", [1, 2], r"the layers \[1, 2\].*directions for \[1\]"),
+        ("repeng.model", 7, "names its model"),
         ("repeng.calibration.plus", 0.5, "the calibration"),
         ("repeng.calibration.plus", {"plus": -0.5, "minus": 1.0}, "positive numbers"),
         ("repeng.calibration.plus", {"plus": float("inf"), "minus": 1.0}, "positive numbers"),
