@@ -1,4 +1,4 @@
-"""Training an adapter: arguments, loss, trainer, and what a run leaves behind."""
+"""Training an adapter: arguments, loss, trainer, and the files that a run writes."""
 
 from typing import TYPE_CHECKING
 

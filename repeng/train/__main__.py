@@ -6,7 +6,7 @@ from repeng._command import command, end_with_the_launcher
 
 
 def main() -> None:
-    """Train as the command line says."""
+    """Run the training that the command line describes."""
     end_with_the_launcher()
     with command("continue with --resume true"):
         from repeng.train.run import main as train  # slow to import

@@ -18,7 +18,7 @@ from repeng.tuner.config import PREFIX
 from repeng.tuner.keys import check_keys
 
 ADAPTER = (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME)
-CALIBRATION = "calibration.json"  # beside a LoRA, whose own files have no place for it
+CALIBRATION = "calibration.json"  # stands beside a LoRA, whose own files cannot hold a calibration
 
 
 def save_adapter(
@@ -29,17 +29,19 @@ def save_adapter(
     more: Mapping[str, str] | None = None,
     stale: Iterable[Path] = (),
 ) -> None:
-    """Write the adapter whole or not at all: beside its place, read back and compared, then moved.
+    """Write the adapter completely or not at all.
+
+    It is written to a temporary folder, read back, compared with the model, and moved to its place.
 
     Args:
         model: the PEFT model.
-        folder: where to.
-        state: what `adapter_state` gave, which all processes of a sharded model must have called.
-        more: texts that belong to the adapter, by the names of their files; they lie there before it does.
-        stale: files that speak of the adapter that lies there; they go if this is another one.
+        folder: the folder to write to.
+        state: result of `adapter_state`; if the model is sharded, every process must call that function.
+        more: texts of further files, by file name. They are moved to the folder before the adapter.
+        stale: files that describe the adapter already in the folder; they are deleted if the new one differs from it.
 
     Raises:
-        WriteError: the folder cannot be written, or what was written differs from the adapter.
+        WriteError: the folder cannot be written to, or the written file differs from the adapter.
     """
     state, more, going = adapter_state(model) if state is None else state, more or {}, list[Path]()
     with staged(folder, (*more, *ADAPTER), going) as temporary:
@@ -53,7 +55,7 @@ def save_adapter(
 
 
 def check_saved(model: PeftModel, folder: str | Path, state: dict[str, Tensor]) -> None:
-    """Raise OSError unless the file of an adapter in `folder` holds exactly `state`, from `adapter_state`."""
+    """Raise OSError unless the adapter file in `folder` holds exactly `state`, the result of `adapter_state`."""
     path = Path(folder) / "adapter_model.safetensors"
     expected = get_peft_model_state_dict(model, state_dict=state)
     try:
@@ -67,9 +69,9 @@ def check_saved(model: PeftModel, folder: str | Path, state: dict[str, Tensor]) 
 
 
 def check_whole(path: Path) -> None:
-    """Raise OSError unless every tensor that the file's header promises can be read, and there is one.
+    """Raise OSError unless the file holds at least one element and every tensor in its header can be read.
 
-    Distributed saving can write a file of a header alone.
+    Distributed saving can write a file that consists of a header only.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -81,12 +83,12 @@ def check_whole(path: Path) -> None:
 
 
 def adapter_state(model: PeftModel) -> dict[str, Tensor]:
-    """What an adapter's file is made of, whole, on the CPU, by its names in the model; all processes must call."""
+    """Tensors of the adapter by their names in the model, gathered and on the CPU. Every process must call this."""
     return {key: whole(tensor).detach().cpu() for key, tensor in _adapter_tensors(model).items()}
 
 
 def _adapter_tensors(model: PeftModel) -> dict[str, Any]:
-    """What an adapter's file holds, as the model has it: what is trained, and every other tensor of the method."""
+    """Tensors of the adapter as they are in the model: trained parameters and all other tensors of the method."""
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     own = f".{getattr(model.base_model, 'prefix', PREFIX)}"
     return {key: tensor for key, tensor in model.state_dict().items() if key in trained or own in key}
@@ -94,13 +96,13 @@ def _adapter_tensors(model: PeftModel) -> dict[str, Any]:
 
 @torch.no_grad()
 def load_adapter_state(model: PeftModel, folder: str | Path) -> None:
-    """Write the adapter of a checkpoint into a model whose parameters may be sharded; all processes must call.
+    """Load the adapter of a checkpoint into a model whose parameters may be sharded. Every process must call this.
 
     Raises:
-        ValueError: the file holds other tensors than the model has.
+        ValueError: the tensors in the file are not those of the model.
     """
     stored = load_file(Path(folder) / "adapter_model.safetensors")
-    name = cast(str, model.active_adapter)  # of a `PeftModel` always one
+    name = cast(str, model.active_adapter)  # a `PeftModel` always has one
     expected = {
         key.removesuffix(f".{name}").replace(f".{name}.", "."): tensor
         for key, tensor in _adapter_tensors(model).items()
@@ -109,7 +111,7 @@ def load_adapter_state(model: PeftModel, folder: str | Path) -> None:
     for key, tensor in expected.items():
         value = stored[key].to(tensor.device, tensor.dtype)
         if hasattr(tensor, "device_mesh"):
-            from torch.distributed.tensor import distribute_tensor  # not in every build of PyTorch
+            from torch.distributed.tensor import distribute_tensor  # missing in some builds of PyTorch
 
             value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
         tensor.copy_(value)

@@ -1,4 +1,4 @@
-"""Arguments of a training run: those of `Trainer`, and the recipe, which has their defaults."""
+"""Arguments of a training run: those of `Trainer`, and the recipe, which sets some of their defaults."""
 
 import argparse
 import json
@@ -32,7 +32,7 @@ class SteeringArguments(Recipe, TrainerKeys, TrainingArguments):  # pyright: ign
     """`TrainingArguments` with this package's keys and defaults that suit small adapters.
 
     Raises:
-        ValueError: a value is out of its range.
+        ValueError: a value is out of range, or keys contradict each other.
     """
 
     changed: tuple[str, ...] = field(default=(), init=False, metadata={"help": "Keys that are not at their defaults."})
@@ -40,7 +40,7 @@ class SteeringArguments(Recipe, TrainerKeys, TrainingArguments):  # pyright: ign
     def __post_init__(self) -> None:
         for name, hint in {**hints_of(TrainerKeys), **hints_of(Recipe)}.items():
             setattr(self, name, argument(hint, getattr(self, name), name))
-        # Before `TrainingArguments` derives values from others.
+        # Read the values before `TrainingArguments` derives some of them from others.
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         self.changed = changed(values)
         check_rules(values, self.changed)
@@ -48,7 +48,7 @@ class SteeringArguments(Recipe, TrainerKeys, TrainingArguments):  # pyright: ign
         _check_accelerator(values["accelerator_config"])
         super().__post_init__()
         if self.n_gpu > 1:
-            self._n_gpu = 1  # one process, one GPU; DataParallel would hand each replica other rows
+            self._n_gpu = 1  # one GPU per process: DataParallel would give each replica different rows
         optim = OptimizerNames(self.optim).value
         if not self.learning_rate and not any(name in optim for name in SIGN_LIKE):
             raise ValueError(f"optim={optim} needs a learning_rate: it is found for Adam and its like only")
@@ -56,20 +56,20 @@ class SteeringArguments(Recipe, TrainerKeys, TrainingArguments):  # pyright: ign
         if self.max_steps > 0:
             schedule(self, self.max_steps)
             if not self.learning_rate:
-                peak_learning_rate(1.0, self, self.max_steps)  # whether the schedule has one
+                peak_learning_rate(1.0, self, self.max_steps)  # raises if the rate is 0 at every step
         if self.adapter == "bias":
             self.target_modules: list[str] = [RESIDUAL]
 
     @property
     def pairs_per_step(self) -> int:
-        """Pairs that one optimizer step sees, in all processes."""
+        """Pairs per optimizer step, over all processes."""
         return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
 
 
 def changed(values: Mapping[str, Any]) -> tuple[str, ...]:
     """The keys of a run that are not at their defaults."""
     defaults = defaults_of([SteeringArguments])
-    same = {"report_to": (["none"], "none")}  # in other words
+    same = {"report_to": (["none"], "none")}  # other spellings of the default
     return tuple(
         name
         for name, value in values.items()
@@ -78,7 +78,7 @@ def changed(values: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _check_precision(values: Mapping[str, Any]) -> None:
-    """Raise ValueError for a precision that this machine's processor lacks."""
+    """Raise ValueError for a precision that this machine does not support."""
     if values["bf16"] and not values["use_cpu"] and not is_torch_bf16_gpu_available():
         raise ValueError(
             "bf16 needs a GPU that computes in bfloat16, and there is none; set bf16: false or use_cpu: true"
@@ -88,10 +88,10 @@ def _check_precision(values: Mapping[str, Any]) -> None:
 
 
 def _check_optimizer(args: TrainingArguments) -> None:
-    """Raise ValueError unless the optimizer can be made here."""
+    """Raise ValueError unless the optimizer can be constructed on this machine."""
     optim = OptimizerNames(args.optim).value
     try:
-        if not any(name in optim for name in LAYERED):  # which are made of a model
+        if not any(name in optim for name in LAYERED):  # their constructor needs a model
             Trainer.get_optimizer_cls_and_kwargs(args)
     except (ImportError, ValueError, TypeError, RuntimeError) as error:
         told = " ".join(str(error).split())[:200]
@@ -101,7 +101,7 @@ def _check_optimizer(args: TrainingArguments) -> None:
 
 
 def _check_accelerator(given: dict[str, Any] | str | None) -> None:
-    """Raise ValueError unless these are keys and values, or a file of them, that accelerate knows."""
+    """Raise ValueError unless accelerate knows these keys and values, or those in the JSON file of this name."""
     try:
         if isinstance(given, str):
             AcceleratorConfig.from_json_file(given)
@@ -119,7 +119,7 @@ def _check_accelerator(given: dict[str, Any] | str | None) -> None:
 
 
 def check_arguments(argv: Sequence[str]) -> None:
-    """Raise what `parse_arguments` raises of a command line, as far as no device need be asked for it."""
+    """Check a command line as `parse_arguments` does, except for the checks that need a device."""
     kinds = (TaskArguments, SteeringArguments)
     given = read_given(kinds, argv, DEFAULT_CONFIG)
     built([TaskArguments], given)
@@ -135,12 +135,12 @@ def parse_arguments(
 
     Args:
         argv: the command line.
-        default_config: the configuration where the command line names neither one nor a model or a behaviour.
+        default_config: the configuration to use if the command line names no configuration, model or behaviour.
 
     Raises:
-        ValueError: an unknown key, with the nearest valid one, or a value out of its range.
-        FileNotFoundError: there is no such configuration, or no such file of data.
-        SystemExit: help was asked for.
+        ValueError: a key is unknown (the message names the nearest valid key), or a value is out of range.
+        FileNotFoundError: a configuration or a data file does not exist.
+        SystemExit: the command line asks for help.
     """
     kinds = (TaskArguments, SteeringArguments)
     if {"-h", "--help"} & set(argv):

@@ -1,4 +1,4 @@
-"""From arguments to what the trainer needs: model, data, adapter. Every check comes before any expensive work."""
+"""Make model, data and adapter from the arguments. Every check comes before any expensive work."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,14 +32,14 @@ from repeng.tuner import SvdSteeringConfig, SvdSteeringModel
 from repeng.tuner.config import PREFIX
 from repeng.tuner.targets import max_rank, resolve, select_layers
 
-MAX_VALIDATION = 32  # pairs and texts: an evaluation takes a small share of the time between two
-DEFAULT_RANK = {"svd": 64, "lora": 8, "bias": 2}  # of a bias nothing turns
-MOVES = 1.0  # nats between the two sides from which on personas are taken to do something
+MAX_VALIDATION = 32  # pairs, and texts: small, so that evaluations take a small share of the training time
+DEFAULT_RANK = {"svd": 64, "lora": 8, "bias": 2}  # for a bias the rank has no effect
+MOVES = 1.0  # nats between the two sides: personas with a smaller effect lead to a warning
 
 
 @dataclass(frozen=True)
 class Sites:
-    """Where the adapter acts and where the loss looks: what the arguments ask for, on a model of this depth and width.
+    """Where the adapter acts and where the loss measures, as the arguments ask for it on a model of this size.
 
     Attributes:
         layers: indices of the adapted decoder layers.
@@ -62,10 +62,10 @@ class Run:
         base: hub id or folder of the base model, or the name of an embedded one.
         task: the data; its pairs are those that are trained on.
         sites: where the adapter acts.
-        examples: one per pair.
-        validation: questions on pairs that were held back; None without evaluations during training.
-        validation_texts: neutral texts that were held back.
-        doubt: why little is to be expected of this run; None where nothing says so.
+        examples: one example per pair.
+        validation: questions about pairs that are held back; None without evaluations during training.
+        validation_texts: neutral texts that are held back.
+        doubt: a warning that this run may achieve little, with the reason; None if there is no such reason.
     """
 
     model: PeftModel
@@ -88,18 +88,18 @@ def build(
     tokenizer: PreTrainedTokenizerBase | None = None,
     task: Task | None = None,
 ) -> Run:
-    """Load, check and assemble.
+    """Load the model and the data, check them, and put an adapter on the model.
 
     Args:
         task_args: model, behaviour and data that the user asked for.
         args: the training run that the user asked for.
-        own: the task that belongs to the model, if it has one, for what `task_args` names no files for.
+        own: the task that belongs to the model, if it has one. It supplies data for which `task_args` names no file.
         model: the base model, on its device; by default the one that `task_args` names is loaded.
         tokenizer: the tokenizer of `model`.
-        task: the data, instead of what `task_args` names.
+        task: the data; by default `task_args` says where they come from.
 
     Raises:
-        ValueError, FileNotFoundError: naming what does not fit and what would.
+        ValueError, FileNotFoundError: an argument or a file is wrong. The message says which, and what is allowed.
     """
     if (model is None) != (tokenizer is None):
         raise ValueError("give both model and tokenizer, or neither")
@@ -148,7 +148,7 @@ def build(
 
 
 def _doubt(task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """A sentence if the personas hardly move this model: what an adapter learns is what they do."""
+    """A warning if the personas hardly move this model, because the adapter learns the effect of the personas."""
     if task.persona_effect is None or sum(task.persona_effect) >= MOVES:
         return None
     others = traits_that_move(model, tokenizer, MOVES)
@@ -161,7 +161,7 @@ def _doubt(task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
 def _hold_back(
     args: SteeringArguments, task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Task, list[Question], list[str]]:
-    """The task without a few pairs and neutral texts, and these as questions and texts for the validation."""
+    """Hold back a few pairs and neutral texts: the remaining task, the validation questions, the validation texts."""
     pairs, held_back = hold_out(task.pairs, MAX_VALIDATION)
     n_texts = min(MAX_VALIDATION, len(task.neutral_texts) // 2)
     texts, neutral = task.neutral_texts[:n_texts], task.neutral_texts[n_texts:]
@@ -185,13 +185,13 @@ def _check_batch(args: SteeringArguments, n_pairs: int) -> None:
 
 
 def _seen(args: SteeringArguments, pairs: list[ContrastPair]) -> list[ContrastPair]:
-    """The pairs that training gets to see: what the base gives on others need not be known."""
+    """The pairs that the training steps can reach. The reference is computed for these only."""
     n = args.max_steps * args.pairs_per_step
     return pairs[:n] if 0 < n < len(pairs) else pairs
 
 
 def _share_between_processes(run: Run) -> None:
-    """Give all processes the first one's data and bases: sampled texts and SVDs may differ in the last digit."""
+    """Broadcast data and bases from rank 0, because sampled texts and SVDs may differ in the last digit."""
     if PartialState().num_processes == 1:
         return
     names = ("examples", "validation", "validation_texts")
@@ -206,16 +206,16 @@ def _share_between_processes(run: Run) -> None:
 
 
 def resolve_sites(args: SteeringArguments, model: PreTrainedModel) -> Sites:
-    """What follows the model's depth and width.
+    """Layers, layer of the loss and rank for a model of this depth and width.
 
     Raises:
-        ValueError: for sites and layers that the model lacks.
+        ValueError: the model lacks a site or a layer, or the rank is too large.
     """
     depth = len(decoder_layers(model))
     with _of_key("layers"):
         layers = select_layers(depth, None if args.layers is None else layer_request(args.layers))
     with _of_key("target_modules"):
-        names = resolve(model, _svd_config(args, Sites(layers, 0, r=min(args.r or 2, 2))))  # any rank that there is
+        names = resolve(model, _svd_config(args, Sites(layers, 0, r=min(args.r or 2, 2))))  # a rank that always fits
     widest = min(max_rank(model, name) for name in names)
     if args.adapter != "bias" and args.r is not None and args.r > widest:
         raise ValueError(f"r={args.r} is more than the narrowest target allows; give r ≤ {widest}")
@@ -233,7 +233,7 @@ def resolve_sites(args: SteeringArguments, model: PreTrainedModel) -> Sites:
 def _check_reach(
     args: SteeringArguments, model: PreTrainedModel, names: list[str], site: nn.Module, loss_layer: int
 ) -> None:
-    """Raise ValueError if the adapted modules of these names all come after the site of the loss."""
+    """Raise ValueError if all adapted modules, given by name, come after the site of the loss."""
     modules = [model.get_submodule(name) for name in names]
     reached = layers_of(model, modules)
     if not reached:
@@ -250,7 +250,7 @@ def _check_reach(
 
 
 def _check_sizes(args: SteeringArguments, model: PreTrainedModel, n_pairs: int) -> Sites:
-    """The sites; raises ValueError for what is too large for the model, or for so many pairs."""
+    """Resolve the sites; raise ValueError if a number is too large for the model or for the number of pairs."""
     sites = resolve_sites(args, model)
     (width,) = site_widths(model, [(args.loss_site, sites.loss_layer)])
     if args.num_directions > min(width, n_pairs):
@@ -262,7 +262,7 @@ def _check_sizes(args: SteeringArguments, model: PreTrainedModel, n_pairs: int) 
 
 @contextmanager
 def _of_key(key: str) -> Iterator[None]:
-    """Name the key in what a model has to say of its value."""
+    """Put the name of the key before the message of a ValueError."""
     try:
         yield
     except ValueError as error:
@@ -270,13 +270,13 @@ def _of_key(key: str) -> Iterator[None]:
 
 
 def lora_config(args: SteeringArguments, sites: Sites, model: PreTrainedModel) -> LoraConfig:
-    """The configuration of a LoRA on these sites, which are linear."""
+    """The configuration of a LoRA on these sites, which must be linear modules."""
     names = resolve(model, _svd_config(args, sites))
     return LoraConfig(r=sites.r, lora_alpha=sites.r, target_modules=names, task_type=TaskType.CAUSAL_LM)
 
 
 def _svd_config(args: SteeringArguments, sites: Sites) -> SvdSteeringConfig:
-    """The configuration of an adapter of this package: a bias is the shift of its residual sites alone."""
+    """The configuration of an `SVD_STEERING` adapter. A bias is such an adapter with a shift only."""
     turns = args.adapter != "bias"
     return SvdSteeringConfig(
         r=sites.r,

@@ -1,4 +1,4 @@
-"""Callbacks of the trainer: a stop that loses nothing, a way back, and no step on a gradient that is not finite."""
+"""Callbacks of the trainer: stop on a signal after a checkpoint, return from divergence, stop on a NaN gradient."""
 
 import logging
 import signal
@@ -13,7 +13,7 @@ from repeng._command import handle, restore
 from repeng.model.sharded import local
 
 WINDOW = 4  # steps over which losses are compared
-WORSE = 1e-3  # share of the base model's loss by which rounding may exceed it
+WORSE = 1e-3  # tolerance for rounding, as a share of the base model's loss
 
 _logger = logging.getLogger(__name__)
 
@@ -23,11 +23,11 @@ class NonFiniteError(FloatingPointError):
 
 
 class DivergedError(ValueError):
-    """Training became worse than the base model, and could not go back."""
+    """The loss rose above that of the base model, and the parameters could not be restored."""
 
 
 class FiniteGradients(TrainerCallback):
-    """Stops training before the optimizer spreads a NaN gradient."""
+    """Stops training before the optimizer uses a gradient that is not finite."""
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -39,21 +39,21 @@ class FiniteGradients(TrainerCallback):
 
 
 class WayBack(TrainerCallback):
-    """Takes a run that became worse than the base model back to its best parameters, at half the learning rate.
+    """Restores the best parameters and halves the learning rate if the loss rises above that of the base model.
 
-    What counts is the mean over the last steps of the loss, minus what the base model has on the same batches.
+    The criterion is the mean over the last steps of the loss minus the base model's loss on the same batches.
     """
 
     def __init__(self) -> None:
         self.times: int = 0
-        self._parts: list[float] = []  # of a step
-        self._last: list[float] = []  # steps
+        self._parts: list[float] = []  # one value per micro-batch of the step
+        self._last: list[float] = []  # one value per step
         self._best = float("inf")
         self._kept: dict[str, Tensor] = {}
         self._before: dict[str, Tensor] = {}
 
     def saw(self, loss: float, of_base: float) -> None:
-        """Note the loss of a part of a step, and that of the base model; the same in all processes."""
+        """Record the losses of the policy and of the base model on one micro-batch, averaged over all processes."""
         self._parts.append(loss - of_base * (1 + WORSE))
 
     def on_step_begin(
@@ -67,7 +67,7 @@ class WayBack(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if not self._parts:
-            return  # a loss of its own, of a trainer that says nothing of it
+            return  # a trainer with another loss, which does not call `saw`
         self._last = [*self._last, mean(self._parts)][-WINDOW:]
         now = mean(self._last)
         if now < self._best:
@@ -83,7 +83,7 @@ class WayBack(TrainerCallback):
             local(parameter).copy_(self._kept[name])
         getattr(optimizer, "optimizer", optimizer).state.clear()
         scheduler.base_lrs = [rate / 2 for rate in scheduler.base_lrs]
-        for group in optimizer.param_groups:  # of the next step, which the scheduler has set before
+        for group in optimizer.param_groups:  # the scheduler has already set the rate of the next step
             group["lr"] /= 2
         self.times, self._last = self.times + 1, []
         _logger.warning("%s: back to the best parameters so far, with half the learning rate", worse)
@@ -94,9 +94,9 @@ def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 class StopOnSignal(TrainerCallback):
-    """On SIGTERM or SIGINT, in any process, all finish the step that runs and write a checkpoint before training ends.
+    """On SIGTERM or SIGINT in any process, all processes finish the current step, write a checkpoint and stop.
 
-    A second SIGINT goes to whoever got it before.
+    A second SIGINT goes to the handler that was installed before.
     """
 
     def __init__(self) -> None:

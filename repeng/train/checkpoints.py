@@ -1,4 +1,4 @@
-"""Checkpoints that are written whole or not at all, and those that a run can go on from."""
+"""Write checkpoints completely or not at all, and find the newest one."""
 
 import os
 import shutil
@@ -14,22 +14,22 @@ STAGING = ".saving-checkpoint"
 
 
 class CheckpointError(OSError):
-    """A checkpoint could not be written; those before it are whole."""
+    """A checkpoint could not be written. Earlier checkpoints are intact."""
 
 
 def publish(staging: Path, folder: Path, args: TrainingArguments, best: str | None = None) -> None:
-    """Move the one checkpoint in `staging`, after reading it back, to its place in `folder`; then delete old ones.
+    """Read back the one checkpoint in `staging`, move it to `folder`, then delete old checkpoints.
 
-    As many as `save_total_limit` says stay, among them the newest and the `best`.
+    `save_total_limit` checkpoints stay, among them the newest and the `best`.
 
     Raises:
-        OSError: a tensor file was not written whole.
+        OSError: a tensor file is incomplete.
     """
     (written,) = staging.glob("checkpoint-*")
     for path in written.glob("*.safetensors"):
         check_whole(path)
     place = folder / written.name
-    if place.exists():  # of an earlier run in the same folder
+    if place.exists():  # written by an earlier run in the same folder
         shutil.rmtree(place)
     os.replace(written, place)
     shutil.rmtree(staging, ignore_errors=True)
@@ -37,12 +37,12 @@ def publish(staging: Path, folder: Path, args: TrainingArguments, best: str | No
 
 
 def newest(folder: str | Path) -> str | None:
-    """The checkpoint that was written last into a folder, if there is one with a state of the trainer."""
+    """The most recently written checkpoint in a folder that holds a trainer state; None if there is none."""
     found = [path for path in Path(folder).glob("checkpoint-*") if (path / TRAINER_STATE_NAME).is_file()]
     return str(max(found, key=when_written)) if found else None
 
 
 def when_written(path: Path) -> int:
-    """When a checkpoint was written, in ns; an earlier run may have gone further in steps."""
+    """When a checkpoint was written, in ns. Step numbers do not tell: an earlier run may have taken more steps."""
     state = path / TRAINER_STATE_NAME
     return (state if state.is_file() else path).stat().st_mtime_ns

@@ -13,12 +13,12 @@ from repeng.data.word_questions import NEUTRAL_REQUEST, without_persona
 from repeng.model.packing import Packing, batch_rows
 from repeng.model.tokens import encode, encode_text, label_mask, special_id
 
-PROMPTS = ("chosen_ids", "rejected_ids", "bare_ids")  # the two that have a persona come first
+PROMPTS = ("chosen_ids", "rejected_ids", "bare_ids")  # the two prompts with a persona come first
 SIDES = (*PROMPTS, "neutral_ids")
 
 
 class Example(TypedDict):
-    """Token ids of the two prompts of a pair, of the same without a persona, and of a neutral text."""
+    """Token ids of the two prompts of a pair, of the same prompt without a persona, and of a neutral text."""
 
     chosen_ids: list[int]
     rejected_ids: list[int]
@@ -27,13 +27,13 @@ class Example(TypedDict):
 
 
 class ReferencedExample(Example):
-    """An example with what the frozen base gives on it; see `repeng.train.reference`.
+    """An example with the outputs of the frozen base model on it; see `repeng.train.reference`.
 
-    Every tensor is stored in the reference's files and stacked in a batch: a new term of the loss adds its own here.
+    Every tensor is stored in the reference files and stacked in a batch. A new loss term adds its tensors here.
 
-    `ref_hs (3 n d)`, `ref_mask (3 n)`: hidden states of the prompts at the last n tokens, and which of these exist.
+    `ref_hs (3 n d)`, `ref_mask (3 n)`: hidden states of the prompts at the last n tokens, and which of them count.
     `ref_logp`: next-token log-probabilities, one 1-d tensor for each of the four texts.
-    `next_ids (k)`, `next_weight (k)`, `ref_gap (3)`, `gap_weight ()`: what the two personas say next.
+    `next_ids (k)`, `next_weight (k)`, `ref_gap (3)`, `gap_weight ()`: the next tokens that tell the personas apart.
     """
 
     ref_hs: Tensor
@@ -49,16 +49,16 @@ STACKED = tuple(name for name, kind in get_type_hints(ReferencedExample).items()
 
 
 class PairCollator:
-    """Rows `[chosen ; rejected ; bare ; neutral]` of a batch of `b` examples, with what the frozen base gives on them.
+    """Rows `[chosen ; rejected ; bare ; neutral]` of a batch of `b` examples, with the base model's outputs.
 
     Returns `input_ids`, `attention_mask`, `position_ids` `(4b t)` and, for examples with their reference,
     `ref_hs (3 b n d)`, `ref_mask (3 b n)`, `ref_logp (4b t−1)`, `next_ids (b k)`, `next_weight (b k)`, `ref_gap (b 3)`
-    and `gap_weight (b)`. What a model is to read are the `model_inputs` of a batch; `where (4b t)` says which of its
-    tokens, all rows behind each other, is which token of the rows.
+    and `gap_weight (b)`. The inputs of the model are the `model_inputs` of a batch. `where (4b t)` maps each token of
+    the rows to its index among the tokens that the model reads, flattened over rows.
 
     Args:
-        tokenizer: pads.
-        packing: how the rows are packed for the model, see `repeng.model.packing`; None if it reads them padded.
+        tokenizer: the tokenizer, which pads the rows.
+        packing: how the rows are packed for the model, see `repeng.model.packing`; None for padded rows.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, packing: Packing | None = None) -> None:
@@ -82,9 +82,9 @@ class PairCollator:
 def tokenize_examples(
     tokenizer: PreTrainedTokenizerBase, pairs: Sequence[ContrastPair], neutral: Sequence[str], seed: int
 ) -> list[Example]:
-    """One example per pair, each with a neutral text: all texts are used before one is used again.
+    """One example per pair, each with a neutral text. All texts are used once before any is used again.
 
-    With a chat template a neutral text is the answer to a neutral request, as in an evaluation.
+    With a chat template, the neutral text is the answer to a neutral request, as in an evaluation.
     """
     request = NEUTRAL_REQUEST if tokenizer.chat_template else ""
     rng = random.Random(seed)
@@ -101,7 +101,7 @@ def tokenize_examples(
 
 
 def _bare_ids(tokenizer: PreTrainedTokenizerBase, pair: ContrastPair) -> list[int]:
-    """What is asked without a persona; the beginning of any text where the prompts have no words in common."""
+    """The prompt without a persona; the special token that opens a text if the prompts have no words in common."""
     bare = without_persona(pair, has_template=bool(tokenizer.chat_template))
     if bare == pair.chosen and not pair.suffix:
         return special_id(tokenizer, "bos", "eos") or encode(tokenizer, bare).ids

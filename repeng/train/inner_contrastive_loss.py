@@ -1,4 +1,4 @@
-"""The training loss: separation of hidden states, and of what is said next, inside a region of coherence.
+"""The training loss: separation of hidden states and of next-token probabilities, inside a region of coherence.
 
 Shapes: `b` pairs, `t` tokens, `d` width of the site, `k` preference directions, `p` prompt (chosen, rejected, the same
 without a persona), `c` coefficient side (plus, minus). The derivation and drawings are in docs/loss_geometry.md.
@@ -19,7 +19,7 @@ COHERENCE_WEIGHT = 10.0
 
 
 class InnerContrastiveLoss(NamedTuple):
-    """`loss`, a scalar with its graph, and `terms`, detached `(b)` tensors: what each pair contributes."""
+    """`loss`, a scalar with its graph, and `terms`, detached `(b)` tensors with the contribution of each pair."""
 
     loss: Tensor
     terms: dict[str, Tensor]
@@ -54,35 +54,35 @@ def inner_contrastive_loss(
     `Δ = s_ref − s_minus` at c = −1:
 
     - separation: `relu(target − Δ) / target`, mean over both coefficient sides, the prompts and the directions;
-    - order: the same of the gap in log-probability between what the two personas say next, `Γ = gap_plus − gap_ref` at
-      c = +1 and `gap_ref − gap_minus` at c = −1, in units of what the personas change:
+    - order: the same for the gap in log-probability between the next tokens of the two personas, `Γ = gap_plus −
+      gap_ref` at c = +1 and `gap_ref − gap_minus` at c = −1, in units of the change that the personas make:
       `gap_weight · relu(target − Γ) / target`, mean over coefficient sides and prompts;
     - coherence: with `v = relu(logp_ref − margin − logp_pi)` for each token, the token mean of `v + v²`.
 
     Args:
         hs_pi: `(c p b t d)` hidden states of the policy, plus and minus.
         hs_ref: `(p b t d)` hidden states of the reference on the same tokens.
-        hs_mask: `(p b t)` which of them count.
+        hs_mask: `(p b t)` which hidden states count.
         logp_pi: `(c b t)` next-token log-probabilities of the policy: the chosen text at plus, the rejected at minus.
-        logp_ref: `(c b t)` the reference's on the same texts.
+        logp_ref: `(c b t)` log-probabilities of the reference on the same texts.
         logp_mask: `(c b t)` which tokens are real.
-        neutral_logp_pi: `(c b t)` the policy's on one neutral text a pair, plus and minus.
-        neutral_logp_ref: `(b t)` the reference's.
+        neutral_logp_pi: `(c b t)` log-probabilities of the policy on one neutral text per pair, plus and minus.
+        neutral_logp_ref: `(b t)` log-probabilities of the reference on the neutral texts.
         neutral_mask: `(b t)` which tokens are real.
         direction: `(d k)` preference directions, signed so that + is toward chosen.
         scale: `(k)` length of one unit along each direction.
-        gap_pi: `(c p b)` the policy's gap at the end of each prompt, plus and minus, in nats.
-        gap_ref: `(p b)` the reference's.
+        gap_pi: `(c p b)` gap of the policy at the end of each prompt, plus and minus, in nats.
+        gap_ref: `(p b)` gap of the reference, in nats.
         gap_weight: `(b)` how far the two personas disagree on the next token, relative to the mean pair.
-        gap_unit: what the personas change of the gap, in nats.
-        separation_target: distance to reach, in units.
-        order_target: how far the gap is to change, in units.
+        gap_unit: how much the personas change the gap, in nats.
+        separation_target: shift to reach, in units of `scale`.
+        order_target: change of the gap to reach, in units of `gap_unit`.
         order_weight: weight of the order term against separation.
-        coherence_margin: log-probability in nats that a token may lose for nothing.
+        coherence_margin: log-probability, in nats, that a token may lose at no cost.
         coherence_weight: weight of the coherence terms against separation.
 
     Raises:
-        ValueError: a shape does not fit the others.
+        ValueError: the shape of a tensor does not fit the others.
     """
     _check_shapes(
         hs_pi,
@@ -121,14 +121,14 @@ def inner_contrastive_loss(
 
 
 def as_reference(given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of the loss with the reference in place of the policy: what the base model has on this batch."""
+    """The arguments of the loss with the reference in place of the policy, for the loss of the base model."""
     sides = {"hs": given["hs_ref"], "neutral_logp": given["neutral_logp_ref"], "gap": given["gap_ref"]}
     both = {f"{name}_pi": torch.stack([tensor, tensor]) for name, tensor in sides.items()}
     return {**given, **both, "logp_pi": given["logp_ref"]}
 
 
 def signed_shift(hs_pi: Tensor, hs_ref: Tensor, hs_mask: Tensor, direction: Tensor, scale: Tensor) -> Tensor:
-    """Δ `(c p b k)`: how far each coefficient side stands from the reference, in units, + being the wanted way."""
+    """Δ `(c p b k)`: how far each coefficient side is from the reference, in units; + is the wanted direction."""
     moved = where(hs_mask[..., None], hs_pi - hs_ref)
     along = einsum(moved, direction.to(moved.dtype), "c p b t d, d k -> c p b t k") / scale.to(moved.dtype)
     count = reduce(hs_mask.to(moved.dtype), "p b t -> p b 1", "sum").clamp(min=1)
@@ -141,14 +141,14 @@ def _signs(like: Tensor, ndim: int) -> Tensor:
 
 
 def violation(logp_pi: Tensor, logp_ref: Tensor, mask: Tensor, margin: float) -> Tensor:
-    """Token mean `(c b)` of `v + v²`, `v` being what a token has lost beyond the margin. No gain pays for a loss."""
+    """Token mean `(c b)` of `v + v²`, where `v` is what a token loses beyond the margin. Gains do not count."""
     v = where(mask, logp_ref - margin - logp_pi).relu()
     count = reduce(mask.to(v.dtype), "c b t -> c b", "sum").clamp(min=1)
     return reduce(v + v**2, "c b t -> c b", "sum") / count
 
 
 def where(mask: Tensor, value: Tensor) -> Tensor:
-    """`value` on the mask, 0 elsewhere; a NaN elsewhere gives neither a value nor a gradient."""
+    """`value` where the mask is true, else 0. A NaN outside the mask affects neither the value nor the gradient."""
     return torch.where(mask, value, torch.zeros((), dtype=value.dtype, device=value.device))
 
 
@@ -166,7 +166,7 @@ def _check_shapes(
     gap_ref: Tensor,
     gap_weight: Tensor,
 ) -> None:
-    """Raise ValueError, naming the tensor, where broadcasting would hide a mistake."""
+    """Raise ValueError, naming the tensor, if a shape is wrong. Broadcasting would hide such a mistake."""
     p, b, t, d = hs_ref.shape
     wanted = {
         "hs_pi": (hs_pi, (2, p, b, t, d)),

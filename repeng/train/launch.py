@@ -1,4 +1,4 @@
-"""`repeng train`: hand a training run to `accelerate launch`."""
+"""`repeng train`: start a training run through `accelerate launch`."""
 
 import argparse
 import sys
@@ -19,18 +19,18 @@ from repeng.data.files import nearest
 from repeng.data.schema import refuse_unknown
 from repeng.data.words import LINE, name_of
 
-LINKED = "deepspeed_config_file"  # in a configuration of accelerate: a path, from the folder that holds configs/
+LINKED = "deepspeed_config_file"  # a path in accelerate configurations, relative to the parent of configs/
 
 
 def launch(argv: Sequence[str]) -> None:
-    """Start `python -m repeng.train` in as many processes as accelerate is told to.
+    """Start `python -m repeng.train` in the number of processes that accelerate's configuration sets.
 
-    Flags that only `accelerate launch` knows go to it; `--config_file` also takes the name of one of the package's own
-    configurations, such as `fsdp2`. All others go to the training.
+    Flags that only `accelerate launch` knows go to the launcher, and all others to the training. `--config_file` also
+    takes the name of an accelerate configuration of this package, such as `fsdp2`.
 
     Raises:
-        ValueError: neither knows a flag.
-        SystemExit: the training failed, or was stopped by a signal.
+        ValueError: neither the launcher nor the training knows a flag.
+        SystemExit: the training failed, or a signal stopped it.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing import SignalException
@@ -39,7 +39,7 @@ def launch(argv: Sequence[str]) -> None:
     from repeng.train.arguments import SteeringArguments, check_arguments
 
     parser = launch_command_parser()
-    parser.error = _refuse  # in a sentence, not below a screen of usage
+    parser.error = _refuse  # one sentence, without the usage text
     flags, rest = split_flags(argv, parser, {"config", *names_of((TaskArguments, SteeringArguments))})
     check_arguments(rest)
     arguments = parser.parse_args([*flags, "--quiet", "--module", "repeng.train", *rest])
@@ -50,19 +50,19 @@ def launch(argv: Sequence[str]) -> None:
         with _passed_on() as came:
             try:
                 launch_command(arguments)
-            except SignalException as error:  # of several processes, which got it as well
+            except SignalException as error:  # several processes run, and all of them got the signal
                 came.append(error.sigval)
             except (CalledProcessError, ChildFailedError, SystemExit):
-                sys.exit(128 + came[0] if came else 1)  # the processes have said why
+                sys.exit(128 + came[0] if came else 1)  # the processes have printed the reason
         if came:
             sys.exit(128 + came[0])
 
 
 @contextmanager
 def _passed_on() -> Iterator[list[int]]:
-    """Signals that would end this process; its children get each as SIGTERM, and it waits for them.
+    """Catch signals that would end this process, send SIGTERM to its children instead, and yield the signals caught.
 
-    Ctrl-C in a terminal reaches them as well, and a second one insists.
+    Ctrl-C in a terminal reaches the children directly too. A second Ctrl-C ends them at once.
     """
     came: list[int] = []
 
@@ -95,9 +95,9 @@ def _check_config_file(word: str) -> None:
 
 
 def accelerate_config(word: str, folder: Path) -> str:
-    """The path of one of the package's configurations of accelerate by its name, or the word as it is.
+    """The path of an accelerate configuration of this package, given its name; any other word is returned unchanged.
 
-    Where the configuration names another file of the package, a copy in `folder` names it by its whole path.
+    If the configuration names another file of the package, a copy in `folder` names that file by its absolute path.
     """
     shipped = {path.stem: path for path in CONFIGS.glob("accelerate/*.yaml")}
     if word not in shipped:
@@ -115,15 +115,15 @@ def accelerate_config(word: str, folder: Path) -> str:
 def split_flags(
     argv: Sequence[str], parser: argparse.ArgumentParser, own: Collection[str]
 ) -> tuple[list[str], list[str]]:
-    """The words of a command line that are the launcher's, and those that are ours; what both know is ours.
+    """Split a command line into words for the launcher and words for the training, which gets flags that both know.
 
     Args:
         argv: the command line.
-        parser: the launcher's.
-        own: names of our keys.
+        parser: the parser of the launcher.
+        own: names of the keys of the training.
 
     Raises:
-        ValueError: neither knows a flag.
+        ValueError: neither the launcher nor the training knows a flag.
     """
     known = {option[2:] for action in parser._actions for option in action.option_strings if option[:2] == "--"}
     launchers: list[str] = []
@@ -132,7 +132,7 @@ def split_flags(
     for word in argv:
         if word.startswith("--"):
             name = name_of(word)
-            if name.removeprefix("no_") in own:  # as HfArgumentParser switches a key off
+            if name.removeprefix("no_") in own:  # HfArgumentParser's way to set a key to false
                 name = name.removeprefix("no_")
             refuse_unknown([name], {*own, *known}, LINE)
             into = ours if name in own else launchers

@@ -1,4 +1,4 @@
-"""The picture of a training run; it needs matplotlib (`pip install 'repeng[plot]'`)."""
+"""The learning curve of a training run, as a figure. It needs matplotlib (`pip install 'repeng[plot]'`)."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ REACHED = ("shift_plus", "shift_minus", "gap_plus", "gap_minus")
 
 
 def learning_curve(log: Sequence[Mapping[str, float]]) -> "Figure | None":
-    """Terms of the loss, and how far both sides have come, over the optimizer steps; None without logged steps."""
+    """Terms of the loss, and shift and gap of both sides, per optimizer step; None if no step was logged."""
     rows = [row for row in log if "separation" in row]
     if not rows:
         return None

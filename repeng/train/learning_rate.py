@@ -1,9 +1,9 @@
-"""A learning rate without a unit.
+"""Find a learning rate that suits the model and the adapter.
 
 An optimizer like Adam moves every entry by about the learning rate at each step, whatever the size of its gradient.
-How far that moves the activations depends on rank, sites, layers and the sizes of the weights. So the length of the
-way is measured: by how much the entries have to move, along the signs of their gradients, until the separation is at
-its target. The schedule as a whole goes `TRAVEL` times that length.
+The effect on the activations depends on rank, sites, layers and the sizes of the weights. So the distance to the
+target is measured: how far the entries have to move, along the signs of their gradients, until the separation reaches
+its target. The peak learning rate is chosen so that the whole schedule covers `TRAVEL` times that distance.
 """
 
 import math
@@ -15,29 +15,29 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import SchedulerType, TrainingArguments, get_scheduler
 
-TRAVEL = 5.0  # from research_notes.md, like the two below
-FIRST, SHARE = 0.05, 0.3  # of the target, by which the first step on the way and later ones move the separation
-GROWTH = 3.0  # of the steps, at most: where factors multiply, the first slope is far below the later ones
-STEPS = 16  # on the way, at most
-MEASURED = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
+TRAVEL = 5.0  # from research_notes.md, like the next two lines
+FIRST, SHARE = 0.05, 0.3  # share of the target by which the first step, and later steps, should move the separation
+GROWTH = 3.0  # largest ratio of a step to the one before: a product of factors starts with a slope far too small
+STEPS = 16  # largest number of steps
+MEASURED = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # schedules that follow an evaluation
 SIGN_LIKE = ("adam", "lion", "rmsprop")  # optimizers whose steps do not depend on the size of the gradients
 
 
 def way_to_target(shift: Callable[[], Iterable[Tensor]], parameters: Sequence[nn.Parameter], target: float) -> float:
-    """How far every entry of the parameters has to go, by sign steps, until the mean of `shift()` grows by `target`.
+    """How far every entry of the parameters has to move, by sign steps, until the mean of `shift()` grows by `target`.
 
-    The parameters are afterwards what they were.
+    The parameters are restored at the end.
 
     Args:
-        shift: parts of a batch, one scalar with its graph for each.
-        parameters: what is trained.
-        target: above 0.
+        shift: yields one scalar with its graph for each part of a batch.
+        parameters: the trained parameters.
+        target: growth to reach, above 0.
 
     Raises:
         ValueError: no parameter moves the shift, or it is not finite.
     """
     before = [parameter.detach().clone() for parameter in parameters]
-    path = []  # of (way gone, growth so far)
+    path = []  # (distance, growth) after each step
     gone = step = 0.0
     start = None
     try:
@@ -67,11 +67,11 @@ def way_to_target(shift: Callable[[], Iterable[Tensor]], parameters: Sequence[nn
             "no trained parameter moves the separation at the site of the loss: adapt layers at or before loss_layer, "
             "or give learning_rate"
         )
-    return far * target / high  # it does not come so far: as if it went on as it began
+    return far * target / high  # the target was not reached: extrapolate with the mean slope
 
 
 def _mean_and_gradients(parts: Iterable[Tensor], parameters: Sequence[nn.Parameter]) -> tuple[float, list[Tensor]]:
-    """The mean of scalars, and its gradients."""
+    """The mean of scalars, and the gradients of the mean."""
     values, sums = [], [torch.zeros_like(parameter) for parameter in parameters]
     for part in parts:
         found = torch.autograd.grad(part, parameters, allow_unused=True)
@@ -83,9 +83,9 @@ def _mean_and_gradients(parts: Iterable[Tensor], parameters: Sequence[nn.Paramet
 
 
 def peak_learning_rate(way: float, args: TrainingArguments, steps: int) -> float:
-    """The peak with which the schedule of `steps` optimizer steps goes `TRAVEL` times the way.
+    """The peak learning rate with which `steps` optimizer steps cover `TRAVEL` times the distance `way`.
 
-    A schedule that follows what is measured counts as constant.
+    A schedule that follows an evaluation counts as constant.
 
     Raises:
         ValueError: the rate is 0 at every step.
@@ -108,10 +108,10 @@ def peak_learning_rate(way: float, args: TrainingArguments, steps: int) -> float
 def schedule(
     args: TrainingArguments, steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """An optimizer of one parameter at a learning rate of 1, and its schedule over `steps` optimizer steps.
+    """An optimizer with one parameter and a learning rate of 1, and its schedule over `steps` optimizer steps.
 
     Raises:
-        ValueError: the schedule does not take its options.
+        ValueError: the options do not fit the schedule.
     """
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     options = cast(dict[str, Any] | None, args.lr_scheduler_kwargs)

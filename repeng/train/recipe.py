@@ -1,6 +1,6 @@
-"""How an adapter is trained: this package's own arguments of a run, and its defaults for those of `Trainer`.
+"""The recipe of a training run: this package's own arguments, and its defaults for arguments of `Trainer`.
 
-The file imports nothing heavy, so that `repeng train --help` can list its keys at once.
+This file imports nothing slow, so that `repeng train --help` lists its keys at once.
 """
 
 import re
@@ -16,10 +16,10 @@ SHARE = re.compile(r"\s*(\d+|\d*\.\d+)\s*-\s*(\d+|\d*\.\d+)\s*", re.ASCII)
 
 
 def layer_request(words: Sequence[str]) -> list[int] | str:
-    """Indices, or one share of the depth as text, from the words that were given.
+    """Read layers from words: indices, or one share of the depth, which stays text.
 
     Raises:
-        ValueError: neither.
+        ValueError: the words are neither.
     """
     share = SHARE.fullmatch(words[0]) if len(words) == 1 else None
     if share and 0 <= float(share[1]) < float(share[2]) <= 1:
@@ -38,7 +38,7 @@ def _layers(words: list[str] | None) -> list[str] | None:
 
 
 def _as_words(value: Any) -> Any:
-    """Indices as the words that they are on a command line; anything else as it is."""
+    """Turn indices into the words of a command line; return any other value unchanged."""
     if isinstance(value, list):
         return [str(part) if type(part) is int else part for part in value]
     return _as_words([value]) if type(value) in (int, str) else value
@@ -91,8 +91,8 @@ class Recipe:
     require_steering: bool = field(
         default=False,
         metadata={
-            "help": "Exit with an error unless both arms gain more than a random direction, "
-            "and 95 percent of the items move along."
+            "help": "Exit with an error unless both arms gain more than a random direction "
+            "and at most 5 percent of the items move the wrong way."
         },
     )
     adapter: Literal["lora", "svd", "bias"] = field(
@@ -128,7 +128,8 @@ class Recipe:
     directions: Literal["pairs", "top"] = field(
         default="pairs",
         metadata={
-            "help": "Singular directions that svd turns: those along which the pairs differ most, or the top ones."
+            "help": "Singular directions that svd turns. "
+            "pairs: those along which the pairs differ most; top: those of the largest singular values."
         },
     )
     separation_target: Annotated[float, Field(gt=0, le=1000)] = field(
@@ -137,47 +138,49 @@ class Recipe:
     order_target: Annotated[float, Field(gt=0, le=1000)] = field(
         default=1.5,
         metadata={
-            "help": "Change to reach of the gap in log-probability between what the personas say next, in units of "
-            "what the personas change; above 0."
+            "help": "Change to reach in the gap in log-probability between the next tokens of the two personas, "
+            "in units of the change that the personas make; above 0."
         },
     )
     order_weight: Annotated[float, Field(ge=0, le=1e6)] = field(
-        default=10.0, metadata={"help": "Weight of the order term against separation; 0 or more."}
+        default=10.0, metadata={"help": "Weight of the order term relative to separation; 0 or more."}
     )
     coherence_margin: Annotated[float, Field(ge=0, le=100)] = field(
         default=0.4,
-        metadata={"help": "Log-probability that any token may lose at no cost, in nats; 0 or more."},
+        metadata={"help": "Log-probability, in nats, that any token may lose at no cost; 0 or more."},
     )
     coherence_weight: Annotated[float, Field(ge=0, le=1e6)] = field(
-        default=10.0, metadata={"help": "Weight of the coherence terms; 0 or more."}
+        default=10.0, metadata={"help": "Weight of the coherence terms relative to separation; 0 or more."}
     )
     last_n_tokens: Annotated[int, Field(ge=1, le=4096)] = field(
         default=6,
         metadata={"help": "Tokens at the end of each prompt on which separation is measured; 1 or more."},
     )
     num_directions: Annotated[int, Field(ge=1, le=1024)] = field(
-        default=1, metadata={"help": "Preference directions from the SVD; 1 or more."}
+        default=1, metadata={"help": "Number of preference directions, from the SVD; 1 or more."}
     )
     early_stopping_patience: Annotated[int, Field(ge=1, le=1_000_000)] | None = field(
         default=None,
-        metadata={"help": "End after so many evaluations without a better one; needs eval_strategy."},
+        metadata={"help": "Stop after this many evaluations without an improvement; needs eval_strategy."},
     )
 
     per_device_train_batch_size: Annotated[int, Field(ge=1, le=65536)] = field(
         default=16, metadata={"help": "Pairs per process and micro-batch."}
     )
     per_device_eval_batch_size: Annotated[int, Field(ge=1, le=65536)] = field(
-        default=128, metadata={"help": "Rows of a forward in evaluations during training."}
+        default=128, metadata={"help": "Rows per forward pass in evaluations during training."}
     )
     learning_rate: Annotated[float, Field(ge=0, le=100)] = field(
         default=0.0,
-        metadata={"help": "Peak learning rate; 0 = found by how far the parameters must go to reach the target."},
+        metadata={
+            "help": "Peak learning rate; 0 = find it from the distance of the parameters to the separation target."
+        },
     )
     weight_decay: Annotated[float, Field(ge=0, le=100)] = field(
         default=0.0, metadata={"help": "Weight decay of AdamW."}
     )
     max_steps: Annotated[int, AfterValidator(_steps_or_epochs), Field(le=1_000_000)] = field(
-        default=120, metadata={"help": "Optimizer steps; -1 = as many as num_train_epochs take."}
+        default=120, metadata={"help": "Optimizer steps; -1 = num_train_epochs sets the number."}
     )
     warmup_steps: Annotated[float, Field(ge=0, le=1e9), AfterValidator(_whole_above_1)] = field(
         default=0.1, metadata={"help": "Steps of linear warm-up; below 1, a share of all steps."}
@@ -185,28 +188,27 @@ class Recipe:
     lr_scheduler_type: Schedule = field(
         default="cosine", metadata={"help": "Schedule of the learning rate, in optimizer steps."}
     )
-    logging_steps: Steps = field(default=10, metadata={"help": "Log every so many optimizer steps."})
-    save_steps: Steps = field(default=60, metadata={"help": "Write a checkpoint every so many optimizer steps."})
+    logging_steps: Steps = field(default=10, metadata={"help": "Optimizer steps between two log lines."})
+    save_steps: Steps = field(default=60, metadata={"help": "Optimizer steps between two checkpoints."})
     metric_for_best_model: Annotated[Literal["range", "plus", "minus"], BeforeValidator(_metric)] = field(
         default="range",
-        metadata={
-            "help": "What eval_strategy measures on held-back pairs to find the best checkpoint: range, plus or minus."
-        },
+        metadata={"help": "Figure on held-back pairs by which the best checkpoint is chosen: range, plus or minus."},
     )
     restore_callback_states_from_checkpoint: bool = field(
         default=True,
-        metadata={"help": "A resumed run remembers its evaluations without a better one."},
+        metadata={"help": "A resumed run remembers how many evaluations brought no improvement."},
     )
     save_total_limit: Annotated[int, Field(ge=1)] | None = field(default=2, metadata={"help": "Checkpoints to keep."})
     dataloader_drop_last: bool = field(
         default=True, metadata={"help": "Must stay true: all batches have the same size."}
     )
     ddp_broadcast_buffers: bool | None = field(
-        default=False, metadata={"help": "The buffers never change, and all processes have the same."}
+        default=False,
+        metadata={"help": "Buffers need no broadcast: they never change and are equal in all processes."},
     )
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Every parameter has a gradient at every step."}
     )
     remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Must stay false: examples are not inputs of the model."}
+        default=False, metadata={"help": "Must stay false: the columns of the examples are not inputs of the model."}
     )

@@ -1,4 +1,4 @@
-"""What the frozen base gives on the training examples: computed once, since the base never changes."""
+"""Outputs of the frozen base model on the training examples. They are computed once, since the base never changes."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -23,7 +23,7 @@ from repeng.tuner.config import SvdSteeringConfig
 from repeng.tuner.targets import is_linear
 
 LEAST_GAP, LEAST_WEIGHT = 0.1, 0.01
-NEXT_TOKENS = 32  # that either persona says most more often: the rest of a vocabulary hardly weighs
+NEXT_TOKENS = 32  # tokens per persona in the gap: the rest of the vocabulary hardly matters
 
 
 @torch.no_grad()
@@ -38,14 +38,14 @@ def add_reference(
     batch_size: int,
     steer_fn: Callable[[nn.Module, float], AbstractContextManager[None]] = steer,
 ) -> list[ReferencedExample]:
-    """The examples with what the base gives on them, at c = 0.
+    """Add the outputs of the base model, at c = 0, to the examples.
 
-    `ref_hs (3 n d)` and `ref_mask (3 n)` of the prompts; `ref_logp`, four 1-d tensors; and, of the token that follows
-    the prompts, `next_ids (k)`, `next_weight (k)`, `ref_gap (3)` and `gap_weight ()`.
+    `ref_hs (3 n d)` and `ref_mask (3 n)` belong to the prompts, `ref_logp` is four 1-d tensors, and `next_ids (k)`,
+    `next_weight (k)`, `ref_gap (3)` and `gap_weight ()` belong to the token that follows the prompts.
     """
     module, bos = site_module(model, layer, site), special_id(collate.tokenizer, "bos")
     plain = has_plain_head(model, examples[0]["chosen_ids"])
-    order = sorted(range(len(examples)), key=lambda i: examples[i]["neutral_ids"])  # equal texts are computed once
+    order = sorted(range(len(examples)), key=lambda i: examples[i]["neutral_ids"])  # equal texts share a batch
     done: dict[int, ReferencedExample] = {}
     with eval_mode(model), steer_fn(model, 0.0):
         for start in tqdm(range(0, len(examples), batch_size), desc="reference", leave=False):
@@ -61,7 +61,7 @@ def add_reference(
 def _batch_reference(
     model: CausalLM, module: nn.Module, batch: dict[str, Tensor], *, last_n: int, plain: bool, bos: list[int]
 ) -> list[dict[str, Any]]:
-    """What `add_reference` adds to each example of a collated batch, on the CPU."""
+    """The tensors that `add_reference` adds to each example of a collated batch, on the CPU."""
     mask, where = batch["attention_mask"], batch["where"]
     n, prompts = mask.shape[0] // len(SIDES), len(PROMPTS)
     labels, (ends, _), (index, exists) = (
@@ -81,7 +81,7 @@ def _batch_reference(
         (logp,) = read_vocabulary(model, model_inputs(batch, model.dtype), read, plain=plain)
     hs = cast(Tensor, outputs[0]).flatten(0, 1)
     hs = hs[where[: prompts * n].gather(1, index).to(hs.device)].float()
-    for token in bos:  # attention rests there, at a state of its own that says nothing of the text
+    for token in bos:  # an attention sink: its hidden state does not depend on the text
         exists = exists & (batch["input_ids"][: prompts * n].gather(1, index) != token)
     hs, exists = (rearrange(x, "(p b) ... -> b p ...", p=prompts).cpu() for x in (hs, exists))
     rows = logp.cpu().split(labels.sum(dim=1).tolist())
@@ -98,18 +98,19 @@ def _batch_reference(
 
 
 def _next_token_disagreement(logits: Tensor) -> dict[str, Tensor]:
-    """What chosen and rejected say next, from the base's logits `(p b v)` at the ends of the prompts.
+    """Next tokens that tell chosen and rejected apart, from the base model's logits `(p b v)` after the prompts.
 
-    With `d = softmax(chosen) − softmax(rejected)`: the `NEXT_TOKENS` tokens of largest d and as many of smallest,
-    `next_ids (b k)`, and `next_weight (b k)`, d on them, scaled to sum to 1 on the former, −1 on the latter. A gap is
-    `Σ weight · logit`: the mean log-probability of what chosen says more often, minus that of what rejected does;
-    `ref_gap (b p)` are the base's own. `gap_weight (b)` is the total variation `Σ |d| / 2`, from 0 to 1.
+    Let `d = softmax(chosen) − softmax(rejected)`. `next_ids (b k)` are the `NEXT_TOKENS` tokens with the largest d and
+    as many with the smallest. `next_weight (b k)` is d at these tokens, scaled to sum to 1 over the former and to −1
+    over the latter. A gap is `Σ weight · logit`: the mean log-probability of the tokens that chosen makes likelier,
+    minus that of the tokens that rejected makes likelier. `ref_gap (b p)` is the gap of the base model. `gap_weight
+    (b)` is the total variation `Σ |d| / 2`, from 0 to 1.
     """
     chosen, rejected = logits[:2].softmax(dim=-1)
     difference = chosen - rejected
     n = min(NEXT_TOKENS, difference.shape[-1] // 2)
     ids, weights, tiny = [], [], torch.finfo(difference.dtype).tiny
-    for sign in (1, -1):  # apart: a diffuse side would otherwise lose all its tokens to a concentrated one
+    for sign in (1, -1):  # separately: else a concentrated side would take all tokens from a diffuse one
         top = (sign * difference).clamp(min=0).topk(n, dim=-1)
         ids.append(top.indices)
         weights.append(sign * top.values / top.values.sum(-1, keepdim=True).clamp_min(tiny))
@@ -124,20 +125,20 @@ def _next_token_disagreement(logits: Tensor) -> dict[str, Tensor]:
 
 
 def gap(logits: Tensor, next_ids: Tensor, next_weight: Tensor) -> Tensor:
-    """`Σ_k weight · logit` of logits `(b … v)` at `next_ids (b k)`; any constant of the logits drops out."""
+    """`Σ_k weight · logit` of logits `(b … v)` at `next_ids (b k)`; a constant added to the logits cancels out."""
     between = [1] * (logits.ndim - 2)
     index = next_ids.reshape(next_ids.shape[0], *between, -1).expand(*logits.shape[:-1], -1)
     return (logits.gather(-1, index) * next_weight.reshape(next_weight.shape[0], *between, -1)).sum(dim=-1)
 
 
 def preference_direction(examples: Sequence[ReferencedExample], k: int) -> tuple[Tensor, Tensor]:
-    """Directions `(d k)`, signed toward chosen, and the mean distance `(k)` of the two sides along them.
+    """Directions `(d k)`, signed toward chosen, and the mean distance `(k)` between the two sides along them.
 
-    The right singular vectors of dHS `(b d)`: chosen minus rejected hidden states of the base, each the mean over the
-    last tokens of a prompt, stacked over the pairs.
+    The directions are the leading right singular vectors of dHS `(b d)`: chosen minus rejected hidden states of the
+    base model, averaged over the last tokens of a prompt, one row per pair.
 
     Raises:
-        ValueError: more directions than pairs or than the width of the site.
+        ValueError: `k` is larger than the number of pairs or than the width of the site.
     """
     hs = torch.stack([example["ref_hs"] for example in examples])  # (b p n d)
     weight = torch.stack([example["ref_mask"] for example in examples]).float()  # (b p n)
@@ -152,10 +153,10 @@ def preference_direction(examples: Sequence[ReferencedExample], k: int) -> tuple
 
 
 def persona_gap(examples: Sequence[ReferencedExample]) -> tuple[float, float]:
-    """How far the gap of the chosen prompt is above that of the rejected one, in nats, and the mean `gap_weight`.
+    """How far the gap of the chosen prompt is above that of the rejected prompt, in nats, and the mean `gap_weight`.
 
-    The mean over the pairs, each counted by its `gap_weight`. Where the personas do next to nothing, both are what
-    would be next to nothing: noise must not become the target.
+    The first is a mean over the pairs, weighted by `gap_weight`. Both have a lower bound: where the personas hardly
+    act, noise must not become the target.
     """
     weight = torch.stack([example["gap_weight"] for example in examples])
     gaps = torch.stack([example["ref_gap"][0] - example["ref_gap"][1] for example in examples])
@@ -166,9 +167,10 @@ def persona_gap(examples: Sequence[ReferencedExample]) -> tuple[float, float]:
 def pair_differences(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], last_n: int
 ) -> dict[str, Tensor]:
-    """Chosen minus rejected, `(b d)`, by adapted module, each the mean over the last tokens of a prompt.
+    """Chosen minus rejected activations `(b d)` of the base model for each adapted module, by name.
 
-    The input of a linear module, the output of a decoder layer, in the base model.
+    The activation is the input of a linear module or the output of a decoder layer, averaged over the last tokens of a
+    prompt.
     """
     config = cast(SvdSteeringConfig, model.peft_config[cast(str, model.active_adapter)])
     names = config.resolved_modules or []

@@ -1,4 +1,4 @@
-"""What the base gives on the training examples, kept in files: computed once an example, shared by all processes."""
+"""Files with the outputs of the base model on the training examples, computed once and shared by all processes."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,7 @@ VERSION = 4
 
 
 class Processes(Protocol):
-    """What is asked of an `accelerate.Accelerator`."""
+    """The part of `accelerate.Accelerator` that this file uses."""
 
     @property
     def num_processes(self) -> int: ...
@@ -34,7 +34,7 @@ class Processes(Protocol):
 
 
 class ReferenceExamples(Sequence[ReferencedExample]):
-    """Training examples with their reference, read from memory-mapped files as they are asked for.
+    """Training examples with their reference, read from memory-mapped files on access.
 
     Example i is row `i // len(parts)` of part `i % len(parts)`.
     """
@@ -48,7 +48,7 @@ class ReferenceExamples(Sequence[ReferencedExample]):
                 self.parts.append({name: file.get_tensor(name) for name in file.keys()})
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"examples": self.examples, "paths": self.paths}  # a worker maps the files itself
+        return {"examples": self.examples, "paths": self.paths}  # each worker process maps the files itself
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["examples"], state["paths"])
@@ -90,19 +90,19 @@ def cached_reference(
     accelerator: Processes,
     **settings: Any,
 ) -> ReferenceExamples:
-    """The examples with what `compute` finds on them, from files in `folder` if they fit, else computed and written.
+    """The examples with their reference: read from files in `folder` if they fit, else computed and written there.
 
-    Every process computes its share; a file of another model, tokenizer, data, precision or setting has another name,
-    and is deleted.
+    Every process computes its share. The file name is a hash of model, tokenizer, data, precision and settings; files
+    with another hash are deleted.
 
     Args:
         examples: training examples.
-        compute: gives examples with their reference.
-        model: whose base parameters are part of the key.
-        tokenizer: part of the key.
-        folder: where the files lie.
-        accelerator: knows the processes.
-        settings: whatever else the reference depends on, as JSON.
+        compute: adds the reference to examples.
+        model: the model; its base parameters are part of the hash.
+        tokenizer: the tokenizer, also part of the hash.
+        folder: the folder of the files.
+        accelerator: tells the number of processes and the rank of this one.
+        settings: everything else that the reference depends on, JSON-serialisable.
     """
     key = reference_key(examples, model, tokenizer, precision=accelerator.mixed_precision, **settings)
     world, rank = accelerator.num_processes, accelerator.process_index
@@ -117,7 +117,7 @@ def cached_reference(
 
 
 def _write_part(done: Sequence[ReferencedExample], path: Path) -> None:
-    """Write a share of the examples' reference whole or not at all."""
+    """Write the reference of a share of the examples completely or not at all."""
     tensors = {name: torch.stack([example[name] for example in done]).contiguous() for name in STACKED}
     logp = [row for example in done for row in example["ref_logp"]]
     tensors["ref_logp"] = torch.cat(logp).contiguous()
@@ -128,7 +128,7 @@ def _write_part(done: Sequence[ReferencedExample], path: Path) -> None:
 
 
 def _readable(path: Path) -> bool:
-    """Whether a part is there and is a tensor file."""
+    """Whether the file of a part exists and is a readable tensor file."""
     try:
         with safe_open(path, framework="pt") as file:
             return "ref_logp_starts" in file.keys()
@@ -139,6 +139,6 @@ def _readable(path: Path) -> bool:
 def reference_key(
     examples: Sequence[Example], model: nn.Module, tokenizer: PreTrainedTokenizerBase, **settings: Any
 ) -> str:
-    """A name for what the reference depends on: base parameters (samples of each), tokenizer, data, settings."""
+    """A hash of all that the reference depends on: samples of the base parameters, tokenizer, data, settings."""
     rows = [[example[side] for side in SIDES] for example in examples]
     return model_key(model, tokenizer, VERSION, settings, rows)

@@ -1,4 +1,4 @@
-"""Whether a run can go on from a checkpoint: whose run it is of, and whether it is whole."""
+"""Check whether a run can continue from a checkpoint: that it belongs to the same run, and that it is complete."""
 
 import json
 import warnings
@@ -21,8 +21,8 @@ from repeng.train.adapter_files import adapter_state
 from repeng.train.checkpoints import when_written
 from repeng.tuner.stored import check_numbers
 
-RUN = "run.json"  # in a checkpoint: what the run is
-# Keys of a run that may change in between: where it writes, how often, and how long it goes on.
+RUN = "run.json"  # file in a checkpoint that describes its run
+# Keys that may differ when a run is resumed: output, logging and length.
 FREE = {
     "output_dir",
     "resume",
@@ -35,7 +35,7 @@ FREE = {
     "num_train_epochs",
     "gradient_checkpointing",
     "gradient_checkpointing_kwargs",
-    # Known by the pairs that were made.
+    # The pairs themselves are compared.
     "pairs_file",
     "suffixes_file",
 }
@@ -43,23 +43,26 @@ FREE_FAMILIES = ("hub_", "push_to_hub", "ddp_", "dataloader_", "log", "save_", "
 
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run is, as it comes back from a file."""
+    """The description of a run as JSON reads it back."""
     return json.loads(json.dumps(values, default=str))
 
 
 def checkpoint_to_resume(
     folder: str | Path, run: Mapping[str, Any], model: PeftModel, whole: bool = True
 ) -> str | None:
-    """The newest whole checkpoint in a run's folder; None if there is none at all. Says which ones are broken.
+    """The newest complete checkpoint in the folder of a run; None if the folder has no checkpoint.
 
     Args:
-        folder: of the run.
-        run: what this run is.
-        model: with its adapter.
-        whole: whether a checkpoint holds all of the optimizer, as it does without sharding.
+        folder: the folder of the run.
+        run: the description of this run.
+        model: the model with its adapter.
+        whole: whether a checkpoint holds the complete state of the optimizer, as it does without sharding.
+
+    Warns:
+        UserWarning: a checkpoint is damaged and skipped.
 
     Raises:
-        ValueError: the newest is of another run, or none is whole.
+        ValueError: the newest checkpoint belongs to another run, or no checkpoint is complete.
     """
     found = sorted(Path(folder).glob("checkpoint-*"), key=when_written, reverse=True)
     for path in found:
@@ -70,7 +73,7 @@ def checkpoint_to_resume(
             continue
         return str(path)
     if found:
-        raise ValueError(f"no checkpoint in {folder} is whole; train without resume, into another output_dir")
+        raise ValueError(f"no checkpoint in {folder} is complete; train without resume, with another output_dir")
     return None
 
 
@@ -79,11 +82,11 @@ class BrokenError(ValueError):
 
 
 def check_checkpoint(path: str | Path, run: Mapping[str, Any], model: PeftModel, whole: bool = True) -> None:
-    """Raise ValueError unless a run can go on from a checkpoint; see `checkpoint_to_resume`.
+    """Raise ValueError unless a run can continue from a checkpoint; see `checkpoint_to_resume`.
 
     Raises:
-        BrokenError: it is damaged.
-        ValueError: it is of another run, or there is none.
+        BrokenError: the checkpoint is damaged.
+        ValueError: the checkpoint belongs to another run, or does not exist.
     """
     path = Path(path)
     if not path.is_dir():
@@ -101,19 +104,21 @@ def check_checkpoint(path: str | Path, run: Mapping[str, Any], model: PeftModel,
         raise BrokenError(str(error)) from None
     most = run.get("max_steps")
     if isinstance(most, int) and 0 < most < step:
-        raise ValueError(f"{path} is of step {step}, beyond max_steps: {most}; give more, or another output_dir")
+        raise ValueError(
+            f"{path} was written at step {step}, after max_steps: {most}; raise max_steps, or give another output_dir"
+        )
 
 
 def _check_same_run(path: Path, run: Mapping[str, Any]) -> None:
-    """Raise ValueError, naming what differs, if a checkpoint is of another run."""
+    """Raise ValueError, naming the keys that differ, if a checkpoint belongs to another run."""
     try:
         there = checked(dict[str, Any], read_json(path / RUN), str(path / RUN))
     except FileNotFoundError:
         if not (path / TRAINER_STATE_NAME).is_file():
             raise BrokenError(f"{path} holds neither {RUN} nor {TRAINER_STATE_NAME}") from None
         raise ValueError(
-            f"{path} has no {RUN}, which says whose run it is of: an older version or another program wrote it. Train "
-            "without resume, into another output_dir"
+            f"{path} has no {RUN}, which describes its run: an older version or another program wrote it. Train "
+            "without resume, with another output_dir"
         ) from None
     except (ValueError, OSError) as error:
         raise BrokenError(str(error)) from None
@@ -126,12 +131,12 @@ def _check_same_run(path: Path, run: Mapping[str, Any]) -> None:
     if different:
         raise ValueError(
             f"{path} is of another run: {'; '.join(different[:4])}{' …' if len(different) > 4 else ''}. Resume with "
-            "the keys that it was trained with, or train into another output_dir"
+            "the keys that it was trained with, or give another output_dir"
         )
 
 
 def _check_state(path: Path) -> int:
-    """The step of a checkpoint; raises ValueError unless the trainer's state is one, of the folder's step."""
+    """The step of a checkpoint. Raises ValueError if the trainer's state is invalid or belongs to another step."""
     where = path / TRAINER_STATE_NAME
     state = checked(dict[str, Any], _read_json(where), str(where))
     hints: dict[str, Any] = {
@@ -144,25 +149,25 @@ def _check_state(path: Path) -> int:
         checked(hint, state.get(key), f"{where}: {key}")
     step = path.name.rpartition("-")[2]
     if step.isdigit() and int(step) != state["global_step"]:
-        raise ValueError(f"{where}: global_step is {state['global_step']}, and the folder is called {path.name}")
+        raise ValueError(f"{where}: global_step is {state['global_step']}, but the folder is called {path.name}")
     return state["global_step"]
 
 
 def _read_json(path: Path) -> Any:
-    """JSON as `Trainer` writes it: a log may hold NaN."""
+    """Read JSON as `Trainer` writes it, which may hold NaN in the log."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON ({error}); the checkpoint is damaged") from None
+        raise ValueError(f"{path} is not JSON ({error}); the checkpoint is damaged") from None
 
 
 def _check_adapter(path: Path, model: PeftModel) -> None:
-    """Raise ValueError unless the file holds the tensors of this model's adapter, finite."""
+    """Raise ValueError unless the file holds the tensors of this model's adapter, with finite values."""
     stored, _ = read_tensors(path)
     expected = get_peft_model_state_dict(model, state_dict=adapter_state(model))
     wrong = stored.keys() ^ expected.keys()
     if wrong:
-        raise ValueError(f"{path} holds other tensors than this adapter: {min(wrong)}")
+        raise ValueError(f"{path} does not hold the tensors of this adapter: {min(wrong)} is in one of the two only")
     for key, tensor in stored.items():
         if tensor.shape != expected[key].shape:
             raise ValueError(f"{path}: {key} has shape {tuple(tensor.shape)}, not {tuple(expected[key].shape)}")
@@ -173,21 +178,21 @@ def _check_adapter(path: Path, model: PeftModel) -> None:
 
 
 def _check_optimizer(path: Path, model: nn.Module, optim: str) -> None:
-    """Raise ValueError unless the optimizer's state is of the parameters that are trained, in their order, finite."""
+    """Raise ValueError unless the optimizer's state fits the trained parameters, with finite values."""
     state = _unpickled(path)
     shapes = [p.shape for p in model.parameters() if p.requires_grad]
     groups = state.get("param_groups") if isinstance(state, dict) else None
     moments = state.get("state") if isinstance(state, dict) else None
     if not isinstance(groups, list) or not isinstance(moments, dict):
-        raise ValueError(f"{path} holds no state of an optimizer")
+        raise ValueError(f"{path} holds no optimizer state")
     count = sum(len(group.get("params", ())) for group in groups if isinstance(group, dict))
     if count != len(shapes):
-        raise ValueError(f"{path} is of {count} parameters, and this run trains {len(shapes)}")
-    # Adam's own state has the shapes of the parameters; that of others may be factored or projected.
+        raise ValueError(f"{path} belongs to {count} parameters, but this run trains {len(shapes)}")
+    # The state of Adam has the shapes of the parameters. Other optimizers factor or project theirs.
     own = [one["exp_avg"] for one in moments.values() if isinstance(one, dict) and "exp_avg" in one]
     if optim.startswith("adam") and len(own) == len(shapes):
         if sorted(tuple(t.shape) for t in own) != sorted(tuple(shape) for shape in shapes):
-            raise ValueError(f"{path} is of parameters of other shapes than this run trains")
+            raise ValueError(f"{path} belongs to parameters whose shapes differ from those that this run trains")
     for index, one in moments.items():
         for name, value in one.items() if isinstance(one, dict) else ():
             if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
@@ -195,13 +200,13 @@ def _check_optimizer(path: Path, model: nn.Module, optim: str) -> None:
 
 
 def _unpickled(path: Path) -> Any:
-    """What `torch.save` wrote, without running any code of the file's."""
+    """Load what `torch.save` wrote, without running code from the file."""
     if not path.is_file():
         raise ValueError(f"{path.parent} holds no {path.name}")
     try:
         with warnings.catch_warnings(), safe_globals():
             warnings.filterwarnings("ignore", message="Detected pickle protocol")
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever unpickling of a damaged file may raise
+    except Exception as error:  # unpickling a damaged file may raise anything
         told = " ".join(str(error).split())[:120]
         raise ValueError(f"{path} cannot be read as tensors alone ({type(error).__name__}: {told})") from None

@@ -1,4 +1,4 @@
-"""What keys of a training run ask of each other: keys that would change nothing beside others are refused."""
+"""Rules between the keys of a training run. Keys that would have no effect are refused."""
 
 import os
 from collections.abc import Callable, Collection, Mapping
@@ -11,8 +11,8 @@ from repeng.train.trainer_keys import WITHOUT_EFFECT
 RESIDUAL = "residual"
 ADAM_KEYS = ("adam_beta1", "adam_beta2", "adam_epsilon")
 NOT_LIKE_ADAM = ("sgd", "adagrad", "rmsprop", "adafactor")
-LAYERED = ("galore", "apollo")  # optimizers that are made of a model's modules
-# Where integrations of `report_to` are importable under another name.
+LAYERED = ("galore", "apollo")  # optimizers whose constructor needs the modules of the model
+# Modules of those `report_to` integrations that are imported under another name.
 MODULES = {"azure_ml": "azureml", "dvclive": "dvclive", "flyte": "flytekitplugins.deck", "tensorboard": "tensorboard"}
 
 
@@ -24,32 +24,32 @@ class Values:
         self.changed: Collection[str] = changed
 
     def __getitem__(self, key: str) -> str:
-        """A value as text: what transformers has enumerations for may be one or its text."""
+        """A value as text; transformers has enumerations for some keys, whose values may be members or text."""
         value = self.values[key]
         return str(getattr(value, "value", value))
 
     def need(self, keys: Collection[str], holds: bool, what: str) -> None:
         """Raise ValueError if a key is not at its default although it changes nothing."""
         for key in keys:
-            if key in self.changed and self.values[key] and not holds:  # 0 and false ask for nothing
+            if key in self.changed and self.values[key] and not holds:  # 0 and false request nothing
                 raise ValueError(
                     f"{key}={self.values[key]!r} has no effect: it needs {what}; set that, or leave it out"
                 )
 
 
 def check_rules(values: Mapping[str, Any], changed: Collection[str]) -> None:
-    """Check keys against each other.
+    """Check the keys of a run against each other.
 
     Args:
-        values: of all keys of a run, each of its declared type.
+        values: the values of all keys, each of its declared type.
         changed: keys that are not at their defaults.
 
     Raises:
-        ValueError: two keys contradict each other, or one would change nothing.
+        ValueError: two keys contradict each other, or a key would have no effect.
     """
     for key in changed:
         if key in WITHOUT_EFFECT:
-            raise ValueError(f"{key}={values[key]!r} has no place here, for {WITHOUT_EFFECT[key]}; leave it out")
+            raise ValueError(f"{key}={values[key]!r} cannot be used: {WITHOUT_EFFECT[key]}; leave it out")
     given = Values(values, changed)
     for rule in RULES:
         rule(given)
@@ -59,15 +59,15 @@ def _adapter(given: Values) -> None:
     adapter, targets = given["adapter"], given.values["target_modules"]
     if adapter != "svd" and given["directions"] != "pairs":
         raise ValueError(
-            f"directions={given['directions']} is for adapter: svd; a {adapter} has none of its own; leave it out"
+            f"directions={given['directions']} is for adapter: svd; a {adapter} has no such directions; leave it out"
         )
     if adapter == "lora" and RESIDUAL in targets:
         raise ValueError(
-            f"target_modules {targets} hold {RESIDUAL!r}, which is no linear module: a LoRA cannot adapt it. "
+            f"target_modules {targets} contain {RESIDUAL!r}, which is not a linear module: a LoRA cannot adapt it. "
             "Leave it out, or use adapter: svd"
         )
     if adapter == "svd" and given.values["r"] == 1:
-        raise ValueError("r=1: one direction cannot turn; an svd adapter takes r of 2 or more")
+        raise ValueError("r=1: a single direction cannot be rotated; an svd adapter needs r of 2 or more")
     if adapter == "bias":
         if given.values["r"] is not None:
             raise ValueError(f"r={given['r']} is for adapter: lora and svd; a bias has no rank; leave it out")
@@ -94,7 +94,7 @@ def _evaluation(given: Values) -> None:
     given.need(["eval_steps"], strategy == "steps", "eval_strategy: steps")
     steps, most = given.values["eval_steps"] or given.values["logging_steps"], given.values["max_steps"]
     if strategy == "steps" and 0 < most < steps:
-        raise ValueError(f"eval_steps={steps:g} is more than max_steps={most}: nothing would be evaluated; lower it")
+        raise ValueError(f"eval_steps={steps:g} is more than max_steps={most}: no evaluation would run; lower it")
     saves = given["save_strategy"]
     if given.values["load_best_model_at_end"] and saves not in ("best", strategy):
         raise ValueError(
@@ -129,12 +129,12 @@ def _saving(given: Values) -> None:
     given.need(["logging_first_step"], given["logging_strategy"] != "no", "logging_strategy: steps")
     if given.values["resume"] and given.values["resume_from_checkpoint"] is not None:
         raise ValueError(
-            f"resume, and resume_from_checkpoint={given['resume_from_checkpoint']!r}, name two checkpoints; give one"
+            f"resume and resume_from_checkpoint={given['resume_from_checkpoint']!r} both name a checkpoint; give one"
         )
     checkpoint = given.values["resume_from_checkpoint"]
     if checkpoint is not None and not os.path.isfile(os.path.join(checkpoint, "trainer_state.json")):
         raise ValueError(
-            f"resume_from_checkpoint: {checkpoint!r} is no folder of a checkpoint, such as out/checkpoint-60"
+            f"resume_from_checkpoint: {checkpoint!r} is not a checkpoint folder; give one such as out/checkpoint-60"
         )
     hub = [key for key in given.changed if key.startswith("hub_")]
     given.need(hub, bool(given.values["push_to_hub"]), "push_to_hub: true")
@@ -151,10 +151,10 @@ def _machine(given: Values) -> None:
     if values["fp16"] and values["bf16"]:
         raise ValueError("fp16 and bf16 contradict each other; leave one out")
     if values["fp16"] and values["use_cpu"]:
-        raise ValueError("fp16 needs a GPU, and use_cpu asks for none; leave one out, or use bf16")
+        raise ValueError("fp16 needs a GPU, but use_cpu turns it off; leave one out, or use bf16")
     rank = values.get("local_rank", -1)
     if rank != -1 and str(rank) != os.environ.get("LOCAL_RANK"):
-        raise ValueError(f"local_rank={rank} has no effect: launchers say it by LOCAL_RANK; leave it out")
+        raise ValueError(f"local_rank={rank} has no effect: launchers set LOCAL_RANK instead; leave it out")
     given.need(["liger_kernel_config"], values["use_liger_kernel"], "use_liger_kernel: true")
     if values["use_liger_kernel"] and not find_spec("liger_kernel"):
         raise ValueError("use_liger_kernel needs the package liger-kernel: pip install liger-kernel; or leave it out")
@@ -162,11 +162,13 @@ def _machine(given: Values) -> None:
         raise ValueError("deepspeed needs the package deepspeed: pip install deepspeed; or leave it out")
     if not values["dataloader_drop_last"]:
         raise ValueError(
-            "dataloader_drop_last must stay true: a smaller batch would weigh its pairs more, and several processes "
-            "would fill it with pairs that they have already seen"
+            "dataloader_drop_last must stay true: the pairs of a smaller batch would count more, and several "
+            "processes would fill that batch with pairs that they have already seen"
         )
     if values["remove_unused_columns"]:
-        raise ValueError("remove_unused_columns must stay false: the trainer's examples are no model inputs")
+        raise ValueError(
+            "remove_unused_columns must stay false: the columns of the examples are not inputs of the model"
+        )
 
 
 def _reports(given: Values) -> None:

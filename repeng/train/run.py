@@ -30,14 +30,14 @@ from repeng.tuner import SvdSteeringModel
 
 
 def use_all_cores(args: SteeringArguments) -> None:
-    """Let a single process on a CPU use every core: `accelerate launch` gives a process one thread unless told."""
+    """Let a single process on a CPU use every core. `accelerate launch` gives it one thread by default."""
     launched = any(name.startswith("ACCELERATE_") for name in os.environ)
     if launched and args.world_size == 1 and args.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1))
 
 
 def _describe(model: PeftModel) -> str:
-    """What is adapted, in a few lines."""
+    """A few lines that say what is adapted."""
     if isinstance(model.base_model, SvdSteeringModel):
         return model.base_model.describe()
     names, (trained, _) = cast(Any, model.base_model).targeted_module_names, model.get_nb_trainable_parameters()
@@ -45,7 +45,7 @@ def _describe(model: PeftModel) -> str:
 
 
 def _checkpoint(args: SteeringArguments, identity: dict[str, Any], model: PeftModel) -> str | None:
-    """The checkpoint that the run is to go on from, checked; None to begin anew."""
+    """The checkpoint that the run continues from, after checks; None to start from the beginning."""
     whole = not args.fsdp and args.deepspeed is None
     if args.resume:
         return checkpoint_to_resume(args.output_dir, identity, model, whole)
@@ -55,10 +55,10 @@ def _checkpoint(args: SteeringArguments, identity: dict[str, Any], model: PeftMo
 
 
 def main(argv: Sequence[str]) -> None:
-    """Train an adapter, save it, and print what it does; exits with a sentence on bad input.
+    """Train an adapter, save it, and print what it does. On bad input, exit with a one-line message.
 
     Raises:
-        Stopped: a signal has ended the training, behind a checkpoint.
+        Stopped: a signal ended the training, after a checkpoint.
     """
     with ExitStack() as held:
         try:
@@ -93,14 +93,14 @@ def _claim(held: ExitStack, task_args: TaskArguments, args: SteeringArguments) -
             check_older_run(args.output_dir, task_args, args)
         except (ValueError, OSError) as error:
             problem = str(error)
-    if args.world_size > 1:  # the others would wait for the first one
+    if args.world_size > 1:  # else the other processes would wait for rank 0
         (problem,) = broadcast_object_list([problem])
     if problem is not None:
         raise ValueError(problem)
 
 
 def _prepare(task_args: TaskArguments, args: SteeringArguments) -> tuple[Run, SteeringTrainer, str | None]:
-    """The run, its trainer, and the checkpoint from which it goes on."""
+    """The run, its trainer, and the checkpoint from which it continues."""
     use_all_cores(args)
     run = build(task_args, args, tiny.task(task_args, args.seed))
     identity = {
@@ -128,7 +128,7 @@ def _prepare(task_args: TaskArguments, args: SteeringArguments) -> tuple[Run, St
 
 
 def _tell(comparison: Comparison, args: SteeringArguments) -> None:
-    """Print what was found; exits with a sentence if the adapter does not steer although it must."""
+    """Print the comparison. Exit with a message if the adapter does not steer and `require_steering` is set."""
     print_table(comparison)
     print(comparison.verdict)
     print(f"adapter and report: {args.output_dir} (open report.html)")

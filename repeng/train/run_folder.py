@@ -1,4 +1,4 @@
-"""What a run leaves behind: the adapter, its configuration, the log, the report, a model card."""
+"""The files of a finished run: the adapter, its configuration, the log, the report, a model card."""
 
 import importlib.metadata
 import json
@@ -29,34 +29,43 @@ from repeng.train.recipe import Recipe
 from repeng.train.resume import RUN
 
 CONFIG, LOG, CURVE, CARD = "config.yaml", "training_log.jsonl", "learning_curve.png", "README.md"
-ABOUT = (LOG, CURVE, CARD, *FILES)  # what speaks of the adapter beside it
-LATER = (CALIBRATION, *(f"{EVALUATION}/{name}" for name in FILES))  # what other commands write of it
-AIM = ("model_name_or_path", "gguf_file", "pairs_file", "positive", "negative", "adapter")  # what a run is for
+ABOUT = (LOG, CURVE, CARD, *FILES)  # files that describe the adapter
+LATER = (CALIBRATION, *(f"{EVALUATION}/{name}" for name in FILES))  # files that other commands write about it
+AIM = (
+    "model_name_or_path",
+    "gguf_file",
+    "pairs_file",
+    "positive",
+    "negative",
+    "adapter",
+)  # keys that must agree between two runs in one folder
 PACKAGES = ("repeng", "torch", "transformers", "peft", "accelerate")
 
 
 def check_older_run(folder: str | Path, task_args: TaskArguments, args: SteeringArguments) -> None:
-    """Raise ValueError, saying how to go on, if `folder` holds files that no run to the same aim has written."""
+    """Raise ValueError if `folder` holds the files of a run with another aim (see `AIM`), or of no complete run."""
     place = Path(folder)
     there = [name for name in (CONFIG, *ADAPTER, *ABOUT) if os.path.lexists(place / name)]
     if not there:
         return
     advice = "Give another output_dir, or move them away"
     if CONFIG not in there and {*there} <= {*ADAPTER} and any(place.glob(f"checkpoint-*/{RUN}")):
-        return  # what a push to the hub has copied out of a checkpoint, which knows whose it is
+        return  # a push to the hub copied the adapter from a checkpoint, which describes its run
     if CONFIG not in there or not all((place / name).is_file() for name in there):
-        raise ValueError(f"output_dir {folder} holds {', '.join(there)}, which no whole run has written. {advice}")
+        raise ValueError(
+            f"output_dir {folder} holds {', '.join(there)}, which is not the output of a complete run. {advice}"
+        )
     try:
         older = {key.name: key.value for key in read_keys(place / CONFIG)}
         different = _differences(older, {**asdict(task_args), "adapter": args.adapter})
     except ValueError as error:
-        raise ValueError(f"output_dir {folder}: {CONFIG} holds no keys and values of a run. {advice}") from error
+        raise ValueError(f"output_dir {folder}: {CONFIG} does not hold the keys of a run. {advice}") from error
     if different:
         raise ValueError(f"output_dir {folder} holds the files of another run: {'; '.join(different)}. {advice}")
 
 
 def _differences(older: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """In words, what two runs do not have in common of their aims."""
+    """One text per key of `AIM` in which two runs differ."""
     default = {one.name: default_of(one) for kind in (TaskArguments, Recipe) for one in fields(kind)}
     return [
         f"{name} {older.get(name, default[name])!r} there, {now[name]!r} here"
@@ -66,7 +75,7 @@ def _differences(older: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def finish(task_args: TaskArguments, args: SteeringArguments, run: Run, trainer: Trainer) -> Comparison | None:
-    """Save the adapter, compare it, write the report; all processes must call, the first one gets the comparison."""
+    """Save the adapter, compare it, write the report. Every process must call this; rank 0 gets the comparison."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     first, sharded, state = trainer.is_world_process_zero(), is_sharded(model), adapter_state(model)
     if first:
@@ -74,9 +83,9 @@ def finish(task_args: TaskArguments, args: SteeringArguments, run: Run, trainer:
         older = [Path(args.output_dir) / name for name in (*ABOUT, *LATER)]
         save_adapter(model, args.output_dir, state, more={CONFIG: config}, stale=older)
     comparison, start = None, time.perf_counter()
-    if sharded:  # what the processes hold together they can only run together
+    if sharded:  # every process holds a part of the model, so all of them run it
         comparison = compare(run.model, run.tokenizer, run.task)
-    # The others end here. One that left its group behind could crash in leaving, and take the first one along.
+    # The other processes end here. A process that exits without leaving its group could crash and take rank 0 along.
     trainer.accelerator.end_training()
     if not first:
         return None
@@ -86,7 +95,7 @@ def finish(task_args: TaskArguments, args: SteeringArguments, run: Run, trainer:
 
 
 def _write_folder(args: SteeringArguments, run: Run, trainer: Trainer, comparison: Comparison, seconds: float) -> None:
-    """The training log, the learning curve, the report as JSON, CSV, PNG and HTML, and README.md."""
+    """Write the training log, the learning curve, the report as JSON, CSV, PNG and HTML, and README.md."""
     history, names = trainer.state.log_history, [LOG, CARD, *report_files()]
     curve = learning_curve(history) if figures.available() else None
     about = {
@@ -108,12 +117,12 @@ def _write_folder(args: SteeringArguments, run: Run, trainer: Trainer, compariso
 
 
 def _training_seconds(history: list[dict[str, Any]]) -> float | None:
-    """How long the training loop ran, without what was computed before it; None if it was not logged."""
+    """Duration of the training loop, without the computations before it; None if it was not logged."""
     return next((row["train_runtime"] for row in reversed(history) if "train_runtime" in row), None)
 
 
 def as_config(task_args: TaskArguments, args: SteeringArguments, run: Run) -> dict[str, Any]:
-    """What `--config` takes to repeat the run: this package's keys, and others that were given."""
+    """The configuration that repeats the run: the keys of this package, and other keys that were given."""
     names = [*(f.name for f in fields(Recipe)), *args.changed]
     training = {**args.to_dict(), **asdict(run.sites), **({"r": None} if args.adapter == "bias" else {})}
     chosen = {**asdict(task_args), "model_name_or_path": run.base, **{name: training[name] for name in names}}
@@ -121,7 +130,7 @@ def as_config(task_args: TaskArguments, args: SteeringArguments, run: Run) -> di
 
 
 def _model_card(run: Run, folder: str, sentence: str, drawn: bool) -> str:
-    """The README of the adapter: what it does, and how to load it."""
+    """README of the adapter: what it does, and how to load it."""
     tiny = run.base == "tiny"
     load = "base, tokenizer = tiny.load()" if tiny else f'base, tokenizer = load_model("{run.base}")'
     imports = "from repeng import steer, tiny" if tiny else "from repeng import load_model, steer"

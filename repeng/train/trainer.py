@@ -1,4 +1,4 @@
-"""The trainer: one forward a step for both coefficients, the loss, its terms in the log."""
+"""The trainer: one forward pass per step for both coefficients, the loss, and its terms in the log."""
 
 import shutil
 import signal
@@ -48,30 +48,31 @@ from repeng.train.reference import add_reference, gap, persona_gap, preference_d
 from repeng.train.reference_cache import cached_reference
 from repeng.train.resume import RUN, plain
 
-REFERENCE_SIZE = 4  # pairs at a time for each pair of training: nothing is kept for backward
-START_KL = 1e-3  # nats; kernels need not be bitwise reproducible
-PROBED = 4  # pairs on which the learning rate is found
+REFERENCE_SIZE = 4  # batch size of the reference, as a multiple of the training batch: no backward pass needs memory
+START_KL = 1e-3  # nats; above 0, since kernels need not be bitwise reproducible
+PROBED = 4  # pairs from which the learning rate is found
 SHIFTED = ("hs_pi", "hs_ref", "hs_mask", "direction", "scale")
 
 
 class StartError(ValueError):
-    """Training would not start at the base model."""
+    """At c = 0 the policy differs from the base model before the first step."""
 
 
 class SteeringTrainer(Trainer):
     """`transformers.Trainer` for a PEFT model with a steering adapter and pairs that `tokenize_examples` prepared.
 
-    Switches the model's dropout off, for good.
+    It switches the dropout of the model off permanently.
 
     Args:
         model: the PEFT model.
-        args: the arguments. Without a `loss_layer`, the loss looks at the last layer that is trained.
+        args: the arguments. Without a `loss_layer`, the loss measures at the last layer that is trained.
         train_dataset: examples.
-        eval_dataset: questions on which the range is measured as `eval_strategy` says; see `evaluate`.
-        neutral_texts: texts that the evaluation's budget is measured on.
+        eval_dataset: questions on which the range is measured, as often as `eval_strategy` says; see `evaluate`.
+        neutral_texts: texts on which evaluations measure the budget.
         processing_class: the tokenizer.
         loss_func: the loss, with the signature of `inner_contrastive_loss`.
-        steer_fn: sets the coefficient of `model`, one number or one for each row; another PEFT method brings its own.
+        steer_fn: context manager that sets the coefficient of `model`, one number or one per row. Other PEFT methods
+            need their own.
     """
 
     # `Trainer` declares these for any model and data.
@@ -96,7 +97,7 @@ class SteeringTrainer(Trainer):
     way: float | None
     peak: float  # learning rate
     control: TrainerControl
-    identity: dict[str, Any] | None  # what run it is, for its checkpoints
+    identity: dict[str, Any] | None  # describes the run, and is written into its checkpoints
 
     def __init__(
         self,
@@ -114,7 +115,7 @@ class SteeringTrainer(Trainer):
         self._terms: dict[str, list[Tensor]] = defaultdict(list)
         self._last_inputs: dict[str, Tensor] | None = None
         self.identity = None
-        self._staging: Path | None = None  # where a checkpoint is written before it is moved to its place
+        self._staging: Path | None = None  # folder in which a checkpoint is written before it is moved to its place
         self.stop = StopOnSignal()
         self.way_back = WayBack()
         callbacks = [*(callbacks or []), FiniteGradients(), self.way_back, self.stop]
@@ -132,7 +133,7 @@ class SteeringTrainer(Trainer):
         )
         self.neutral_texts, self.start_kl = neutral_texts, None
         _switch_off_dropout(model)
-        # On the device and under the autocast of training: the reference must be what the policy is at c = 0.
+        # On the device and under the autocast of training: the reference must equal the policy at c = 0.
         self.loss_layer = last_trained_layer(model) if args.loss_layer is None else args.loss_layer
         settings: dict[str, Any] = {"site": args.loss_site, "layer": self.loss_layer, "last_n": args.last_n_tokens}
         size = REFERENCE_SIZE * args.per_device_train_batch_size
@@ -151,7 +152,7 @@ class SteeringTrainer(Trainer):
         self.direction, self.scale = preference_direction(examples, args.num_directions)
         self.gap_unit, self.mean_weight = persona_gap(examples)
         self.plain_head = has_plain_head(model, examples[0]["chosen_ids"])
-        # Trainer leaves a custom loss undivided by accumulation steps unless the model is said to take no loss kwargs.
+        # Else Trainer would not divide a custom loss by the number of accumulation steps.
         self.model_accepts_loss_kwargs = False
         self.loss_func, self.steer_fn = loss_func, steer_fn
         if args.gradient_checkpointing:
@@ -159,7 +160,7 @@ class SteeringTrainer(Trainer):
         self.peak, self.way = args.learning_rate, None if args.learning_rate else self._way_to_target()
 
     def _way_to_target(self) -> float:
-        """See `way_to_target`; all processes get the first one's."""
+        """See `way_to_target`; the value of rank 0 is broadcast."""
         model = self.accelerator.unwrap_model(self.model)
         size = 1 if self.args.gradient_checkpointing else min(PROBED, self.args.per_device_train_batch_size)
         examples = [self.train_dataset[i] for i in range(min(PROBED, len(self.train_dataset)))]
@@ -183,13 +184,13 @@ class SteeringTrainer(Trainer):
         if self.way is not None:
             self.peak = peak_learning_rate(self.way, self.args, num_training_steps)
             optimizer = optimizer or cast(torch.optim.Optimizer, self.optimizer)
-            optimizer.defaults["lr"] = self.peak  # which some schedules read
+            optimizer.defaults["lr"] = self.peak  # some schedules read it
             for group in optimizer.param_groups:
                 group["lr"] = self.peak
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        """Whole optimizer steps an epoch: the pairs left over, others each time, would be a step of its own size."""
+        """Each epoch has whole optimizer steps. The pairs left out because they do not fill a step vary by epoch."""
         sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, RandomSampler):
             step = self.args.pairs_per_step
@@ -200,15 +201,15 @@ class SteeringTrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         if self.is_fsdp_enabled:
-            # With bf16 it would round the adapter's parameters and all outputs; autocast rounds what may be rounded.
+            # FSDP's bf16 would round the adapter's parameters and all outputs. Autocast rounds where that is safe.
             plugin = cast(FullyShardedDataParallelPlugin, self.accelerator.state.fsdp_plugin)
             plugin.mixed_precision_policy = None
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As `Trainer.train`; whatever ends it, signals go to whoever got them before.
+        """As `Trainer.train`. However it ends, the earlier signal handlers are restored.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C has ended it, behind a checkpoint. After SIGTERM it returns with `stop.received`.
+            KeyboardInterrupt: Ctrl-C ended it, after a checkpoint. After SIGTERM it returns and sets `stop.received`.
         """
         try:
             output = super().train(*args, **kwargs)
@@ -219,7 +220,7 @@ class SteeringTrainer(Trainer):
         return output
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Not even one step more where a run that had ended goes on from its last checkpoint."""
+        """Take no further step if a run that was complete is resumed from its last checkpoint."""
         patience, callbacks = self.args.early_stopping_patience, self.callback_handler.callbacks
         stoppers = [one for one in callbacks if isinstance(one, EarlyStoppingCallback)]
         lost = patience is not None and any(one.early_stopping_patience_counter >= patience for one in stoppers)
@@ -230,22 +231,22 @@ class SteeringTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
         base = self.accelerator.unwrap_model(model)
-        # A hook inside a checkpointed layer would capture hidden states without a graph, or recomputed ones.
+        # A hook in a layer with gradient checkpointing would capture states without a graph, or recomputed states.
         cast(Any, decoder_layers(base)[self.loss_layer]).gradient_checkpointing = False
         if self.start_kl is None:
             self.report_start(model, self._prepare_inputs(inputs))
-        # Held until after backward: checkpointing recomputes the forward there, at whatever coefficient is set.
+        # Held until after backward, where gradient checkpointing repeats the forward pass at the current coefficient.
         with self.both_sides(base, inputs):
             return super().training_step(model, inputs, num_items_in_batch)
 
     @torch.no_grad()
     def report_start(self, model: nn.Module, inputs: dict[str, Tensor]) -> None:
-        """Log `start_kl`, in nats: KL(base ‖ policy at c = 0) over the vocabulary, the largest of a batch's tokens.
+        """Log `start_kl`: the largest KL(base ‖ policy at c = 0) of a batch's tokens, over the vocabulary, in nats.
 
-        The base in evaluation mode with its adapters off, the policy as it trains.
+        The base is in evaluation mode without adapters. The policy is in training mode.
 
         Raises:
-            StartError: it is not 0.
+            StartError: `start_kl` is above 0, with a tolerance for rounding.
         """
         base = self.accelerator.unwrap_model(model)
         batch = model_inputs(inputs, base.dtype)
@@ -274,8 +275,8 @@ class SteeringTrainer(Trainer):
         self.log({"start_kl": self.start_kl, "peak_learning_rate": self.peak})
         if not self.start_kl <= START_KL:
             raise StartError(
-                f"at c = 0 the policy is {self.start_kl:.3g} nats away from the base model, which is to be 0: "
-                "something besides the coefficient acts in training (dropout, another adapter, modules_to_save)"
+                f"at c = 0 the policy is {self.start_kl:.3g} nats away from the base model; it must be 0. Something "
+                "that the coefficient does not scale acts in training: dropout, another adapter, or modules_to_save"
             )
 
     def evaluate(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -284,12 +285,12 @@ class SteeringTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Range inside the budget, and the gain of each arm, in nats, on questions; all processes get the first one's.
+        """Range inside the budget, and gain of each arm, in nats, on questions. The metrics of rank 0 are broadcast.
 
         Args:
-            eval_dataset: questions; by default those that the trainer was given.
+            eval_dataset: questions; by default those of the trainer.
             ignore_keys: not used.
-            metric_key_prefix: begins the names: `eval_range`, `eval_plus`, `eval_minus`.
+            metric_key_prefix: prefix of the names: `eval_range`, `eval_plus`, `eval_minus`.
         """
         model = self.accelerator.unwrap_model(self.model)
         report = evaluate(
@@ -306,16 +307,16 @@ class SteeringTrainer(Trainer):
         self.log(metrics)
         reached, best = metrics.get(f"eval_{self.args.metric_for_best_model}"), self.state.best_metric
         if self.is_in_train and reached is not None and self.args.save_strategy != "no":
-            self.control.should_save |= best is None or reached > best  # else there would be nothing to keep of it
+            self.control.should_save |= best is None or reached > best  # the best step needs a checkpoint
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _gathered(self, tensor: Tensor) -> Tensor:
-        """The tensors of all processes, one behind the other."""
+        """The tensors of all processes, concatenated."""
         return cast(Tensor, self.accelerator.gather(tensor))
 
     def both_sides(self, model: nn.Module, inputs: dict[str, Tensor]) -> AbstractContextManager[None]:
-        """The context in which the first half of the doubled rows stands at +1 and the second at −1."""
+        """Context in which the first half of the doubled rows has the coefficient +1 and the second half −1."""
         return self.steer_fn(model, repeat(torch.tensor([1.0, -1.0]), "c -> (c r)", r=rows_read(inputs)))
 
     def compute_loss(
@@ -332,11 +333,11 @@ class SteeringTrainer(Trainer):
         return (result.loss, result.terms) if return_outputs else result.loss
 
     def policy_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> InnerContrastiveLoss:
-        """One forward of `[chosen ; rejected ; bare ; neutral]` at plus and at minus, and the loss on it."""
+        """The loss, from one forward pass of `[chosen ; rejected ; bare ; neutral]` at plus and at minus."""
         return self.loss_func(**self.loss_inputs(model, inputs))
 
     def loss_inputs(self, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
-        """What the loss is made of, see `inner_contrastive_loss`."""
+        """The arguments of the loss, see `inner_contrastive_loss`."""
         args = self.args
         base = self.accelerator.unwrap_model(model)
         doubled = {name: repeat(x, "r ... -> (c r) ...", c=2) for name, x in model_inputs(inputs, base.dtype).items()}
@@ -347,7 +348,7 @@ class SteeringTrainer(Trainer):
         index, _ = last_tokens(inputs["attention_mask"], args.last_n_tokens)
         index = rearrange(index, "(p b) n -> p b n", p=len(SIDES))[: len(PROMPTS)]
         last = where[: len(PROMPTS)].gather(-1, index)
-        # Rows whose coherence counts: chosen at plus, rejected at minus, neutral at both.
+        # Coherence counts for four rows per pair: chosen at plus, rejected at minus, neutral at both.
         counted, rows = mask[[0, 1, -1, -1]], [(0, 0), (1, 1), (0, -1), (1, -1)]
 
         def read(states: Tensor, head: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
@@ -392,7 +393,7 @@ class SteeringTrainer(Trainer):
         bad = [name for name, term in result.terms.items() if not torch.isfinite(term).all()]
         raise NonFiniteError(
             f"the loss is not finite at optimizer step {self.state.global_step + 1} "
-            f"(terms: {', '.join(bad) or 'total'}); checkpoints written before are intact. "
+            f"(terms: {', '.join(bad) or 'total'}). Earlier checkpoints are intact. "
             f"Lower learning_rate (now {self.peak:.2g}) or coherence_weight"
         )
 
@@ -400,7 +401,7 @@ class SteeringTrainer(Trainer):
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # The loss seen so far is of the parameters before the last update: look at those that are about to be written.
+        # The last loss belongs to the parameters before the last update. Check those that are about to be written.
         if self._last_inputs is not None:
             with torch.no_grad(), self.both_sides(self.accelerator.unwrap_model(model), self._last_inputs):
                 self.require_finite(self.policy_loss(model, self._last_inputs))
@@ -408,13 +409,13 @@ class SteeringTrainer(Trainer):
         self._staging = folder / STAGING
         try:
             if self.args.should_save:
-                shutil.rmtree(self._staging, ignore_errors=True)  # what a killed run left
+                shutil.rmtree(self._staging, ignore_errors=True)  # left by a run that was killed
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
-            best = folder / f"checkpoint-{self.state.best_global_step}"  # not where it was staged
+            best = folder / f"checkpoint-{self.state.best_global_step}"  # its final place, not the staging folder
             if self.state.best_global_step and (best.exists() or (self._staging / best.name).exists()):
                 self.state.best_model_checkpoint = str(best)
-            self.accelerator.wait_for_everyone()  # before the staged one moves
+            self.accelerator.wait_for_everyone()  # before the staged checkpoint moves
             if self.args.should_save:
                 staged = self._staging / f"checkpoint-{self.state.global_step}"
                 self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
@@ -424,10 +425,10 @@ class SteeringTrainer(Trainer):
             self.accelerator.wait_for_everyone()
         except (OSError, SafetensorError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "writ" not in str(error).lower():
-                raise  # torch.save says so of a full disk; anything else is no matter of files
+                raise  # on a full disk, torch.save raises a RuntimeError about writing; other ones are not about files
             raise CheckpointError(
-                f"the checkpoint of step {self.state.global_step} could not be written ({error}); the last whole one "
-                f"is {newest(folder) or 'none'}. Make room, then continue with --resume true"
+                f"the checkpoint of step {self.state.global_step} could not be written ({error}). The last complete "
+                f"checkpoint is {newest(folder) or 'none'}. Make room, then continue with --resume true"
             ) from error
         finally:
             if self.args.should_save:
@@ -439,7 +440,7 @@ class SteeringTrainer(Trainer):
         if not self.is_fsdp_enabled:
             super().save_model(folder, _internal_call)
         elif self.args.should_save:
-            self._save(folder, state_dict=state)  # Trainer's own would gather the frozen base as well
+            self._save(folder, state_dict=state)  # Trainer's save_model would gather the frozen base model too
         if self.args.should_save:
             check_saved(self.model, folder, state)
 
@@ -456,7 +457,7 @@ class SteeringTrainer(Trainer):
             super()._load_best_model()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:  # of the same steps
+        if "loss" in logs:  # the terms belong to the same steps
             for name, values in self._terms.items():
                 logs[name] = round(torch.stack(values).mean().item(), 5)
             self._terms.clear()
@@ -466,7 +467,7 @@ class SteeringTrainer(Trainer):
 def _packing(
     model: nn.Module, examples: Sequence[Example], steer_fn: Callable[[nn.Module, float], AbstractContextManager[None]]
 ) -> Packing | None:
-    """How the rows of these examples are packed for the model as it is steered; tried with some of them."""
+    """How to pack the rows of these examples for the steered model, tried with some of them; None for padded rows."""
     longest, index = max((len(example[side]), index) for index, example in enumerate(examples) for side in SIDES)
     some = [*(examples[0][side] for side in SIDES), max((examples[index][side] for side in SIDES), key=len)]
     with eval_mode(model), steer_fn(model, 1.0):
@@ -474,7 +475,7 @@ def _packing(
 
 
 def _switch_off_dropout(model: nn.Module) -> None:
-    """Make training mode deterministic: with dropout the policy would not be the reference even at c = 0."""
+    """Make training mode deterministic: with dropout, the policy at c = 0 would not equal the reference."""
     for module in model.modules():
         if isinstance(module, _DropoutNd):
             module.p = 0.0
@@ -484,6 +485,6 @@ def _switch_off_dropout(model: nn.Module) -> None:
 
 
 def last_trained_layer(model: nn.Module) -> int:
-    """Index of the deepest decoder layer that holds a trainable parameter; of the last one if none does."""
+    """Index of the last decoder layer with a trainable parameter; of the last layer if none has one."""
     trained = (m for m in model.modules() if any(p.requires_grad for p in m.parameters(recurse=False)))
     return max(layers_of(model, trained), default=len(decoder_layers(model)) - 1)

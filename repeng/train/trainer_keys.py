@@ -1,6 +1,6 @@
-"""Limits of keys of `transformers.TrainingArguments`, and those that would change nothing in this training.
+"""Limits of the keys of `transformers.TrainingArguments`, and the keys that have no effect in this training.
 
-Transformers checks few of them, and most of those only while it trains. The file imports nothing heavy.
+Transformers checks few limits, and most of them only during training. This file imports nothing slow.
 """
 
 import json
@@ -28,12 +28,12 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 def _known_reports(names: list[str]) -> list[str]:
     for name in names:
         if name not in REPORTS:
-            raise ValueError(f"should be of {', '.join(REPORTS)}{nearest(name, REPORTS)}")
+            raise ValueError(f"should be one of {', '.join(REPORTS)}{nearest(name, REPORTS)}")
     return names
 
 
 def _object(value: Any) -> Any:
-    """An object written as JSON, as a command line gives it; anything else as it is."""
+    """Parse a JSON object from a command line; return any other value unchanged."""
     if not isinstance(value, str):
         return value
     try:
@@ -52,7 +52,7 @@ def _object_or_file(value: Any) -> Any:
     try:
         found = json.loads(Path(value).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"should be a JSON file; this is none ({error})") from None
+        raise ValueError(f"should be a JSON file; this file is not JSON ({error})") from None
     if not isinstance(found, Mapping):
         raise ValueError("should be a JSON file that holds an object")
     return value
@@ -80,7 +80,7 @@ def _fsdp(value: str | None) -> str | None:
 
 
 class TrainerKeys:
-    """Declared types of keys whose own declaration allows values that cannot be meant; the defaults are Trainer's."""
+    """Stricter types for keys of `TrainingArguments` that allow senseless values. The defaults are Trainer's."""
 
     num_train_epochs: Annotated[float, Field(gt=0, le=1_000_000)]
     lr_scheduler_kwargs: Object
@@ -122,15 +122,15 @@ class TrainerKeys:
 
 
 _LABELS = "the loss is made of pairs, not of labels"
-_OWN_EVALUATION = "evaluation asks questions and sees to its batches itself"
-_SCRIPT = "this training always does the same: train, then compare"
-# What nothing here reads, and why.
+_OWN_EVALUATION = "the evaluation asks questions and makes its own batches"
+_SCRIPT = "every run trains and then compares"
+# Keys that nothing here reads, each with the reason.
 _HOOKS = "the loss reads hidden states by hooks, which do not run in a compiled model"
 WITHOUT_EFFECT: dict[str, str] = {
     "label_smoothing_factor": _LABELS,
     "label_names": _LABELS,
     "average_tokens_across_devices": _LABELS,
-    "neftune_noise_alpha": "noise on the embeddings would move the policy away from its reference",
+    "neftune_noise_alpha": "noise on the embeddings would move the policy away from the reference",
     "include_for_metrics": _OWN_EVALUATION,
     "batch_eval_metrics": _OWN_EVALUATION,
     "prediction_loss_only": _OWN_EVALUATION,
@@ -146,5 +146,5 @@ WITHOUT_EFFECT: dict[str, str] = {
     "torch_compile": _HOOKS,
     "torch_compile_backend": _HOOKS,
     "torch_compile_mode": _HOOKS,
-    "parallelism_config": "a model cannot be split so here",
+    "parallelism_config": "this training does not support splitting the model in this way",
 }

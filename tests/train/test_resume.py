@@ -49,7 +49,7 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(run, key):
 
 def test_a_checkpoint_that_does_not_say_its_run_or_is_beyond_the_end_is_refused(run):
     model, folder = run
-    with pytest.raises(ValueError, match="step 2, beyond max_steps: 1"):
+    with pytest.raises(ValueError, match="step 2, after max_steps: 1"):
         checkpoint_to_resume(folder, {**IDENTITY, "max_steps": 1}, model)
     (folder / "checkpoint-2" / RUN).unlink()
     with pytest.raises(ValueError, match=f"no {RUN}"):
@@ -158,7 +158,7 @@ def test_without_a_whole_checkpoint_a_run_does_not_begin_anew_unasked(run):
     model, folder = run
     for path in folder.glob("checkpoint-*"):
         (path / WEIGHTS).unlink()
-    with pytest.raises(ValueError, match="is whole; train without"):
+    with pytest.raises(ValueError, match="is complete; train without"):
         checkpoint_to_resume(folder, IDENTITY, model)
 
 
