@@ -9,7 +9,7 @@ from repeng import SteeringTrainer, steer, tiny
 from repeng.train.collator import tokenize_examples
 
 
-def test_the_example_trains_a_dial(tmp_path, monkeypatch, capsys, base, batch):
+def test_the_example_trains_a_dial(tmp_path, monkeypatch, base, batch):
     monkeypatch.setattr(loop, "PAIRS", 24)
     monkeypatch.setattr(loop, "BATCH", 6)
     model, losses, report = loop.main(str(tmp_path), steps=12, ask_every=10)
@@ -17,7 +17,6 @@ def test_the_example_trains_a_dial(tmp_path, monkeypatch, capsys, base, batch):
     minus, zero, plus = (report.mean_log_odds(c) for c in (-1.0, 0.0, 1.0))
     assert minus + 0.5 < zero < plus - 0.5
     assert report.kl[report.at(0.0)] == 0 < report.kl[report.at(1.0)]
-    assert "c = -1: log-odds" in capsys.readouterr().out
 
     saved = PeftModel.from_pretrained(base, tmp_path).eval()
     with torch.no_grad():
