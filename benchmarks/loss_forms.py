@@ -136,7 +136,7 @@ FORMS: dict[str, Form] = {
     "policy chosen − reference rejected": Form(
         with_separation(policy_chosen_reference_rejected), ("--separation_target", "4")
     ),
-    "gap chosen − rejected, without a target": Form(with_separation(gap)),
+    "distance chosen − rejected, without a target": Form(with_separation(gap)),
 }
 
 
