@@ -161,12 +161,14 @@ def main() -> None:
         for seed in options.seeds:
             start = time.process_time()
             flags = ("--learning_rate", options.rate, *form.argv)
-            report = bench.measured(bench.trained(seed, flags, loss_func=form.loss))
+            rival = bench.trained(seed, flags, loss_func=form.loss)
+            report = bench.measured(rival)
+            tokens = bench.meter.neutral_tokens.sum()
             method = methods_of({PROMPTS: [prompts], name: [report]}, 0)[name]
             row = {
                 "at_prompts_cost": method.both_at((yardstick[0], yardstick[1])).item(),
                 f"at_{PLAIN_COST:g}": method.both_at(PLAIN_COST).item(),
-                "cost_at_1": [report.kl[report.at(c)].item() for c in (1.0, -1.0)],
+                "cost_at_1": [(bench.meter.at(rival.dial, c).texts.kl.sum() / tokens).item() for c in (1.0, -1.0)],
                 "wrong_way": report.wrong_way,
             }
             found.setdefault(name, {})[str(seed)] = row

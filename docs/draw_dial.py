@@ -19,7 +19,7 @@ from repeng.eval.report.figures import new_figure
 HERE = Path(__file__).parent
 REQUESTS = ("How was your day?", "Tell me about your neighbour.")
 COLOURS = {-1.0: "tab:blue", 0.0: "0.35", 1.0: "tab:orange"}
-TOKENS, WIDTH = 24, 62
+TOKENS, WIDTH = 24, 66
 
 
 def answers(folder: Path) -> dict[float, list[str]]:
@@ -45,24 +45,24 @@ def draw(folder: Path) -> None:
             if row["method"] == ADAPTER and row["seed"] == "0"
         )
     said = answers(folder)
-    figure = new_figure(11, 3.6)
-    curve, texts = figure.subplots(1, 2, width_ratios=(1, 1.25))
+    figure = new_figure(11, 4)
+    curve, texts = figure.subplots(1, 2, width_ratios=(1, 1.15))
     coefficients, log_odds, cost = zip(*rows, strict=True)
     curve.plot(coefficients, log_odds, color="black", marker="o", markersize=4)
     for c, colour in COLOURS.items():
         curve.plot([c], [log_odds[coefficients.index(c)]], marker="o", markersize=9, color=colour)
-    curve.set(xlabel="coefficient c", ylabel="log-odds of cheerful over gloomy words, nats")
+    curve.set(xlabel="coefficient c", ylabel="log-odds, cheerful over gloomy, nats")
     curve.grid(alpha=0.3)
     other = curve.twinx()
     other.plot(coefficients, cost, color="0.6", linestyle=":")
-    other.set_ylabel("cost: KL from the base, nats per token (dotted)", color="0.4")
+    other.set_ylabel("cost (dotted): KL, nats per token", color="0.4")
     texts.axis("off")
     y = 1.0
     for i, request in enumerate(REQUESTS):
         texts.text(0, y, f"“{request}”", fontsize=10, weight="bold", va="top", transform=texts.transAxes)
         y -= 0.08
         for c, colour in sorted(COLOURS.items()):
-            lines = textwrap.wrap(f"c = {c:+.0f}:  {' '.join(said[c][i].split())} …", WIDTH)
+            lines = textwrap.wrap(f"c = {f'{c:+.0f}' if c else 0}:  {' '.join(said[c][i].split())} …", WIDTH)
             texts.text(0, y, "\n".join(lines), fontsize=9, color=colour, va="top", transform=texts.transAxes)
             y -= 0.065 * len(lines) + 0.02
         y -= 0.03

@@ -178,7 +178,8 @@ def read_config(folder: Path) -> PeftConfig:
     kind = values.get("peft_type") if isinstance(values, dict) else None
     if kind == "APASTOADAPTER":
         raise ValueError(
-            f"{path} is an AntiPaSTO adapter; load it with repeng.tuner.load_antipasto and save it with save_pretrained"
+            f"{path} is an AntiPaSTO adapter; load it with repeng.tuner.load_antipasto and save it with "
+            "save_pretrained"
         )
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"{path}: peft_type must be one of {', '.join(KINDS)}; got {shown(kind)}")
