@@ -6,12 +6,16 @@ per file, and the table of the README.
 
 import re
 from pathlib import Path
+from statistics import mean
 from typing import Any
+
+import numpy as np
 
 from repeng._command import command
 from repeng.eval.compare import ADAPTER, MEAN_DIFF, PROMPTS, RANDOM
 from repeng.eval.comparison import Comparison
 from repeng.eval.curves import FIXED_COSTS
+from repeng.eval.eval_report import EvalReport
 from repeng.eval.report import figures
 from repeng.eval.report.tables import interval, markdown, never, number
 from repeng.eval.stored import load_reports
@@ -31,9 +35,40 @@ are on those layers.
 All methods are compared at the same cost. **Effect**: how far a method moves the log-odds of the answers that the
 behaviour favours, in nats, both arms together. **Cost**: KL divergence from the base model on neutral texts, in nats
 per token, exact over the vocabulary. Intervals are 95 % bootstrap intervals over questions, texts and training seeds.
-Persona prompts have no coefficient: they are a single point, and the other methods are compared at their cost. Random
-directions show the effect that arises by chance. Probes are questions on other behaviours, and on the same behaviour
-in other circumstances.
+Persona prompts have no coefficient: they are a single point, and the other methods are compared at their cost. Each
+random direction counts with both signs, so its mean effect is 0: read the interval. Probes are questions on other
+behaviours, and on the same behaviour in other circumstances.
+
+| method | what it is |
+|---|---|
+| this adapter | the package's default: LoRA with the loss of this package |
+| SVD, same loss; learned biases, same loss | the other two kinds of adapter |
+| persona prompts | the persona sentence in front of the request, in the user's message |
+| prompt: priorities, pretend, engineered, few-shot | other wordings; few-shot adds answers of the model |
+| mean difference, PCA, SVD with k = 4 | vectors, each at its best layer |
+| gradient, natural gradient | vectors from a backward pass, each at its best layer |
+| mean difference, gated | the same with a coefficient for every token (arXiv 2605.03907) |
+| LoRA, prompt distillation | two LoRAs that imitate the model behind each persona |
+| contrastive weights | the difference of two fine-tunes (arXiv 2511.05408) |
+
+| column | what it is |
+|---|---|
+| at prompts' cost | effect where the cost is that of the persona prompts; a dash: the prompt costs more |
+| at 0.05, 0.1, 0.3 | effect at these costs, in nats per token |
+| c, + / − | coefficients nearest to the prompts' cost |
+| wrong way | share of the questions that move against an arm there; a run with `require_steering` allows 5 % |
+| repetition, + / − | share of 3-grams of the generated text that occurred before in it |
+| cost at prompts' effect | cost at which an arm has the effect of the persona prompts |
+| own point | effect and costs of a prompt where it is |
+
+Read the figures with four things in mind.
+
+- Costs are means over few texts (16 or 24), and several questions share a frame but count as independent. So the
+  intervals are somewhat too narrow.
+- Training protects neutral texts of the same kind as those that measure the cost. This favours trained adapters over
+  prompts and vectors.
+- Neutral texts are drawn per device, so the same prompts have other costs in another section.
+- Probes and generated texts use the first seed, at the measured coefficient nearest to the cost.
 """
 
 
@@ -58,10 +93,46 @@ def effect_rows(comparison: Comparison) -> dict[str, dict[str, str]]:
         rows[f"{name} ({seeds} seeds)" if seeds > 1 and name != RANDOM else name] = {
             "at prompts' cost": interval(found["effect"]),
             **{f"at {cost:g}": number(found[f"effect_at_{cost:g}"].value, 2) for cost in FIXED_COSTS},
+            **_there(comparison, name),
             "cost at prompts' effect, + / −": " / ".join(map(never, costs)),
             "own point": f"{ends[0][0] + ends[1][0]:.2f} at {ends[0][1]:.3f} / {ends[1][1]:.3f}" if point else "–",
         }
     return rows
+
+
+def _there(comparison: Comparison, name: str) -> dict[str, str]:
+    """Where a method is read, and what happens there besides the effect: means over seeds; texts of the first seed."""
+    reports = comparison.reports[name]
+    ends = [mean(report.endpoint(sign) for report in reports) for sign in (1, -1)]
+    first, shown = reports[0], "–"
+    if first.samples:
+        shown = " / ".join(number(first.repetition(first.endpoint(sign)), 2) for sign in (1, -1))
+    return {
+        "c, + / −": "–" if name == RANDOM else f"{ends[0]:+.1f} / {ends[1]:+.1f}",
+        "wrong way": "–" if name == RANDOM else f"{100 * mean(report.wrong_way for report in reports):.0f} %",
+        "repetition, + / −": shown,
+    }
+
+
+def remark(comparison: Comparison, column: str) -> str:
+    """What the README says of this adapter besides its effect."""
+    reports, first = comparison.reports[ADAPTER], comparison.reports[ADAPTER][0]
+    ends = [mean(report.endpoint(sign) for report in reports) for sign in (1, -1)]
+    at_one = mean(_interpolated(report, 1.0) - _interpolated(report, -1.0) for report in reports)
+    wrong, prompts = (
+        100 * mean(report.wrong_way for report in comparison.reports[name]) for name in (ADAPTER, PROMPTS)
+    )
+    repeated = mean(first.repetition(first.endpoint(sign)) for sign in (1, -1))
+    return (
+        f"- **{column}**: read at c = {ends[0]:+.1f} and {ends[1]:+.1f}; at c = ±1 the effect is {at_one:.1f} nats. "
+        f"{wrong:.0f} % of the questions move the wrong way (prompts: {prompts:.0f} %). {100 * repeated:.0f} % of the "
+        f"3-grams of its texts are repetitions (base: {100 * first.repetition(0.0):.0f} %)."
+    )
+
+
+def _interpolated(report: EvalReport, c: float) -> float:
+    """Mean log-odds at a coefficient between measured ones."""
+    return float(np.interp(c, report.coefficients, [report.mean_log_odds(known) for known in report.coefficients]))
 
 
 def probe_rows(comparison: Comparison) -> dict[str, dict[str, str]]:
@@ -121,11 +192,13 @@ def page(paths: list[Path]) -> str:
 def readme_with_table(text: str, paths: list[Path]) -> str:
     """The README with the effects of five methods at the prompts' cost, one column per file without extra flags."""
     rows: dict[str, dict[str, str]] = {name: {} for name in IN_README}
+    remarks: list[str] = []
     for path in paths:
         comparison, more = comparison_in(path)
         if comparison.own != ADAPTER or any(word.startswith("--") for word in more["config"]):
             continue  # nothing was trained, or not with the package's own configuration
         column = f"{more['model']}: {' / '.join(NAMES.findall(more['behaviour']))}"
+        remarks.append(remark(comparison, column))
         for name in IN_README:
             key = comparison.untrained if name == MEAN_DIFF else name
             known = key in comparison.reports
@@ -133,7 +206,8 @@ def readme_with_table(text: str, paths: list[Path]) -> str:
     if BEGIN not in text or END not in text:
         raise ValueError(f"the README needs the lines {BEGIN!r} and {END!r}: the table is written between them")
     before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}\n{markdown(rows, 'method')}\n{END}{rest.partition(END)[2]}"
+    said = "\n".join(remarks)
+    return f"{before}{BEGIN}\n{markdown(rows, 'method')}\n\n{said}\n{END}{rest.partition(END)[2]}"
 
 
 def main() -> None:
