@@ -127,7 +127,9 @@ def trajectory_rows(found: dict[str, Any]) -> dict[str, str]:
     for name, values in found["correlation"].items():
         layer = max(range(len(values)), key=values.__getitem__)
         rows[f"largest rank correlation, {name}"] = f"{values[layer]:.2f}, layer {layer}"
-        rows[f"the same, mean of the first third of the layers, {name}"] = f"{mean(values[: len(values) // 3]):.2f}"
+        rows[f"mean rank correlation in the first third of the layers, {name}"] = (
+            f"{mean(values[: len(values) // 3]):.2f}"
+        )
     carried = found["carried"]
     whole = carried["unchanged"]
     for name in ("last token", "last six tokens"):
@@ -136,7 +138,9 @@ def trajectory_rows(found: dict[str, Any]) -> dict[str, str]:
         for what, part in (("of the next token", slice(0, 1)), (f"of the {len(whole) - 1} after it", slice(1, None))):
             shares = {layer: share(whole[part], carried[name][layer][part]) for layer in inner}
             layer = max(shares, key=shares.__getitem__)
-            rows[f"the state at the {name} decides, {what}"] = f"{shares[layer]:.0f} %, layer {layer}"
+            rows[f"share that the {name} decide{'s' * (name == 'last token')}, {what}"] = (
+                f"{shares[layer]:.0f} %, layer {layer}"
+            )
     return rows
 
 
@@ -171,7 +175,10 @@ def layers_rows(found: dict[str, Any]) -> dict[str, str]:
     perfect = [layer for layer, value in zip(found["layers"], found["accuracy"], strict=True) if value == 1]
     return {
         "largest effect": best(effects),
-        **{f"effect at layer {end}": f"{effects[end]['value']:.2f}" for end in ends},
+        **{
+            f"effect at the {which} measured layer": f"{effects[end]['value']:.2f}, layer {end}"
+            for which, end in zip(("first", "last"), ends, strict=True)
+        },
         "layers with a perfect probe": f"{len(perfect)} of {len(found['layers'])} measured",
     }
 
