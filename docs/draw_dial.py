@@ -17,7 +17,7 @@ from repeng.eval.compare import ADAPTER
 from repeng.eval.report.figures import new_figure
 
 HERE = Path(__file__).parent
-REQUESTS = ("How was your day?", "Tell me about your neighbour.")
+REQUESTS = ("How was your day?", "What will the weather be like tomorrow?")
 COLOURS = {-1.0: "tab:blue", 0.0: "0.35", 1.0: "tab:orange"}
 TOKENS, WIDTH = 24, 66
 
