@@ -249,11 +249,11 @@ def test_what_cannot_be_exported_is_refused(vector_file, adapter_folder, argv, m
         (["serve", "nowhere"], "nowhere"),
         (["serve", "{vector}"], "does not name its base model"),
         (["serve", "{vector}", "mood={vector}"], "two paths have the name 'mood'"),
-        (["serve", "a.b={vector}", "--model_name_or_path", "tiny"], "'a.b' is no name"),
+        (["serve", "a.b={vector}", "--model_name_or_path", "tiny"], "'a.b' cannot name"),
         (["serve", "{folder}", "--host", "0.0.0.0"], "REPENG_API_KEY"),
         (["serve", "{folder}", "--gguf_file", "x.gguf"], "needs --model_name_or_path"),
         (["serve", "{folder}", "--max_concurrent", "0"], "max_concurrent must be above 0"),
-        (["serve", "{folder}", "--max_length", "513", "--use_cpu"], "the model has 512 positions"),
+        (["serve", "{folder}", "--max_length", "513", "--use_cpu"], "the model has only 512 positions"),
     ],
 )
 def test_what_cannot_be_served_is_refused(vector_file, adapter_folder, monkeypatch, argv, message):

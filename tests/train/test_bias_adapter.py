@@ -45,7 +45,7 @@ def test_it_is_trained_saved_and_read_back(tmp_path, batch, embedded):
     [
         (["--r", "8"], "a bias has no rank"),
         (["--target_modules", "up_proj"], "a bias acts on the residual stream"),
-        (["--directions", "top"], "a bias has none of its own"),
+        (["--directions", "top"], "a bias has no such directions"),
     ],
 )
 def test_what_a_bias_does_not_have_is_refused(flags, message):

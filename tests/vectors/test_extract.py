@@ -271,7 +271,7 @@ def test_the_batch_size_is_that_of_every_pass_and_no_grad_is_no_matter(base, tok
 def test_gpt2_sites_of_one_name_are_told_apart(tokenizer):
     model = tiny_models.build("gpt2")
     model.resize_token_embeddings(len(tokenizer))
-    with pytest.raises(ValueError, match=r"names 2 modules.*attn\.c_proj.*mlp\.c_proj"):
+    with pytest.raises(ValueError, match=r"matches 2 modules.*attn\.c_proj.*mlp\.c_proj"):
         site_module(model, 1, "c_proj")
     vector = extract(model, tokenizer, tiny.pairs("mood", 8, 0), sites="attn.c_proj", layers=np.int64(1), held_out=0)
     assert list(vector.directions) == [("attn.c_proj", 1)]
