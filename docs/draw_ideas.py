@@ -13,6 +13,7 @@ from repeng.eval.report.figures import new_figure
 from repeng.eval.report.tables import markdown
 
 HERE = Path(__file__).parent
+PAGE, FIGURES = HERE / "ideas.md", HERE / "results" / "ideas.json"
 NAMES = {"mean_diff": "mean difference", "gradient": "gradient", "fisher": "natural gradient", "random": "random"}
 COLOURS = {"mean_diff": "black", "gradient": "tab:red", "fisher": "tab:purple", "random": "0.6"}
 READ = {"mean": "all", "padding": "index −1,\npadded"}
@@ -201,9 +202,8 @@ def draw(figures: dict[str, dict[str, Any]]) -> None:
         figure.savefig(HERE / f"ideas_{name}.png", dpi=80)
 
 
-def write_tables(figures: dict[str, dict[str, Any]]) -> None:
-    page = HERE / "ideas.md"
-    text = page.read_text(encoding="utf-8")
+def with_tables(text: str, figures: dict[str, dict[str, Any]]) -> str:
+    """The page with its tables filled."""
     for name, (_, rows_of) in IDEAS.items():
         rows: dict[str, dict[str, str]] = {}
         for model, found in figures.items():
@@ -211,7 +211,7 @@ def write_tables(figures: dict[str, dict[str, Any]]) -> None:
                 rows.setdefault(label, {})[model] = value
         filled = {label: {model: cells.get(model, "–") for model in figures} for label, cells in rows.items()}
         text = between(text, f"<!-- {name}: written by docs/draw_ideas.py -->", f"<!-- end of {name} -->", filled)
-    write_text(page, text)
+    return text
 
 
 def between(text: str, begin: str, end: str, rows: dict[str, dict[str, str]]) -> str:
@@ -221,6 +221,6 @@ def between(text: str, begin: str, end: str, rows: dict[str, dict[str, str]]) ->
 
 if __name__ == "__main__":
     with command():
-        measured = json.loads((HERE / "results" / "ideas.json").read_text(encoding="utf-8"))
+        measured = json.loads(FIGURES.read_text(encoding="utf-8"))
         draw(measured)
-        write_tables(measured)
+        write_text(PAGE, with_tables(PAGE.read_text(encoding="utf-8"), measured))

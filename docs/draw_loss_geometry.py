@@ -20,6 +20,7 @@ from repeng.train.inner_contrastive_loss import inner_contrastive_loss
 from repeng.train.trainer import SteeringTrainer
 
 HERE = Path(__file__).parent
+PAGE, FIGURES = HERE / "loss_geometry.md", HERE / "results" / "loss_forms.json"
 ARMS = ("plus", "minus")
 SHOWN = 40  # pairs
 BEGIN, END = "<!-- loss: written by docs/draw_loss_geometry.py -->", "<!-- end of loss -->"
@@ -185,14 +186,13 @@ def ablations(figures: dict[str, dict[str, dict[str, dict]]]) -> str:
     return markdown(rows, "loss")
 
 
-def write_table() -> None:
-    figures = json.loads((HERE / "results" / "loss_forms.json").read_text(encoding="utf-8"))
-    page = HERE / "loss_geometry.md"
-    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    write_text(page, f"{before}{BEGIN}\n{ablations(figures)}\n{END}{after}")
+def with_tables(text: str, figures: dict[str, dict[str, dict[str, dict]]]) -> str:
+    """The page with its table filled."""
+    before, _, rest = text.partition(BEGIN)
+    return f"{before}{BEGIN}\n{ablations(figures)}\n{END}{rest.partition(END)[2]}"
 
 
 if __name__ == "__main__":
-    write_table()
+    measured = json.loads(FIGURES.read_text(encoding="utf-8"))
+    write_text(PAGE, with_tables(PAGE.read_text(encoding="utf-8"), measured))
     draw()

@@ -1,8 +1,11 @@
 """The pages that a script writes are what the files of reports say."""
 
+import importlib.util
+import json
 import re
 
 import pytest
+from support import ROOT
 
 from benchmarks import results
 from repeng.eval.compare import ADAPTER, PROMPTS
@@ -33,3 +36,14 @@ def test_rows_are_in_the_order_of_their_effect():
     effects = [comparison.at_yardstick(results.SEEDS.sub("", name))[0].item() for name in rows]
     assert effects == sorted(effects, reverse=True) and PROMPTS in rows
     assert any(name.startswith(ADAPTER) for name in rows)
+
+
+@pytest.mark.parametrize("name", ["draw_ideas", "draw_loss_geometry"])
+def test_the_tables_of_the_docs_are_generated(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    page, figures = script.PAGE.read_text(encoding="utf-8"), json.loads(script.FIGURES.read_text(encoding="utf-8"))
+    assert script.with_tables(page, figures) == page
+    figures.popitem()
+    assert script.with_tables(page, figures) != page
