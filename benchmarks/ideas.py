@@ -8,7 +8,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,12 @@ from repeng.data.files import write_json
 from repeng.data.pairs import ContrastPair
 from repeng.data.questions import Question, choice_ids
 from repeng.eval.compare import screened_layers, trace
-from repeng.eval.curves import methods_of
+from repeng.eval.curves import Estimate, methods_of
 from repeng.eval.measure import Meter
 from repeng.model.generate import continuations
+from repeng.model.logprob import kl_divergence
 from repeng.model.sites import decoder_layers, edit_outputs, eval_mode
-from repeng.model.tokens import encode
+from repeng.model.tokens import encode, pad_rows, shared_suffix_length
 
 FILE = Path(__file__).parent.parent / "docs" / "results" / "ideas.json"
 PAIRS, MANY = 16, 120  # pairs that are looked at one by one, and those that a vector is made of
@@ -49,13 +50,12 @@ class Study:
         self.layers = screened_layers(self.depth)
         every = bench.task.pairs
         self.many: list[ContrastPair] = every[:: max(1, len(every) // MANY)][:MANY]  # for extraction
-        self.said: list[list[int]] | None = None  # by the model behind the chosen prompts
         self.pairs: list[ContrastPair] = every[:: max(1, len(every) // PAIRS)][:PAIRS]
         # Token ids of both sides of each pair, and the number of tokens of the suffix that they share.
         self.rows: list[tuple[list[int], list[int], int]] = []
         for pair in self.pairs:
             chosen, rejected = (encode(self.tokenizer, side, pair.suffix) for side in (pair.chosen, pair.rejected))
-            shared = len(chosen.suffix) or _common_end(chosen.ids, rejected.ids)
+            shared = len(chosen.suffix) or shared_suffix_length(chosen.ids, rejected.ids)
             self.rows.append((chosen.ids, rejected.ids, shared))
         self.meter = Meter(
             self.model,
@@ -91,17 +91,16 @@ class Study:
             logits = self.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
         return torch.stack(states), logits.float().log_softmax(dim=-1)
 
+    @cached_property
+    def said(self) -> list[list[int]]:
+        """How the model goes on behind the chosen prompts."""
+        rows = [chosen for chosen, _, _ in self.rows]
+        return [ids for ids, _ in continuations(self.model, self.tokenizer, rows, AHEAD - 1, 32, seed=1)]
+
     def effect(self, vector: SteeringVector) -> dict[str, float]:
         """Effect of both arms at the cost, in nats, with its 95 % interval over questions and texts."""
         points = trace(self.meter, partial(steer, self.model, vector=vector), {+1: [COST], -1: [COST]}, lambda: None)
-        draws = methods_of({"": [self.meter.report(points)]}, 1000)[""].both_at(COST)
-        low, high = draws[1:].quantile(torch.tensor([0.025, 0.975], dtype=draws.dtype)).tolist()
-        return {"value": draws[0].item(), "low": low, "high": high}
-
-
-def _common_end(first: Sequence[int], second: Sequence[int]) -> int:
-    same = [a == b for a, b in zip(reversed(first), reversed(second), strict=False)]
-    return same.index(False) if False in same else len(same)
+        return Estimate.of(methods_of({"": [self.meter.report(points)]})[""].both_at(COST))._asdict()
 
 
 def _ranks(values: Tensor) -> Tensor:
@@ -111,11 +110,6 @@ def _ranks(values: Tensor) -> Tensor:
 def correlation(x: Tensor, y: Tensor) -> float:
     """Spearman's rank correlation."""
     return torch.corrcoef(torch.stack([_ranks(x), _ranks(y)]))[0, 1].item()
-
-
-def divergence(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p ‖ q) `(t)` of log-probabilities `(t v)`."""
-    return (p.exp() * (p - q)).sum(dim=-1)
 
 
 def trajectory(study: Study) -> dict[str, Any]:
@@ -141,7 +135,7 @@ def trajectory(study: Study) -> dict[str, Any]:
             more = said[2 * i + side][0][: half - 1]
             (a, logp_a), (b, logp_b) = study.read([*chosen, *more]), study.read([*rejected, *more])
             p, q = logp_a[len(chosen) - 1 :], logp_b[len(rejected) - 1 :]
-            steps[: len(p)] += (divergence(p, q) if side == 0 else divergence(q, p)) / 2
+            steps[: len(p)] += (kl_divergence(p, q) if side == 0 else kl_divergence(q, p)) / 2
         ahead.append(steps)
         differences.append(a[:, len(chosen) - 1] - b[:, len(rejected) - 1])
     apart, ahead = torch.stack(differences), torch.stack(ahead)  # (n layers d), (n half)
@@ -172,22 +166,14 @@ def left_over(study: Study, layer: int, positions: Sequence[int]) -> list[float]
     chosen one. Both are followed by what the model says behind the chosen one.
     """
     total = torch.zeros(AHEAD)
-    for (chosen, rejected, shared), more in zip(study.rows, _said(study), strict=True):
+    for (chosen, rejected, shared), more in zip(study.rows, study.said, strict=True):
         at = [p for p in positions if p <= shared]
         states, wanted = study.read([*chosen, *more])
         source, where = [len(chosen) - p for p in at], [len(rejected) - p for p in at]
         _, found = study.read([*rejected, *more], {layer: (where, states[layer, source])} if at else None)
-        steps = divergence(wanted[len(chosen) - 1 :], found[len(rejected) - 1 :])
+        steps = kl_divergence(wanted[len(chosen) - 1 :], found[len(rejected) - 1 :])
         total[: len(steps)] += steps / len(study.rows)
     return total.tolist()
-
-
-def _said(study: Study) -> list[list[int]]:
-    """How the model goes on behind the chosen prompts."""
-    if study.said is None:
-        rows = [chosen for chosen, _, _ in study.rows]
-        study.said = [ids for ids, _ in continuations(study.model, study.tokenizer, rows, AHEAD - 1, 32, seed=1)]
-    return study.said
 
 
 def tokens(study: Study, layer: int) -> dict[str, Any]:
@@ -216,18 +202,15 @@ def _read_at_padding(study: Study, layer: int) -> SteeringVector:
     rows = [
         encode(study.tokenizer, side, pair.suffix).ids for pair in study.many for side in (pair.chosen, pair.rejected)
     ]
-    longest, kept = max(map(len, rows)), []
+    batch, kept = pad_rows(rows, study.tokenizer, side="right"), []
 
     def keep(output: Tensor) -> Tensor:
         kept.append(output[:, -1])
         return output
 
-    pad = study.tokenizer.pad_token_id or 0
+    inputs = [batch[name].split(32) for name in ("input_ids", "attention_mask")]  # positions count the padding
     with torch.no_grad(), eval_mode(study.model), edit_outputs([(decoder_layers(study.model)[layer], keep)]):
-        for start in range(0, len(rows), 32):
-            some = rows[start : start + 32]
-            ids = torch.tensor([row + [pad] * (longest - len(row)) for row in some])
-            mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in some])
+        for ids, mask in zip(*inputs, strict=True):
             study.model(input_ids=ids, attention_mask=mask, use_cache=False)
     states = torch.cat(kept).float()
     return SteeringVector({("residual", layer): (states[::2] - states[1::2]).mean(dim=0)}, vector.metadata)

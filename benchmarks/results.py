@@ -5,12 +5,14 @@ per file, and the table of the README.
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import numpy as np
 
+from benchmarks.marked import between
 from repeng._command import command
 from repeng.eval.compare import ADAPTER, MEAN_DIFF, PROMPTS, RANDOM
 from repeng.eval.comparison import Comparison
@@ -100,10 +102,15 @@ def effect_rows(comparison: Comparison) -> dict[str, dict[str, str]]:
     return rows
 
 
+def _ends(reports: Sequence[EvalReport]) -> list[float]:
+    """The coefficients at which a method is read, + and −: means over seeds."""
+    return [mean(report.endpoint(sign) for report in reports) for sign in (1, -1)]
+
+
 def _there(comparison: Comparison, name: str) -> dict[str, str]:
     """Where a method is read, and what happens there besides the effect: means over seeds; texts of the first seed."""
     reports = comparison.reports[name]
-    ends = [mean(report.endpoint(sign) for report in reports) for sign in (1, -1)]
+    ends = _ends(reports)
     first, shown = reports[0], "–"
     if first.samples:
         shown = " / ".join(number(first.repetition(first.endpoint(sign)), 2) for sign in (1, -1))
@@ -117,7 +124,7 @@ def _there(comparison: Comparison, name: str) -> dict[str, str]:
 def remark(comparison: Comparison, column: str) -> str:
     """What the README says of this adapter besides its effect."""
     reports, first = comparison.reports[ADAPTER], comparison.reports[ADAPTER][0]
-    ends = [mean(report.endpoint(sign) for report in reports) for sign in (1, -1)]
+    ends = _ends(reports)
     at_one = mean(_interpolated(report, 1.0) - _interpolated(report, -1.0) for report in reports)
     wrong, prompts = (
         100 * mean(report.wrong_way for report in comparison.reports[name]) for name in (ADAPTER, PROMPTS)
@@ -203,11 +210,8 @@ def readme_with_table(text: str, paths: list[Path]) -> str:
             key = comparison.untrained if name == MEAN_DIFF else name
             known = key in comparison.reports
             rows[name][column] = interval(comparison.figures(key)["effect"]) if known else "–"
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"the README needs the lines {BEGIN!r} and {END!r}: the table is written between them")
-    before, _, rest = text.partition(BEGIN)
     said = "\n".join(remarks)
-    return f"{before}{BEGIN}\n{markdown(rows, 'method')}\n\n{said}\n{END}{rest.partition(END)[2]}"
+    return between(text, BEGIN, END, f"{markdown(rows, 'method')}\n\n{said}")
 
 
 def main() -> None:

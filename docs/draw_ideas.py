@@ -7,15 +7,18 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
+from benchmarks.marked import between
 from repeng._command import command
 from repeng.data.files import write_text
+from repeng.eval.curves import Estimate
 from repeng.eval.report.figures import new_figure
-from repeng.eval.report.tables import markdown
+from repeng.eval.report.tables import interval, markdown
 
 HERE = Path(__file__).parent
 PAGE, FIGURES = HERE / "ideas.md", HERE / "results" / "ideas.json"
 NAMES = {"mean_diff": "mean difference", "gradient": "gradient", "fisher": "natural gradient", "random": "random"}
 COLOURS = {"mean_diff": "black", "gradient": "tab:red", "fisher": "tab:purple", "random": "0.6"}
+NEXT, LATER = slice(0, 1), slice(1, None)  # of the tokens behind a prompt
 READ = {"mean": "all", "padding": "index −1,\npadded"}
 
 
@@ -27,6 +30,11 @@ def with_interval(axes: Axes, effects: dict[str, dict[str, float]], **style: Any
         layers, [v["low"] for v in values], [v["high"] for v in values], alpha=0.15, color=style["color"]
     )
     axes.plot(layers, [v["value"] for v in values], marker="o", markersize=4, **style)
+
+
+def share(whole: list[float], left: list[float]) -> float:
+    """How much of a difference goes, in percent."""
+    return 100 * (1 - sum(left) / sum(whole))
 
 
 def trajectory(model: dict[str, Any], first: Axes, second: Axes) -> None:
@@ -42,12 +50,11 @@ def trajectory(model: dict[str, Any], first: Axes, second: Axes) -> None:
     )
     first.legend(title="continuation", fontsize=8)
     carried = found["carried"]
-    whole = [carried["unchanged"][:1], carried["unchanged"][1:]]
+    whole = carried["unchanged"]
     for name, colour in (("last token", "tab:red"), ("last six tokens", "tab:purple")):
         order = sorted(carried[name], key=int)
-        for part, style, what in ((0, "-", "next token"), (1, "--", f"the {len(whole[1])} after it")):
-            left = [carried[name][layer][part : 1 if part == 0 else None] for layer in order]
-            shares = [100 * (1 - sum(values) / sum(whole[part])) for values in left]
+        for part, style, what in ((NEXT, "-", "next token"), (LATER, "--", f"the {len(whole) - 1} after it")):
+            shares = [share(whole[part], carried[name][layer][part]) for layer in order]
             second.plot([*map(int, order)], shares, style, color=colour, marker=".", label=f"{name}: {what}")
     second.axhline(0, color="0.7", linewidth=0.8)
     second.set(
@@ -63,7 +70,7 @@ def tokens(model: dict[str, Any], first: Axes, second: Axes) -> None:
     found = model["tokens"]
     carried = {int(p): value for p, value in found["carried"].items()}
     places = [p for p in sorted(carried, reverse=True) if p]
-    shares = [100 * (1 - carried[p] / carried[0]) for p in places]
+    shares = [share([carried[0]], [carried[p]]) for p in places]
     first.bar([f"−{p}" for p in places], shares, color="tab:red")
     first.set(
         xlabel="position from the end of the prompt",
@@ -71,7 +78,7 @@ def tokens(model: dict[str, Any], first: Axes, second: Axes) -> None:
         title=f"Which token holds the plan?\n(its state behind layer {found['layer']} is exchanged)",
     )
     effects = found["effect"]
-    values = [effects[n] for n in effects]
+    values = list(effects.values())
     errors = [[v["value"] - v["low"] for v in values], [v["high"] - v["value"] for v in values]]
     colours = ["tab:red" if n == "padding" else "black" for n in effects]
     second.bar([READ.get(n, n) for n in effects], [v["value"] for v in values], yerr=errors, color=colours, alpha=0.8)
@@ -112,15 +119,10 @@ def layers(model: dict[str, Any], first: Axes, second: Axes) -> None:
     second.set(xlabel="layer", ylabel="held-out pairs told apart, %", ylim=(40, 103), title="What a probe sees there")
 
 
-def share(whole: list[float], left: list[float]) -> float:
-    return 100 * (1 - sum(left) / sum(whole))
-
-
 def best(effects: dict[str, dict[str, float]]) -> str:
     """The largest effect over layers, with its layer and interval."""
     layer = max(effects, key=lambda key: effects[key]["value"])
-    value = effects[layer]
-    return f"{value['value']:.2f} [{value['low']:.2f}, {value['high']:.2f}], layer {layer}"
+    return f"{interval(Estimate(**effects[layer]))}, layer {layer}"
 
 
 def trajectory_rows(found: dict[str, Any]) -> dict[str, str]:
@@ -136,7 +138,7 @@ def trajectory_rows(found: dict[str, Any]) -> dict[str, str]:
     for name in ("last token", "last six tokens"):
         last = max(map(int, carried[name]))  # behind the last layer the state is the output itself
         inner = [layer for layer in carried[name] if int(layer) < last]
-        for what, part in (("of the next token", slice(0, 1)), (f"of the {len(whole) - 1} after it", slice(1, None))):
+        for what, part in (("of the next token", NEXT), (f"of the {len(whole) - 1} after it", LATER)):
             shares = {layer: share(whole[part], carried[name][layer][part]) for layer in inner}
             layer = max(shares, key=shares.__getitem__)
             rows[f"share that the {name} decide{'s' * (name == 'last token')}, {what}"] = (
@@ -153,7 +155,7 @@ def tokens_rows(found: dict[str, Any]) -> dict[str, str]:
         "mean": "effect, all tokens",
     }
     names["padding"] = "effect, index −1 of padded rows"
-    shown = {names[n]: f"{v['value']:.2f} [{v['low']:.2f}, {v['high']:.2f}]" for n, v in effects.items()}
+    shown = {names[n]: interval(Estimate(**value)) for n, value in effects.items()}
     decided = {p: share([carried["0"]], [value]) for p, value in carried.items() if p != "0"}
     others = [value for p, value in decided.items() if p != "1"]
     rows = {"layer": str(found["layer"]), "the last position decides, of the next token": f"{decided['1']:.0f} %"}
@@ -210,13 +212,9 @@ def with_tables(text: str, figures: dict[str, dict[str, Any]]) -> str:
             for label, value in rows_of(found[name]).items():
                 rows.setdefault(label, {})[model] = value
         filled = {label: {model: cells.get(model, "–") for model in figures} for label, cells in rows.items()}
-        text = between(text, f"<!-- {name}: written by docs/draw_ideas.py -->", f"<!-- end of {name} -->", filled)
+        marks = f"<!-- {name}: written by docs/draw_ideas.py -->", f"<!-- end of {name} -->"
+        text = between(text, *marks, markdown(filled, ""))
     return text
-
-
-def between(text: str, begin: str, end: str, rows: dict[str, dict[str, str]]) -> str:
-    before, _, rest = text.partition(begin)
-    return f"{before}{begin}\n{markdown(rows, '')}\n{end}{rest.partition(end)[2]}"
 
 
 if __name__ == "__main__":

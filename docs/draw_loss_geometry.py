@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from matplotlib.axes import Axes
 
+from benchmarks.marked import between
 from repeng import EvalReport, evaluate, steer, tiny
 from repeng.data.files import write_text
 from repeng.eval.evaluate import ADAPTER_COEFFICIENTS
@@ -188,8 +189,7 @@ def ablations(figures: dict[str, dict[str, dict[str, dict]]]) -> str:
 
 def with_tables(text: str, figures: dict[str, dict[str, dict[str, dict]]]) -> str:
     """The page with its table filled."""
-    before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}\n{ablations(figures)}\n{END}{rest.partition(END)[2]}"
+    return between(text, BEGIN, END, ablations(figures))
 
 
 if __name__ == "__main__":
