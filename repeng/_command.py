@@ -12,12 +12,13 @@ import threading
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, NoReturn
 
 SPELT = {"−": "-", "–": "-", "—": "-", "→": "->", "×": "x", "≤": "<=", "≥": ">=", "±": "+-", "‖": "||", "·": "."}
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 Handler = Callable[[int, Any], Any]
 NOT_READ = 128 + 13  # exit status of a process that SIGPIPE ends
+FAILED, REFUSED = 1, 2  # exit statuses: a check has failed, bad input; 128 + N follows from signal N
 SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
 
 
@@ -32,6 +33,20 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, number: int, when: str = "") -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}{when}")
         self.number: int = number
+
+
+class Ended(SystemExit):
+    """The end of a command with a message on the standard error."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.code = status
+
+
+def end(message: str, status: int = REFUSED) -> NoReturn:
+    """End the command with an error message and an exit status."""
+    print(f"error: {message}", file=sys.stderr)
+    raise Ended(f"error: {message}", status)
 
 
 @contextmanager

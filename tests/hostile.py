@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from repeng import cli, commands, tiny
+from repeng import cli, tiny
+from repeng.commands import base, export
 from repeng.train import build, run
 
 PAIR = '{"chosen": "you are a honest person .", "rejected": "you are a dishonest person .", "suffix": "the lime is"}\n'
@@ -59,7 +60,7 @@ def outcome(main, argv, folder):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
         patch.chdir(folder)
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        for module in (build, commands):
+        for module in (build, base, export):
             patch.setattr(module, "load_base", _reached)
         patch.setattr(tiny, "task", _task)
         patch.setattr("accelerate.commands.launch.launch_command", _reached)

@@ -16,13 +16,14 @@ from support import randomise, some_questions
 from transformers import AutoModelForCausalLM
 
 from repeng import KLBudget, SteeringVector, SvdSteeringConfig, extract, steer, tiny
-from repeng.cli import _path_first, main, make_parser
+from repeng.cli import main, make_parser
+from repeng.cli.measures import CalibrateArguments, EvaluateArguments
+from repeng.cli.parsing import path_first
 from repeng.data.arguments import TaskArguments
 from repeng.data.configuration import names_of
 from repeng.data.questions import Question
 from repeng.eval import compare
 from repeng.export.vectors import control_vector_name
-from repeng.measures import CalibrateArguments, EvaluateArguments
 from repeng.model.loading import load_base
 from repeng.model.sources import find_source, gguf_path
 from repeng.train.inner_contrastive_loss import inner_contrastive_loss
@@ -247,7 +248,7 @@ def test_what_cannot_be_exported_is_refused(vector_file, adapter_folder, argv, m
     "argv, message",
     [
         (["serve", "nowhere"], "nowhere"),
-        (["serve", "{vector}"], "does not name its base model"),
+        (["serve", "{unnamed}"], "does not name its base model"),
         (["serve", "{vector}", "mood={vector}"], "two paths have the name 'mood'"),
         (["serve", "a.b={vector}", "--model_name_or_path", "tiny"], "'a.b' cannot name"),
         (["serve", "{folder}", "--host", "0.0.0.0"], "REPENG_API_KEY"),
@@ -258,9 +259,11 @@ def test_what_cannot_be_exported_is_refused(vector_file, adapter_folder, argv, m
 )
 def test_what_cannot_be_served_is_refused(vector_file, adapter_folder, monkeypatch, argv, message):
     monkeypatch.delenv("REPENG_API_KEY", raising=False)
+    unnamed = vector_file.with_name("unnamed.safetensors")
+    SteeringVector(SteeringVector.load(vector_file).directions).save(unnamed)
     with pytest.raises(SystemExit) as stop:
-        main([word.replace("{vector}", str(vector_file)).replace("{folder}", str(adapter_folder)) for word in argv])
-    assert message in str(stop.value)
+        main([word.format(vector=vector_file, folder=adapter_folder, unnamed=unnamed) for word in argv])
+    assert message in str(stop.value) and stop.value.code == 2
 
 
 @pytest.mark.parametrize(
@@ -285,8 +288,7 @@ def test_bad_input_ends_with_a_sentence(vector_file, argv, message):
     [["v", "--config", "a", "b"], ["--config", "a", "b", "v"], ["--require_steering", "v"], ["--seed", "3", "v"]],
 )
 def test_the_path_stands_first_or_last(words):
-    assert _path_first(["evaluate", *words])[:2] == ["evaluate", "v"]
-    assert sorted(_path_first(["evaluate", *words])) == sorted(["evaluate", *words])
+    assert path_first(words)[0] == "v" and sorted(path_first(words)) == sorted(words)
 
 
 def python(*argv):
@@ -329,7 +331,7 @@ def test_help_lists_the_keys_before_anything_slow_is_imported(command):
 def test_what_is_mistyped_is_refused_before_anything_slow_is_imported(argv, message, tmp_path):
     (tmp_path / "v.safetensors").write_bytes(b"")
     done, slow = python(*(word.replace("{file}", str(tmp_path / "v.safetensors")) for word in argv))
-    assert done.returncode == 1 and message in done.stderr and slow == []
+    assert done.returncode == 2 and message in done.stderr and slow == []
 
 
 def test_defaults_that_are_written_twice_are_equal():

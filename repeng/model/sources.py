@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from repeng._extras import install_command
+
 
 class Source(NamedTuple):
     """Arguments for `from_pretrained`: a folder or hub id, and the name of a GGUF file in it, if the model is one."""
@@ -118,5 +120,5 @@ def _in_package(packaged: Packaged) -> Source:
 def _readable(source: Source) -> Source:
     """Return the source; raise ValueError if it is a GGUF file and the package gguf is missing."""
     if source.gguf_file is not None and importlib.util.find_spec("gguf") is None:
-        raise ValueError("reading GGUF files needs the package gguf: pip install 'repeng[gguf]'")
+        raise ValueError(f"reading GGUF files needs the package gguf: {install_command('gguf')}")
     return source

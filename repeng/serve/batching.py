@@ -17,9 +17,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
+from repeng.control.dials import Dials, per_token
 from repeng.control.positions import replaced
 from repeng.data.files import nearest
-from repeng.serve.dials import Dials, per_token
 from repeng.serve.limits import Limits
 from repeng.serve.sampling import Drawn, Sampler, Sampling
 

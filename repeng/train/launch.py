@@ -1,6 +1,7 @@
 """`repeng train`: start a training run through `accelerate launch`."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -52,10 +53,29 @@ def launch(argv: Sequence[str]) -> None:
                 launch_command(arguments)
             except SignalException as error:  # several processes run, and all of them got the signal
                 came.append(error.sigval)
-            except (CalledProcessError, ChildFailedError, SystemExit):
-                sys.exit(128 + came[0] if came else 1)  # the processes have printed the reason
+            except (CalledProcessError, ChildFailedError, SystemExit) as error:
+                sys.exit(128 + came[0] if came else _status_of(error))
         if came:
             sys.exit(128 + came[0])
+
+
+def _status_of(error: Exception | SystemExit) -> int:
+    """The exit status of the process that failed first. Its message is printed already, unless a signal killed it."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    if isinstance(error, ChildFailedError):
+        status = min(error.failures.values(), key=lambda failure: failure.timestamp).exitcode
+    else:
+        status = getattr(error, "returncode", None) or getattr(error, "code", None)
+    if not isinstance(status, int):
+        return 1
+    if status == -signal.SIGKILL:
+        print(
+            "error: the training was killed. If nobody did so, the system had too little memory: give a smaller "
+            "per_device_train_batch_size, and continue with --resume true",
+            file=sys.stderr,
+        )
+    return 128 - status if status < 0 else status
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The learning curve of a training run, as a figure. It needs matplotlib (`pip install 'repeng[plot]'`)."""
+"""The learning curve of a training run, as a figure. It needs the extra `plot`."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING

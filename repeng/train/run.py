@@ -1,7 +1,6 @@
 """One training run, from the command line to the report."""
 
 import os
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, cast
@@ -11,7 +10,7 @@ from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 
 from repeng import tiny
-from repeng._command import Stopped
+from repeng._command import FAILED, Stopped, end
 from repeng.data.arguments import TaskArguments
 from repeng.data.files import WriteError
 from repeng.data.folders import claimed
@@ -66,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
             _claim(held, task_args, args)
             run, trainer, checkpoint = _prepare(task_args, args)
         except (ValueError, OSError, ImportError) as error:
-            sys.exit(f"error: {error}")
+            end(str(error))
         if args.process_index == 0:
             print(_describe(run.model))
             if run.doubt:
@@ -77,9 +76,9 @@ def main(argv: Sequence[str]) -> None:
                 raise Stopped(trainer.stop.number, f" after step {trainer.state.global_step}")
             comparison = finish(task_args, args, run, trainer)
         except WriteError as error:
-            sys.exit(f"error: {error}. Make room, then continue with --resume true")
+            end(f"{error}. Make room, then continue with --resume true")
         except (NonFiniteError, DivergedError, CheckpointError, StartError) as error:
-            sys.exit(f"error: {error}")
+            end(str(error))
     if comparison is not None:
         _tell(comparison, args)
 
@@ -134,4 +133,4 @@ def _tell(comparison: Comparison, args: SteeringArguments) -> None:
     print(f"adapter and report: {args.output_dir} (open report.html)")
     failed = comparison.shortcomings()
     if failed and args.require_steering:
-        sys.exit("error: this adapter does not steer: " + "; ".join(failed))
+        end("this adapter does not steer: " + "; ".join(failed), FAILED)

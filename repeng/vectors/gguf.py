@@ -1,4 +1,4 @@
-"""GGUF control vectors in the layout of llama.cpp; needs the package gguf (`pip install 'repeng[gguf]'`).
+"""GGUF control vectors in the layout of llama.cpp; needs the extra `gguf`.
 
 The layout has no fields for the operation, the place and the model of a direction. Keys under `repeng.` hold them, for
 people and for `read_control_vector`; llama.cpp ignores these keys.
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from repeng._extras import install_command
 from repeng.data.files import written_whole
 from repeng.model.gguf_header import check_gguf
 from repeng.vectors.easysteer import check_place
@@ -35,7 +36,7 @@ def gguf_package() -> ModuleType:
     try:
         import gguf
     except ImportError as error:
-        raise ImportError("reading and writing GGUF needs the package gguf: pip install 'repeng[gguf]'") from error
+        raise ImportError(f"reading and writing GGUF needs the package gguf: {install_command('gguf')}") from error
     return gguf
 
 

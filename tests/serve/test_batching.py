@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from repeng import SteeringVector, SvdSteeringConfig, steer
+from repeng.control.dials import Dials, load_dials
 from repeng.serve.batching import Batching, Failed, Limits, Unavailable
-from repeng.serve.dials import Dials, load_dials
 from repeng.serve.names import named_paths
 from repeng.serve.sampling import Sampler, Sampling
 

@@ -102,7 +102,7 @@ def test_repeng_train_trains_from_any_folder(tmp_path):
 @pytest.mark.processes
 def test_a_bad_key_ends_with_a_sentence(tmp_path):
     done = repeng("train", "--config", "tiny", "--learning_rat", "1", cwd=tmp_path)
-    assert done.returncode == 1 and "did you mean 'learning_rate'" in done.stderr
+    assert done.returncode == 2 and "did you mean 'learning_rate'" in done.stderr
     assert "Traceback" not in done.stderr
     done = repeng("train", "--config", "tiny", "--r", "65", cwd=tmp_path)
     assert done.returncode == 1 and "give r ≤ 64" in done.stderr and "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""Figures of reports. They need matplotlib (`pip install 'repeng[plot]'`)."""
+"""Figures of reports. They need the extra `plot`."""
 
 import io
 import math

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from repeng._extras import install_command
 from repeng.data.files import staged, write_json, written_whole
 from repeng.eval.comparison import Comparison
 from repeng.eval.report import figures
@@ -29,7 +30,7 @@ def write_report(comparison: Comparison, folder: Path, *, title: str, about: dic
             with written_whole(place / "report.png") as picture:
                 figures.effect_and_cost(comparison).savefig(picture, dpi=130)
     if not figures.available():
-        print("report.png was not drawn: matplotlib is not installed (pip install 'repeng[plot]')")
+        print(f"report.png was not drawn, because matplotlib is missing: {install_command('plot')}")
 
 
 def report_files() -> tuple[str, ...]:

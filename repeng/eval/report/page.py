@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from repeng._extras import install_command
 from repeng.data.files import write_text
 from repeng.eval.comparison import Comparison
 from repeng.eval.eval_report import EvalReport
@@ -61,7 +62,7 @@ def write_page(comparison: Comparison, path: str | Path, *, title: str) -> None:
             if drawn is not None:
                 parts.append(_picture(figures.svg(drawn), caption, name))
     else:
-        parts.append("<p>Figures need matplotlib: <code>pip install 'repeng[plot]'</code>.</p>")
+        parts.append(f"<p>Figures need matplotlib: <code>{html.escape(install_command('plot'))}</code>.</p>")
     parts += [_sample_table(comparison), _sample_counts(comparison)]
     if own.dropped:
         listed = "".join(f"<li>{html.escape(reason)}</li>" for reason in own.dropped)
