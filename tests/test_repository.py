@@ -31,8 +31,10 @@ FLOORS = {
     "export": 5,
     "serve": 5,
     "train": 6,
+    "commands": 7,
+    "cli": 8,
 }
-COMMANDS = {("repeng", "commands.py"), ("repeng", "train", "run.py")}
+COMMANDS = {("repeng", "commands", "base.py"), ("repeng", "train", "run.py")}
 SOURCES = {path: path.read_text(encoding="utf-8") for path in [*ROOT.glob("repeng/**/*.py"), ROOT / "train.py"]}
 
 

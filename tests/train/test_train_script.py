@@ -14,7 +14,8 @@ import yaml
 from peft import PeftModel
 from support import ROOT
 
-from repeng import commands, steer, tiny
+from repeng import steer, tiny
+from repeng.commands.base import load_task_model
 from repeng.data.arguments import TaskArguments
 from repeng.data.task import make_task
 from repeng.train import build as building
@@ -138,7 +139,7 @@ def test_an_evaluation_asks_about_the_pairs_that_training_held_out(tmp_path):
     task_args, args = parse_arguments([*words, "--use_cpu", "true", "--r", "4"])
     run = build(task_args, args, tiny.task(task_args, args.seed))
     keys = as_config(task_args, args, run)
-    loaded = commands._load_task_model(task_args, keys["seed"], use_cpu=True, bf16=False)
+    loaded = load_task_model(task_args, keys["seed"], use_cpu=True, bf16=False)
     task = make_task(task_args, loaded.model, loaded.tokenizer, loaded.pairs, seed=keys["seed"], own=loaded.own)
     assert task.questions == run.task.questions and task.pairs == run.task.pairs
     assert task.unseen_neutral_texts == run.task.unseen_neutral_texts
