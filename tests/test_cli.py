@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from repeng import KLBudget, SteeringVector, SvdSteeringConfig, extract, steer, tiny
 from repeng.cli import main, make_parser
-from repeng.cli.measures import CalibrateArguments, EvaluateArguments
+from repeng.cli.keys import CalibrateArguments, EvaluateArguments
 from repeng.cli.parsing import path_first
 from repeng.data.arguments import TaskArguments
 from repeng.data.configuration import names_of
@@ -166,7 +166,7 @@ def test_a_vector_is_exported(vector_file, capsys):
     assert capsys.readouterr().out == f"written: {path}\n"
     again = SteeringVector.load_gguf(path)
     assert [*again.directions] == [("residual", 2)] and again.metadata["model"] == "tiny"
-    with pytest.raises(SystemExit, match="an export does not overwrite"):
+    with pytest.raises(SystemExit, match="no command overwrites"):
         main(["export", str(vector_file), "--to", "gguf"])
     main(["export", str(vector_file), "--to", "gguf", "--output", str(vector_file.with_name("mine"))])
     assert SteeringVector.load_gguf(vector_file.with_name("mine.gguf")) == again

@@ -5,18 +5,25 @@ The command line is parsed, and the names in it are checked, before any slow mod
 
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 
 from repeng._command import command, end
-from repeng.cli import export, measure, serve, train
+from repeng.cli import completion, demo, export, extract, info, measure, new, pairs, serve, train
 from repeng.cli.parsing import Parser
 from repeng.data.files import nearest
 
 COMMANDS = {
+    "demo": demo,
+    "new": new,
+    "pairs": pairs,
+    "extract": extract,
     "train": train,
     "evaluate": measure,
     "calibrate": measure,
     "export": export,
     "serve": serve,
+    "info": info,
+    "completion": completion,
 }
 
 
@@ -39,10 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def make_parser() -> Parser:
     """The parser of all commands. It reads the values of keys as text."""
-    from repeng import __version__
-
     parser = Parser(prog="repeng", description="Steer language models from the inside.", allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"repeng {__version__}")
+    parser.add_argument("--version", action="version", version=f"repeng {version('repeng')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
     for module in dict.fromkeys(COMMANDS.values()):
         module.add(commands)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from repeng._command import FAILED, end
-from repeng.cli.measures import MEASURES
+from repeng.cli.keys import MEASURES
 from repeng.cli.parsing import (
     Commands,
     add_config,

@@ -84,26 +84,34 @@ def parsed(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Nam
 
 
 def keys_of(
-    kinds: Sequence[type], words: Sequence[str], *, extra: Mapping[str, Any] | None = None
-) -> tuple[list[Any], dict[str, Any]]:
-    """One object of each dataclass, and the values of the keys in `extra`, from `--config …` and the other words.
+    kinds: Sequence[type], words: Sequence[str], *, needs: Sequence[str] = (), without: Sequence[str] = ()
+) -> tuple[tuple[Any, ...], list[str], bool]:
+    """The values of `--config …` and of the other words of a command line.
 
     Keys of the training in a configuration are ignored.
 
     Args:
         kinds: argument dataclasses.
         words: the command line.
-        extra: types of further keys that only the command line may hold.
+        needs: keys that must be given although they have defaults.
+        without: keys that are ignored in configurations.
+
+    Returns:
+        One object of each dataclass, the configurations, and whether `--json` was given.
 
     Raises:
-        ValueError, FileNotFoundError: a key, a value or a configuration is wrong.
+        ValueError, FileNotFoundError: a key, a value or a configuration is wrong or missing.
     """
-    hints, more = hints_for(kinds), dict(extra or {})
+    hints = hints_for(kinds)
     configs, rest = split_configs(words)
-    on_the_line = read_words(rest, {**hints, **more}, defaults_of(kinds))
-    own = {name: on_the_line.pop(name) for name in more if name in on_the_line}
+    on_the_line = read_words(rest, {**hints, "json": bool}, defaults_of(kinds))
+    as_json = on_the_line.pop("json", False)
     in_files = read_configs(configs or [], hints, aside=lambda name: True)
-    return list(built(kinds, in_files | on_the_line)), own
+    given = {name: value for name, value in in_files.items() if name not in without} | on_the_line
+    for name in needs:
+        if name not in given:
+            raise ValueError(f"give --{name}, or a configuration that sets it, such as --config smollm2")
+    return built(kinds, given), configs or [], as_json
 
 
 def refuse_unknown_keys(configs: Sequence[str], kinds: Sequence[type]) -> None:

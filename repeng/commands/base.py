@@ -57,11 +57,18 @@ def device_for(use_cpu: bool) -> torch.device:
     return torch.device("cpu") if use_cpu else cast(torch.device, PartialState().device)
 
 
-def load_task_model(task_args: TaskArguments, seed: int, use_cpu: bool, bf16: bool) -> Base:
-    """Check the pairs of a task, then load its base model."""
+def load_task_pairs(
+    task_args: TaskArguments, seed: int
+) -> tuple[PreTrainedTokenizerBase, list[ContrastPair], Task | None]:
+    """The tokenizer of a task's model, the pairs, checked with it, and the model's own task, if it has one."""
     own = tiny.task(task_args, seed)
     tokenizer = load_tokenizer(task_args.model_name_or_path, task_args.gguf_file)
-    pairs = read_pairs(task_args, tokenizer, seed=seed, own=own)
+    return tokenizer, read_pairs(task_args, tokenizer, seed=seed, own=own), own
+
+
+def load_task_model(task_args: TaskArguments, seed: int, use_cpu: bool, bf16: bool) -> Base:
+    """Check the pairs of a task, then load its base model."""
+    tokenizer, pairs, own = load_task_pairs(task_args, seed)
     model = load_base(
         task_args.model_name_or_path,
         device_for(use_cpu),

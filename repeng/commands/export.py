@@ -7,9 +7,8 @@ from peft import LoraConfig
 
 from repeng.commands.base import base_of_adapter
 from repeng.control.adapter_folder import AdapterFolder
-from repeng.data.folders import check_writable
+from repeng.data.folders import check_new, check_writable
 from repeng.export import export_dial, export_gguf, export_gguf_dial, export_lora, export_merged, vector_of
-from repeng.export.factors import check_new
 from repeng.export.lora import serving_commands
 from repeng.export.vectors import control_vector_name, is_vector
 from repeng.model.loading import load_base, load_tokenizer

@@ -51,6 +51,15 @@ def check_writable(folder: str | Path, key: str) -> None:
         pass
 
 
+def check_new(path: str | Path) -> None:
+    """Raise FileExistsError if the file exists or the folder is not empty."""
+    path = Path(path)
+    if path.is_file():
+        raise FileExistsError(f"{path} exists, and no command overwrites it; choose another path")
+    if path.exists() and any(path.iterdir()):
+        raise FileExistsError(f"{path} is not empty; choose a new or an empty folder")
+
+
 @contextmanager
 def _made(folder: str | Path, key: str) -> Iterator[Path]:
     """Make the folder and test that it can be written. At the end, new folders that are still empty are removed."""

@@ -3,6 +3,7 @@
 import os
 import re
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ from pydantic import AfterValidator, BeforeValidator
 
 PLACEHOLDER = "{persona}"
 LONGEST_NAME = 255  # bytes, of a file or folder
+SHARE = re.compile(r"\s*(\d+|\d*\.\d+)\s*-\s*(\d+|\d*\.\d+)\s*", re.ASCII)
 
 
 def listed(value: Any) -> Any:
@@ -56,6 +58,34 @@ def _folder(text: str) -> str:
     return str(place)
 
 
+def layer_request(words: Sequence[str]) -> list[int] | str:
+    """Read layers from words: indices, or one share of the depth, which stays text.
+
+    Raises:
+        ValueError: the words are neither.
+    """
+    share = SHARE.fullmatch(words[0]) if len(words) == 1 else None
+    if share and 0 <= float(share[1]) < float(share[2]) <= 1:
+        return words[0]
+    if share or not words or not all(re.fullmatch(r"\d{1,6}", word, re.ASCII) for word in words):
+        raise ValueError(
+            f"layers should be indices from 0, or one share of the depth within 0-1 such as 0.3-0.7; got {words!r}"
+        )
+    return [int(word) for word in words]
+
+
+def _layers(words: list[str]) -> list[str]:
+    layer_request(words)
+    return words
+
+
+def _as_words(value: Any) -> Any:
+    """Turn indices into the words of a command line; return any other value unchanged."""
+    if isinstance(value, list):
+        return [str(part) if type(part) is int else part for part in value]
+    return _as_words([value]) if type(value) in (int, str) else value
+
+
 Word = Annotated[str, AfterValidator(_not_blank)]
 Template = Annotated[str, AfterValidator(_template)]
 Folder = Annotated[
@@ -64,3 +94,4 @@ Folder = Annotated[
     AfterValidator(_not_blank),
     AfterValidator(_folder),
 ]
+Layers = Annotated[list[str], AfterValidator(_layers), BeforeValidator(_as_words)]

@@ -30,11 +30,13 @@ class WordQuestions(NamedTuple):
         effect: log-odds after the chosen prompts minus log-odds after the rejected ones, in nats, mean over the
             questions.
         error: standard error of the effect; infinite for fewer than two questions.
+        by_pair: effect of each pair's own prompts, by the index of the pair; pairs without telling words are missing.
     """
 
     questions: list[Question]
     effect: float
     error: float
+    by_pair: dict[int, float]
 
 
 def word_questions(
@@ -72,24 +74,25 @@ def questions_of(
         key = (without_persona(pair, has_template=bool(tokenizer.chat_template)), pair.suffix)
         members.setdefault(key, []).append(index)
     made: list[tuple[float, Question, float]] = []
+    by_pair: dict[int, float] = {}
     for (prompt, suffix), own in members.items():
         pair, mean = pairs[own[0]], shift[own].mean(dim=0)
         targets, against = _telling_words(tokenizer, mean, pair)
         if not targets or not against:
             continue
         question = Question(prompt, (*targets, *against), targets, suffix=suffix, unit=suffix)
-        effects = []
         for index in own:
             others = [i for i in own if i != index] or own
             words = _telling_words(tokenizer, shift[others].mean(dim=0), pair)
             if all(words):
-                effects.append(_odds(tokenizer, logp[index], pair, words))
+                by_pair[index] = _odds(tokenizer, logp[index], pair, words)
+        effects = [by_pair[index] for index in own if index in by_pair]
         made.append((mean.abs().sum().item(), question, sum(effects) / max(1, len(effects))))
     made.sort(key=lambda row: -row[0])
     made = made[:most]
     effects = [row[2] for row in made]
     error = stdev(effects) / math.sqrt(len(effects)) if len(effects) > 1 else math.inf
-    return WordQuestions([row[1] for row in made], fmean(effects) if effects else 0.0, error)
+    return WordQuestions([row[1] for row in made], fmean(effects) if effects else 0.0, error, by_pair)
 
 
 def without_persona(pair: ContrastPair, *, has_template: bool) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from repeng.control.lora import lora_modules, lora_names
 from repeng.control.steer import steer
+from repeng.data.folders import check_new
 from repeng.tuner.base import base_of
 from repeng.tuner.layer import Linear, SvdSteeringLayer
 from repeng.tuner.residual import Residual
@@ -66,15 +67,6 @@ def adapter_to_export(model: nn.Module, adapter_name: str | None = None) -> str:
         if isinstance(module, LoraLayer) and module.lora_bias.get(name):
             raise ValueError(f"adapter {name!r} has a bias at {place}, which cannot be exported")
     return name
-
-
-def check_new(path: str | Path) -> None:
-    """Raise FileExistsError if the file exists or the folder is not empty."""
-    path = Path(path)
-    if path.is_file():
-        raise FileExistsError(f"{path} exists, and an export does not overwrite files; choose another path")
-    if path.exists() and any(path.iterdir()):
-        raise FileExistsError(f"{path} is not empty; an export needs a new or empty folder")
 
 
 def new_places(path: str | Path, coefficient: float | Sequence[float], ending: str = "") -> list[tuple[float, Path]]:

@@ -18,11 +18,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from repeng.data.files import write_json, write_text, written_whole
+from repeng.data.folders import check_new
 from repeng.export.factors import (
     Factors,
     Parts,
     adapter_to_export,
-    check_new,
     factors_at,
     new_places,
     of_one_rank,

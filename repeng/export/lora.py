@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from repeng.data.files import staged, write_json
+from repeng.data.folders import check_new
 from repeng.export.factors import (
     Factors,
     adapter_to_export,
-    check_new,
     factors_at,
     new_places,
     of_one_rank,

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from repeng.control.lora import lora_names, scale_weights
 from repeng.control.steer import steer
 from repeng.data.files import give_usual_mode
-from repeng.export.factors import adapter_to_export, check_new
+from repeng.data.folders import check_new
+from repeng.export.factors import adapter_to_export
 from repeng.export.gguf import write_merged
 from repeng.tuner.base import base_of, is_linear, is_quantised
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from repeng.control.acting import check_sites
 from repeng.data.arguments import TaskArguments
+from repeng.data.kinds import layer_request
 from repeng.data.pairs import ContrastPair
 from repeng.data.probes import traits_that_move
 from repeng.data.questions import Question
@@ -25,7 +26,6 @@ from repeng.model.sources import find_source
 from repeng.model.whole import check_vocabulary
 from repeng.train.arguments import SteeringArguments
 from repeng.train.collator import Example, tokenize_examples
-from repeng.train.recipe import layer_request
 from repeng.train.reference import pair_differences
 from repeng.train.sharding import check_parallelism
 from repeng.tuner import SvdSteeringConfig, SvdSteeringModel

@@ -3,45 +3,12 @@
 This file imports nothing slow, so that `repeng train --help` lists its keys at once.
 """
 
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from repeng.data.kinds import Folder, Word, listed
-
-SHARE = re.compile(r"\s*(\d+|\d*\.\d+)\s*-\s*(\d+|\d*\.\d+)\s*", re.ASCII)
-
-
-def layer_request(words: Sequence[str]) -> list[int] | str:
-    """Read layers from words: indices, or one share of the depth, which stays text.
-
-    Raises:
-        ValueError: the words are neither.
-    """
-    share = SHARE.fullmatch(words[0]) if len(words) == 1 else None
-    if share and 0 <= float(share[1]) < float(share[2]) <= 1:
-        return words[0]
-    if share or not words or not all(re.fullmatch(r"\d{1,6}", word, re.ASCII) for word in words):
-        raise ValueError(
-            f"layers should be indices from 0, or one share of the depth within 0-1 such as 0.3-0.7; got {words!r}"
-        )
-    return [int(word) for word in words]
-
-
-def _layers(words: list[str] | None) -> list[str] | None:
-    if words is not None:
-        layer_request(words)
-    return words
-
-
-def _as_words(value: Any) -> Any:
-    """Turn indices into the words of a command line; return any other value unchanged."""
-    if isinstance(value, list):
-        return [str(part) if type(part) is int else part for part in value]
-    return _as_words([value]) if type(value) in (int, str) else value
+from repeng.data.kinds import Folder, Layers, Word, listed
 
 
 def _whole_above_1(steps: float) -> float:
@@ -109,7 +76,7 @@ class Recipe:
             "with adapter: svd also residual, where a bias always acts.",
         },
     )
-    layers: Annotated[list[str] | None, AfterValidator(_layers), BeforeValidator(_as_words)] = field(
+    layers: Layers | None = field(
         default=None,
         metadata={
             "help": "Decoder layers to adapt: indices from 0, or a share of the depth such as 0.3-0.7; None = all.",

@@ -96,7 +96,7 @@ def test_the_true_answer_goes_round_the_letters(hub):
 
 def test_without_the_package_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"repeng\[hub\]"):
+    with pytest.raises(ImportError, match=r"pip install .*datasets"):
         question_sets.truthful_qa()
 
 

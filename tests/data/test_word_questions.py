@@ -129,7 +129,7 @@ def test_each_trait_but_the_own_is_a_probe(embedded, monkeypatch):
     def made_of(tokenizer, pairs, logp):
         seen.append(pairs)
         assert torch.allclose(logp, module.next_logp(*embedded, pairs), atol=1e-4)
-        return module.WordQuestions([Question("", ("a", "b"), ("a",))], 2.0, 0.1)
+        return module.WordQuestions([Question("", ("a", "b"), ("a",))], 2.0, 0.1, {})
 
     monkeypatch.setattr(probes, "questions_of", made_of)
     found = other_traits(SimpleNamespace(positive="honest", negative="dishonest"), *embedded)

@@ -17,12 +17,13 @@ from support import ROOT
 from repeng import steer, tiny
 from repeng.commands.base import load_task_model
 from repeng.data.arguments import TaskArguments
+from repeng.data.kinds import layer_request
 from repeng.data.task import make_task
 from repeng.train import build as building
 from repeng.train import run as script
 from repeng.train.arguments import parse_arguments
 from repeng.train.build import Sites, build
-from repeng.train.recipe import Recipe, layer_request
+from repeng.train.recipe import Recipe
 from repeng.train.run_folder import as_config
 
 QUICK = ("--max_steps", "2", "--save_steps", "1", "--num_pairs", "24", "--r", "4", "--logging_steps", "1")
