@@ -63,7 +63,7 @@ QUICK = {
     "export": "--output exported-{}",
 }
 # A hub, a GPU or a quarter of an hour: parsed, not run.
-NEEDS = re.compile(r"qwen|llama|gemma|own\.yaml|--with |smollm2", re.I)
+NEEDS = re.compile(r"qwen|llama|gemma|own\.yaml|--with |smollm2|concise", re.I)
 # A snippet that takes an adapter, a server or a training.
 SLOW = re.compile(r"outputs/|localhost|\.train\(")
 

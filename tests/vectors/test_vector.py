@@ -221,5 +221,5 @@ def test_other_gguf_files_are_refused(tmp_path):
 
 def test_without_the_package_gguf_the_way_to_get_it_is_told(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
-    with pytest.raises(ImportError, match=r"repeng\[gguf\]"):
+    with pytest.raises(ImportError, match=r"pip install .*gguf"):
         vector(places=(("residual", 1),), model_type="mistral").save_gguf(tmp_path / "v.gguf")
