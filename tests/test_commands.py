@@ -212,7 +212,7 @@ def test_the_unit_of_the_demo_is_a_cost(monkeypatch):
     monkeypatch.setattr(showing, "some_suffixes", lambda *_: [])
     monkeypatch.setattr(showing, "trait_pairs", lambda *_: tiny.pairs("mood", 48, 0))
     asked = showing.Asked(model, tokenizer, ["the rain settles on", "today the weather"])
-    vector = showing._vector(model, tokenizer, "mood", asked)
+    vector = showing.trait_vector(model, tokenizer, "mood", asked)
     dial = partial(steer, model, vector=vector)
     with torch.no_grad():
         assert asked.cost(dial, 0.0) == 0.0 and asked.answers(dial, 0.0) == asked.base

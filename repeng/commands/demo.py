@@ -27,6 +27,7 @@ from repeng.model.tokens import encode, pad_rows
 from repeng.vectors.extract import extract
 from repeng.vectors.vector import SteeringVector
 
+MODEL = "smollm2"
 PROMPTS = ("How was your day?", "Tell me about the weather today.", "Write about a walk in the park.")
 COEFFICIENTS = (-1.0, 0.0, 1.0)
 NATS = 0.35  # KL per token at c = ±1: about what the persona prompts of this model cost
@@ -54,7 +55,7 @@ def demo(
     asked = Asked(model, tokenizer, prompts or PROMPTS)
     if steering is None:
         print(f"extracting a vector for {trait}: c = +1 is {positive}, c = -1 is {negative}")
-        steering = _vector(model, tokenizer, trait, asked)
+        steering = trait_vector(model, tokenizer, trait, asked)
         steering.save(path)
     loaded = put_on(steering, model)
     with torch.no_grad():
@@ -108,7 +109,9 @@ class Asked:
         return torch.cat([one[len(row) - 1 : len(row) + len(answer) - 1] for one, row, answer in spans])
 
 
-def _vector(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, trait: str, asked: Asked) -> SteeringVector:
+def trait_vector(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, trait: str, asked: Asked
+) -> SteeringVector:
     """The vector of a trait, with c = ±1 at a cost of about `NATS`."""
     pairs = trait_pairs(trait, some_suffixes(tokenizer, SUFFIXES))
     vector = extract(model, tokenizer, pairs, layers=[usual_layer(model)])
