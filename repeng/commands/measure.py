@@ -14,7 +14,6 @@ from repeng.commands.base import Loaded, load_task_model, put_on, read_steering
 from repeng.control.lora import lora_names, scale_weights
 from repeng.control.steer import steer
 from repeng.data.arguments import TaskArguments
-from repeng.data.files import cache_folder
 from repeng.data.folders import claimed
 from repeng.data.pairs import ContrastPair
 from repeng.data.task import make_task, split_pairs
@@ -25,6 +24,7 @@ from repeng.eval.eval_report import ARMS
 from repeng.eval.measure import Dial
 from repeng.eval.report.folder import EVALUATION, write_report
 from repeng.eval.report.tables import print_doses, print_table
+from repeng.model.cache import cache_folder
 from repeng.train.adapter_files import CALIBRATION, save_adapter
 
 OWN = "this dial"

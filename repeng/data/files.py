@@ -120,9 +120,3 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Write a value as JSON, whole or not at all."""
     write_text(path, json.dumps(value, indent=1) + "\n")
-
-
-def cache_folder() -> Path:
-    """The folder for cached measurements: `$REPENG_CACHE`, or `repeng` in the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("REPENG_CACHE") or Path(home) / "repeng")

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from repeng.data.arguments import TaskArguments
 from repeng.data.configuration import data_file
-from repeng.data.files import cache_folder, load_texts, write_json
+from repeng.data.files import load_texts, write_json
 from repeng.data.lengths import check_pair_lengths, check_question_lengths, check_texts
 from repeng.data.pairs import PLACEHOLDER, ContrastPair, load_pairs, make_pairs, require_sound
 from repeng.data.probes import Probe, other_traits, robustness
@@ -27,6 +27,7 @@ from repeng.data.word_questions import (
     without_persona,
     word_questions,
 )
+from repeng.model.cache import cache_folder
 from repeng.model.identity import model_key
 from repeng.model.script import words as split_words
 from repeng.model.tokens import encode, special_id

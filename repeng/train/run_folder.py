@@ -14,12 +14,13 @@ from transformers import Trainer
 
 from repeng.data.arguments import TaskArguments
 from repeng.data.configuration import default_of
-from repeng.data.files import cache_folder, staged, write_text, written_whole
+from repeng.data.files import staged, write_text, written_whole
 from repeng.data.yaml_keys import read_keys
 from repeng.eval.compare import compare
 from repeng.eval.comparison import Comparison
 from repeng.eval.report import figures
 from repeng.eval.report.folder import EVALUATION, FILES, report_files, write_report
+from repeng.model.cache import cache_folder
 from repeng.model.sharded import is_sharded
 from repeng.train.adapter_files import ADAPTER, CALIBRATION, adapter_state, save_adapter
 from repeng.train.arguments import SteeringArguments

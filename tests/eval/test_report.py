@@ -14,6 +14,7 @@ from functools import partial
 import pytest
 
 from repeng import evaluate, extract, steer, tiny
+from repeng._extras import install_command
 from repeng.eval.comparison import Comparison
 from repeng.eval.eval_report import Sample
 from repeng.eval.measure import prompt_dial
@@ -99,7 +100,7 @@ def test_without_matplotlib_the_page_says_so(reports, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert not figures.available()
     text = write(reports, tmp_path / "report.html")
-    assert "data:image" not in text and "repeng[plot]" in text and 'id="samples"' in text
+    assert "data:image" not in text and html.escape(install_command("plot")) in text and 'id="samples"' in text
 
 
 @pytest.mark.browser
