@@ -86,7 +86,7 @@ def stage_adapter(
         is_lora=isinstance(adapter.config, LoraConfig),
         has_template=has_template,
         behaviour=checked(str, told.get("behaviour") or source.resolve().name, f"{REPORT}: behaviour"),
-        words=checked(tuple[str, str] | None, told.get("words"), f"{REPORT}: words"),
+        words=_words(told),
         pairs=[
             ContrastPair(**checked(dict[str, str], pair, f"{REPORT}: first_pairs"))
             for pair in told.get("first_pairs", ())[:SHOWN_PAIRS]
@@ -166,6 +166,12 @@ def _forms(model: PeftModel, place: Path, on_hub: str) -> tuple[int | None, str 
     for folder in written:
         (folder / CARD).unlink()  # it is for the folder of an export
     return cast(LoraConfig, LoraConfig.from_pretrained(str(written[0]))).r, None
+
+
+def _words(report: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The persona words, + and −, of a report; None if it has none."""
+    words = checked(list[str] | None, report.get("words"), f"{REPORT}: words")
+    return (words[0], words[1]) if words is not None and len(words) == 2 else None
 
 
 def _calibration(adapter: AdapterFolder) -> Mapping[str, Any] | None:
