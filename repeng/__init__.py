@@ -53,7 +53,7 @@ else:
             "make_pairs": "repeng.data.pairs",
             "steer": "repeng.control.steer",
         },
-        packages=("control", "data", "eval", "export", "model", "serve", "tiny", "train", "tuner", "vectors"),
+        packages=("control", "data", "eval", "export", "hub", "model", "serve", "tiny", "train", "tuner", "vectors"),
     )
 
 __version__ = "0.2.0"

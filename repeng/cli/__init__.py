@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from repeng._command import command, end
-from repeng.cli import completion, demo, export, extract, info, measure, new, pairs, serve, train
+from repeng.cli import completion, demo, export, extract, info, measure, new, pairs, push, serve, train
 from repeng.cli.parsing import Parser
 from repeng.data.files import nearest
 
@@ -24,6 +24,7 @@ COMMANDS = {
     "serve": serve,
     "info": info,
     "completion": completion,
+    "push": push,
 }
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from repeng.cli.parsing import Commands, add_base, add_json, add_path, check_base, finite, parsed, path_first, tell
-from repeng.data.paths import steerable
+from repeng.data.paths import named_after, steerable
 
 EXPORTS = ("lora", "dial", "merged", "gguf")
 
@@ -39,7 +39,7 @@ def add(commands: Commands) -> None:
 def run(parser: ArgumentParser, argv: Sequence[str]) -> None:
     """Check the options, then write the export."""
     options = parsed(parser, [argv[0], *path_first(argv[1:])])
-    steerable(str(options.path))
+    beside, options.path = named_after(str(options.path)), steerable(str(options.path))
     is_vector = options.path.is_file()
     if is_vector and options.to != "gguf":
         raise ValueError(
@@ -55,4 +55,4 @@ def run(parser: ArgumentParser, argv: Sequence[str]) -> None:
     from repeng.commands.export import export
 
     named = options.model_name_or_path, options.gguf_file
-    tell(options.json, lambda: export(options.path, options.to, options.coefficients, options.output, *named))
+    tell(options.json, lambda: export(options.path, beside, options.to, options.coefficients, options.output, *named))

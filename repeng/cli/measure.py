@@ -17,7 +17,7 @@ from repeng.cli.parsing import (
 )
 from repeng.data.arguments import TaskArguments
 from repeng.data.configuration import add_keys, built, defaults_of, hints_for, read_configs, split_configs
-from repeng.data.paths import WANTED, steerable
+from repeng.data.paths import WANTED, named_after, steerable
 from repeng.data.trust import check_followed, own_config, say_model
 from repeng.data.words import read_words
 
@@ -55,7 +55,12 @@ def run(parser: ArgumentParser, argv: Sequence[str]) -> None:
     configs, rest = split_configs(words[1:])
     on_the_line = read_words(rest, {**hints, "json": bool}, defaults_of(kinds))
     as_json = on_the_line.pop("json", False)
-    path = steerable(words[0])
+    path, beside = steerable(words[0]), named_after(words[0])
+    if command == "calibrate" and str(beside) != words[0]:
+        raise ValueError(
+            f"PATH: a calibration is stored in the adapter or vector, and {words[0]} is on the hub; get it with "
+            f"hf download {words[0].partition('@')[0]} --local-dir {beside}, and give that folder or file"
+        )
     own = configs is None
     if configs is None:
         found = own_config(path)
@@ -75,6 +80,8 @@ def run(parser: ArgumentParser, argv: Sequence[str]) -> None:
 
     options = vars(arguments)
     required = options.pop("require_steering", False)
+    if command == "evaluate" and str(beside) != words[0] and options["output"] is None:
+        options["output"] = f"{beside}-report"
     result = tell(as_json, lambda: DO[command](path, task_args, **options))
     if required and result["shortcomings"]:
         end("this does not steer: " + "; ".join(result["shortcomings"]), FAILED)

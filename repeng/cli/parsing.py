@@ -15,6 +15,7 @@ from repeng.data.words import LINE, name_of, read_words
 
 Commands = Any  # the object that `add_subparsers` returns; argparse has no public name for its class
 Result = Mapping[str, Any]
+PATH = "folder of an adapter, file of a vector, or owner/name on the hub"
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,7 +32,9 @@ def add_json(command: argparse.ArgumentParser) -> None:
     )
 
 
-def add_path(command: argparse.ArgumentParser, told: str = "folder of an adapter, or file of a vector") -> None:
+def add_path(
+    command: argparse.ArgumentParser, told: str = "folder of an adapter, file of a vector, or owner/name on the hub"
+) -> None:
     """Add the positional argument PATH."""
     command.add_argument("path", type=Path, metavar="PATH", help=told)
 

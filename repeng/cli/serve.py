@@ -29,7 +29,8 @@ def add(commands: Commands) -> None:
         "paths",
         nargs="+",
         metavar="[NAME=]PATH",
-        help="folders of adapters and files of vectors; NAME is by default the name of the folder or file",
+        help="folders of adapters, files of vectors, and repositories owner/name on the hub; NAME is by default the "
+        "name of the folder, the file or the repository",
     )
     add_base(command, "by default the one that an adapter or a vector names")
     command.add_argument("--host", default="127.0.0.1", help="address; any but a loopback address needs an API key")

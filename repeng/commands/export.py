@@ -18,6 +18,7 @@ from repeng.vectors.vector import SteeringVector, read_vector
 
 def export(
     path: Path,
+    beside: Path,
     to: str,
     coefficients: list[float] | None,
     output: Path | None,
@@ -26,11 +27,13 @@ def export(
 ) -> dict[str, Any]:
     """Write an adapter or a vector in a format for other software, and print the paths of the files.
 
+    Without `output`, the path of the result is that of `beside` with an ending.
+
     Raises:
         ValueError: the base model is unknown, or the adapter cannot be written in this format.
         FileExistsError: the destination exists already.
     """
-    beside = path.resolve()
+    beside = beside.resolve()
     check_writable(output.parent if output else beside.parent, "the folder of --output")
     if path.is_file():
         return _export_vector(read_vector(path), output, beside)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from repeng.data.files import nearest
 from repeng.data.schema import checked, shown
+from repeng.data.trust import stays_inside
 from repeng.model.strict_json import read_json
 from repeng.model.tensor_files import read_tensors
 from repeng.tuner import SvdSteeringConfig
@@ -159,10 +160,7 @@ def _check_file(folder: Path, name: str) -> None:
         pickles = [one.name for one in folder.glob("adapter_model.*") if one.suffix in (".bin", ".pt", ".pth")]
         more = f"; {pickles[0]} is a pickle and is not read, because reading it can run code" if pickles else ""
         raise FileNotFoundError(f"{folder} is not an adapter's folder: it holds no {name}{more}; give another folder")
-    whole = folder.resolve()
-    # In the hub's cache, a folder is snapshots/REVISION/…, and its files link to blobs beside snapshots.
-    inside = (whole, *(above / "blobs" for above in list(whole.parents)[1:4]))
-    if path.is_symlink() and not any(path.resolve().is_relative_to(one) for one in inside):
+    if not stays_inside(path):
         raise ValueError(f"{path} is a link to {path.resolve()}, outside its folder; put the file itself there")
 
 

@@ -100,5 +100,5 @@ class TaskArguments:
     def behaviour(self) -> str:
         """A few words for the behaviour that is steered."""
         if self.positive is None:
-            return f"the pairs of {self.pairs_file}"
+            return f"the pairs of {Path(str(self.pairs_file)).name}"
         return f"{self.positive} (+1) / {self.negative} (−1)"

@@ -18,9 +18,17 @@ def own_config(folder: Path) -> Path | None:
     path = folder / CONFIG
     if not path.is_file():
         return None
-    if not path.resolve().is_relative_to(folder.resolve()):
+    if not stays_inside(path):
         raise ValueError(f"{path} is a link out of its folder, to {path.resolve()}; replace it with the file itself")
     return path
+
+
+def stays_inside(path: Path) -> bool:
+    """Whether a file is in its folder, and not a link out of it, except for a link inside the cache of the hub."""
+    whole = path.parent.resolve()
+    # In the hub's cache, a folder is snapshots/REVISION/…, and its files link to blobs beside snapshots.
+    inside = (whole, *(above / "blobs" for above in list(whole.parents)[1:4]))
+    return not path.is_symlink() or any(path.resolve().is_relative_to(one) for one in inside)
 
 
 def check_followed(keys: Mapping[str, Any], path: Path) -> None:

@@ -174,6 +174,7 @@ class Comparison:
             "verdict": self.verdict,
             "shortcomings": self.shortcomings(),
             "own": self.own,
+            "where": self.where,
             "yardstick": [_finite(cost[0].item()) for cost in self.yardstick()],
             "rows": rows,
         }

@@ -2,13 +2,10 @@
 
 import copy
 import importlib.util
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import torch
 from huggingface_hub import constants, try_to_load_from_cache
@@ -23,6 +20,7 @@ from transformers import (
 )
 
 from repeng._extras import install_command
+from repeng.model.hub import unreachable
 from repeng.model.sources import WAYS, Source, find_source, name_of_folder
 from repeng.model.templates import check_template
 from repeng.model.whole import check_folder, check_loaded, check_vocabulary
@@ -76,21 +74,12 @@ def load_shape(name_or_path: str, gguf_file: str | None = None) -> PreTrainedMod
 
 
 def _check_reachable(source: Source) -> None:
-    """Raise ValueError if the model must be downloaded and the hub cannot be reached.
-
-    The hub's own client would fail only after half a minute of retries.
-    """
-    known = Path(source.path).is_dir() or try_to_load_from_cache(source.path, source.gguf_file or "config.json")
-    if known or constants.HF_HUB_OFFLINE or getproxies():
+    """Raise ValueError if the model must be downloaded and the hub cannot be reached."""
+    if Path(source.path).is_dir() or try_to_load_from_cache(source.path, source.gguf_file or "config.json"):
         return
-    place = urlsplit(constants.ENDPOINT)
-    try:
-        socket.create_connection((place.hostname, place.port or 443), timeout=5).close()
-    except OSError as error:
-        raise ValueError(
-            f"model_name_or_path: {source.path!r} is not in the download cache, and {place.hostname} cannot be "
-            f"reached ({error}); give {WAYS}"
-        ) from None
+    why = None if constants.HF_HUB_OFFLINE else unreachable()
+    if why is not None:
+        raise ValueError(f"model_name_or_path: {source.path!r} is not in the download cache, and {why}; give {WAYS}")
 
 
 @contextmanager

@@ -22,6 +22,7 @@ class Packaged(NamedTuple):
         module: the package's module, in whose folder the model lies.
         gguf_file: name of the model's file.
         sha256: checksum of that file, in hexadecimal.
+        hub_id: the model on the hub whose rounded weights the file holds.
     """
 
     extra: str
@@ -30,6 +31,7 @@ class Packaged(NamedTuple):
     module: str
     gguf_file: str
     sha256: str
+    hub_id: str
 
 
 def folders_of(name: str, packaged: Packaged) -> list[Path]:

