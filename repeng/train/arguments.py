@@ -39,7 +39,8 @@ class SteeringArguments(Recipe, TrainerKeys, TrainingArguments):  # pyright: ign
 
     def __post_init__(self) -> None:
         for name, hint in {**hints_of(TrainerKeys), **hints_of(Recipe)}.items():
-            setattr(self, name, argument(hint, getattr(self, name), name))
+            if hasattr(self, name):  # older versions of transformers lack some keys
+                setattr(self, name, argument(hint, getattr(self, name), name))
         # Read the values before `TrainingArguments` derives some of them from others.
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         self.changed = changed(values)
