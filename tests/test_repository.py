@@ -31,8 +31,11 @@ FLOORS = {
     "export": 5,
     "serve": 5,
     "train": 6,
+    "chat": 7,
+    "commands": 8,
+    "cli": 9,
 }
-COMMANDS = {("repeng", "commands.py"), ("repeng", "train", "run.py")}
+COMMANDS = {("repeng", "commands", "base.py"), ("repeng", "train", "run.py")}
 SOURCES = {path: path.read_text(encoding="utf-8") for path in [*ROOT.glob("repeng/**/*.py"), ROOT / "train.py"]}
 
 

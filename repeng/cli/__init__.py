@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from repeng._command import command, end
-from repeng.cli import export, measure, serve, train
+from repeng.cli import chat, export, measure, serve, train
 from repeng.cli.parsing import Parser
 from repeng.data.files import nearest
 
@@ -17,6 +17,7 @@ COMMANDS = {
     "calibrate": measure,
     "export": export,
     "serve": serve,
+    "chat": chat,
 }
 
 
