@@ -16,7 +16,6 @@ from transformers.generation.streamers import BaseStreamer
 from repeng.control.dials import Dials
 from repeng.data.files import nearest
 from repeng.data.lengths import positions
-from repeng.data.schema import checked
 from repeng.model.generate import bare_generation, ends_and_pad
 from repeng.model.logprob import kl_divergence
 from repeng.model.tokens import encode, pad_rows
@@ -183,7 +182,8 @@ class Chat:
             raise ValueError("there is nothing to answer; give one column or more")
         for column in columns:
             self.check(column.coefficients)
-            checked(str, column.prompt, "the prompt")
+            if any("\ud800" <= c <= "\udfff" for c in column.prompt):
+                raise ValueError(f"the prompt {column.prompt[:40]!r} has characters that are not text; leave them out")
             if not column.prompt.strip():
                 raise ValueError("the prompt is empty; write some text")
         return [encode(self.tokenizer, one.prompt, history=one.history).ids for one in columns]

@@ -64,7 +64,7 @@ def legend() -> str:
     """The meaning of the colours."""
     small, middle, large = STEPS
     return (
-        '<p class="legend">Change of a token\'s log-probability against c = 0, in nats. '
+        '<p class="legend">Change of a token\'s log-probability against c\u00a0=\u00a00, in nats. '
         f'More likely, solid line: <span class="up1">from {small:g}</span> <span class="up2">from {middle:g}</span> '
         f'<span class="up3">from {large:g}</span>. '
         f'Less likely, dotted line: <span class="down1">from −{small:g}</span> '
@@ -84,18 +84,14 @@ def _turn(turn: Turn) -> str:
         text, below = html.escape(answer.text.lstrip() or "…"), ""
     else:
         pieces = list(merged(answer, cost))
-        text = "".join(
-            f'<span class="{shade(one.change)}" title="{one.change:+.2f} nats, KL {one.kl:.2f}">'
-            f"{html.escape(one.text)}</span>"
-            for one in pieces
-        )
+        text = "".join(map(_coloured, pieces))
         rows = "".join(
             f"<tr><td>{html.escape(one.text)}</td><td>{one.change:+.2f}</td><td>{one.kl:.2f}</td></tr>"
             for one in pieces
         )
         below = (
             f'<p class="cost">KL {cost.mean:.3f}, RMSE {cost.rmse:.3f} nats per token. '
-            f"Log-probability {cost.total:+.2f} nats against c = 0.</p>"
+            f"Log-probability {cost.total:+.2f} nats against c\u00a0=\u00a00.</p>"
             '<details><summary>Numbers per token</summary><div class="numbers" tabindex="0" role="region" '
             'aria-label="Numbers per token"><table><thead><tr><th>text</th>'
             f"<th>change, nats</th><th>KL, nats</th></tr></thead><tbody>{rows}</tbody></table></div></details>"
@@ -105,6 +101,14 @@ def _turn(turn: Turn) -> str:
         f'<p class="at">{html.escape(shown_coefficients(column.coefficients))}</p>'
         f'<p class="text">{text}</p>{below}</div>'
     )
+
+
+def _coloured(piece: Piece) -> str:
+    """A piece with its colour and its number. Spaces before and after it have no colour."""
+    inside = piece.text.strip()
+    before, _, after = piece.text.partition(inside) if inside else (piece.text, "", "")
+    told = f"{piece.change:+.2f} nats, KL {piece.kl:.2f}"
+    return f'{before}<span class="{shade(piece.change)}" title="{told}">{html.escape(inside)}</span>{after}'
 
 
 def merged(answer: Answer, cost: Cost) -> Iterator[Piece]:

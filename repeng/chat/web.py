@@ -33,7 +33,8 @@ STYLE = (
     markup.STYLE
     + """
 footer { display: none !important; }
-.gradio-container { max-width: 1200px !important; }
+.gradio-container { max-width: 1200px !important; margin: 0 auto !important; }
+.code textarea { font-family: ui-monospace, monospace; font-size: 0.8rem; }
 """
 )
 
@@ -134,7 +135,7 @@ def make_blocks(session: Session) -> Any:
         sliders, panels = [], []
         with gr.Row():
             for column, begin in zip(NAMES, BEGIN, strict=True):
-                with gr.Column(min_width=300):
+                with gr.Column(min_width=300, elem_id=f"column-{column}"):
                     for index, name in enumerate(names):
                         value = begin if index == 0 else 0.0
                         label = f"{column}: coefficient of {name}"
@@ -144,8 +145,8 @@ def make_blocks(session: Session) -> Any:
         same = gr.Checkbox(True, label="Same prompt for A and B")
         with gr.Row():
             prompts = [
-                gr.Textbox(label="Prompt", lines=2, min_width=300, elem_id="prompt-a"),
-                gr.Textbox(label="Prompt for B", lines=2, min_width=300, visible=False, elem_id="prompt-b"),
+                gr.Textbox(label="Prompt", max_lines=8, min_width=300),
+                gr.Textbox(label="Prompt for B", max_lines=8, min_width=300, visible=False),
             ]
         with gr.Row():
             send = gr.Button("Send", variant="primary", min_width=120)
@@ -155,7 +156,15 @@ def make_blocks(session: Session) -> Any:
         status = gr.HTML(markup.note(""))
         with gr.Accordion("Copy as Python or curl", open=False):
             code = [
-                gr.Textbox(label=f"The last answers in {kind}", lines=4, max_lines=18, interactive=False, value=begun)
+                gr.Textbox(
+                    begun,
+                    label=f"The last answers in {kind}",
+                    lines=4,
+                    max_lines=18,
+                    interactive=False,
+                    buttons=["copy"],
+                    elem_classes="code",
+                )
                 for kind, begun in zip(("Python", "curl"), session.code(Shown()), strict=True)
             ]
 
@@ -236,7 +245,7 @@ def make_page(session: Session, hosts: Sequence[str], password: str | None) -> A
     gr = _gradio()
     fastapi = import_module("fastapi")
     trusted = import_module("starlette.middleware.trustedhost").TrustedHostMiddleware
-    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # of the machine itself
     app = gr.mount_gradio_app(
         fastapi.FastAPI(openapi_url=None),
         make_blocks(session),
@@ -247,7 +256,7 @@ def make_page(session: Session, hosts: Sequence[str], password: str | None) -> A
         max_file_size=1,
         ssr_mode=False,
         pwa=False,
-        theme=theme,
+        theme=gr.themes.Default(primary_hue="slate", **fonts),
         css=STYLE,
     )
     app.add_middleware(_Guard)
