@@ -25,6 +25,10 @@ STYLE = """
 .talk .numbers { max-height: 16rem; overflow: auto; }
 .talk table { font-size: 0.8rem; border-collapse: collapse; }
 .talk td, .talk th { padding: 1px 10px 1px 0; text-align: left; white-space: pre; }
+.code { position: relative; margin: 0 0 12px; }
+.code pre { max-height: 22rem; overflow: auto; white-space: pre-wrap; overflow-wrap: anywhere; padding: 10px;
+  font-family: ui-monospace, monospace; font-size: 0.8rem; border: 1px solid var(--border-color-primary); }
+.code .copy { float: right; padding: 2px 10px; border: 1px solid currentcolor; border-radius: 6px; font-size: 0.8rem; }
 .legend { line-height: 2; font-size: 0.85rem; }
 .up1, .up2, .up3, .down1, .down2, .down3 { color: #111; border-radius: 3px; padding: 1px 0; }
 .up1 { background: #e3edfb; border-bottom: 2px solid #7aa7e0; }
@@ -76,6 +80,15 @@ def legend() -> str:
 def note(text: str) -> str:
     """A message, read out by screen readers."""
     return f'<p role="status">{html.escape(text)}</p>'
+
+
+def code_boxes(python: str, curl: str) -> str:
+    """The code of the last answers, each with a button that copies it."""
+    return "".join(
+        f'<div class="code"><button class="copy" aria-label="Copy the {kind} code">Copy</button><h3>{kind}</h3>'
+        f'<pre tabindex="0" role="region" aria-label="The last answers in {kind}">{html.escape(text)}</pre></div>'
+        for kind, text in (("Python", python), ("curl", curl))
+    )
 
 
 def _turn(turn: Turn) -> str:

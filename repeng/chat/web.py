@@ -34,9 +34,16 @@ STYLE = (
     + """
 footer { display: none !important; }
 .gradio-container { max-width: 1200px !important; margin: 0 auto !important; }
-.code textarea { font-family: ui-monospace, monospace; font-size: 0.8rem; }
 """
 )
+
+COPY = """<script>
+document.addEventListener("click", event => {
+  const button = event.target.closest("button.copy");
+  if (button) navigator.clipboard.writeText(button.parentElement.querySelector("pre").textContent)
+    .then(() => { button.textContent = "Copied"; });
+});
+</script>"""
 
 
 class Shown(NamedTuple):
@@ -155,18 +162,7 @@ def make_blocks(session: Session) -> Any:
             clear = gr.Button("Clear", min_width=120)
         status = gr.HTML(markup.note(""))
         with gr.Accordion("Copy as Python or curl", open=False):
-            code = [
-                gr.Textbox(
-                    begun,
-                    label=f"The last answers in {kind}",
-                    lines=4,
-                    max_lines=18,
-                    interactive=False,
-                    buttons=["copy"],
-                    elem_classes="code",
-                )
-                for kind, begun in zip(("Python", "curl"), session.code(Shown()), strict=True)
-            ]
+            code = gr.HTML(markup.code_boxes(*session.code(Shown())))
 
         panel_names = tuple(zip(NAMES, range(len(NAMES)), strict=True))
 
@@ -174,8 +170,8 @@ def make_blocks(session: Session) -> Any:
             """The outputs `panels, state, status, code`. Without `code_of`, answers are running."""
             busy = code_of is None
             talks = [markup.talk(shown.turns[index], name, busy=busy) for name, index in panel_names]
-            texts = [gr.skip(), gr.skip()] if code_of is None else session.code(code_of)
-            return [*talks, gr.skip() if busy else shown, markup.note(told), *texts]
+            boxes = gr.skip() if code_of is None else markup.code_boxes(*session.code(code_of))
+            return [*talks, gr.skip() if busy else shown, markup.note(told), boxes]
 
         def answered(
             page: Any,
@@ -222,7 +218,7 @@ def make_blocks(session: Session) -> Any:
         def on_same(one: bool) -> list[Any]:
             return [gr.update(label="Prompt" if one else "Prompt for A"), gr.update(visible=not one)]
 
-        outputs = [*panels, state, status, *code]
+        outputs = [*panels, state, status, code]
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         queued = quiet | {"concurrency_limit": 1, "concurrency_id": "model"}  # one queue, because there is one model
         for trigger in (send.click, *(prompt.submit for prompt in prompts)):
@@ -258,6 +254,7 @@ def make_page(session: Session, hosts: Sequence[str], password: str | None) -> A
         pwa=False,
         theme=gr.themes.Default(primary_hue="slate", **fonts),
         css=STYLE,
+        head=COPY,
     )
     app.add_middleware(_Guard)
     app.add_middleware(trusted, allowed_hosts=list(hosts))

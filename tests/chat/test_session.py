@@ -9,7 +9,7 @@ import pytest
 
 from repeng import extract, tiny
 from repeng.chat import Answer, Chat, Column, Cost
-from repeng.chat.markup import END, Turn, merged, shade, talk
+from repeng.chat.markup import END, Turn, code_boxes, merged, note, shade, talk
 from repeng.chat.snippets import Origin, as_curl, as_python
 from repeng.chat.web import Session, Shown
 from repeng.control.dials import Dials
@@ -154,6 +154,11 @@ def test_prompts_and_answers_are_escaped(cost):
     text = talk([one if cost else Turn(one.column, one.answer)], "A")
     assert "<img" not in text and text.count(html.escape(HOSTILE)) == (5 if cost else 3)
     assert set(re.findall(r"<(\w+)", text)) <= set("div p span details summary table thead tbody tr th td".split())
+
+
+def test_code_and_notes_are_escaped():
+    for text in (code_boxes(HOSTILE, HOSTILE), note(HOSTILE)):
+        assert "<img" not in text and html.escape(HOSTILE) in text
 
 
 def test_tokens_without_text_join_the_next_and_the_end_has_a_sign():
