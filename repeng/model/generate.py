@@ -43,7 +43,8 @@ def ends_and_pad(model: CausalLM, tokenizer: PreTrainedTokenizerBase) -> tuple[s
     """The tokens that end a text, and the token that fills a row after its end."""
     given: Any = model.generation_config.eos_token_id
     ends = set(given if isinstance(given, list) else [given]) - {None}
-    return ends, tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
+    pad = cast(int | None, tokenizer.pad_token_id)
+    return ends, min(ends, default=0) if pad is None else pad
 
 
 @torch.no_grad()
