@@ -165,9 +165,11 @@ def test_an_answer_that_waits_can_be_closed(chat):
     assert not asked.is_alive()
     results, cancelled = [], threading.Event()
     cancelled.set()
+    waiting = threading.Thread(target=chat._generate, args=([[1]], {}, 0, results.append, cancelled), daemon=True)
     with chat._lock:
-        chat._generate([[1]], {}, 0, results.append, cancelled)
-    assert results == [None]
+        waiting.start()
+        waiting.join(60)
+        assert results == [None]
 
 
 def test_threads_take_turns(chat, dials, monkeypatch):

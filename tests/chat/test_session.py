@@ -79,7 +79,10 @@ def test_the_same_answer_again_at_temperature_0_is_explained(session):
     assert not session.remark(first, Shown())
 
 
-def test_the_python_code_gives_the_same_answers(session, capsys):
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_the_python_code_gives_the_same_answers(session, temperature):
+    chat = Chat(session.chat.dials, session.chat.tokenizer, max_new_tokens=8, temperature=temperature, seed=5)
+    session = Session(chat, session.origin)
     first = answered(session, [PROMPT, PROMPT], [-1.0, 1.0])
     second = answered(session, ["the rain", "the speaker is"], [0.5, 1.0], first, attempt=3)
     code, _ = session.code(second)
