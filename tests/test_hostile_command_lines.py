@@ -186,6 +186,11 @@ COMMANDS = {
     "serve: port": ("port", ["serve", "adapter", "--port", "many"]),
     "serve: port too high": ("port", ["serve", "adapter", "--port", "70000"]),
     "serve: port negative": ("port", ["serve", "adapter", "--port", "-1"]),
+    "chat: no path": ("PATH", ["chat"]),
+    "chat: path absent": ("nowhere", ["chat", "nowhere"]),
+    "chat: port without the page": ("port", ["chat", "adapter", "--port", "1"]),
+    "chat: temperature": ("temperature", ["chat", "adapter", "--temperature", "hot"]),
+    "chat: abbreviation": ("max_new_tokens", ["chat", "adapter", "--max_new", "5"]),
     "serve: abbreviation": ("max_length", ["serve", "adapter", "--max_len", "5"]),
 }
 

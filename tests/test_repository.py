@@ -32,6 +32,7 @@ FLOORS = {
     "serve": 5,
     "hub": 6,
     "train": 7,
+    "chat": 7,
     "commands": 8,
     "cli": 9,
 }

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from repeng._command import command, end
-from repeng.cli import completion, demo, export, extract, info, measure, new, pairs, push, serve, train
+from repeng.cli import chat, completion, demo, export, extract, info, measure, new, pairs, push, serve, train
 from repeng.cli.parsing import Parser
 from repeng.data.files import nearest
 
@@ -20,11 +20,12 @@ COMMANDS = {
     "train": train,
     "evaluate": measure,
     "calibrate": measure,
+    "chat": chat,
     "export": export,
     "serve": serve,
+    "push": push,
     "info": info,
     "completion": completion,
-    "push": push,
 }
 
 

@@ -50,11 +50,7 @@ def run(parser: ArgumentParser, argv: Sequence[str]) -> None:
     limits = Limits(**{one.name: getattr(options, one.name) for one in fields(Limits)})
     check_base(options)
     api_key = os.environ.get(KEY_VARIABLE) or None
-    if options.host not in LOOPBACK and api_key is None:
-        raise ValueError(
-            f"--host {options.host} admits other machines: set an API key for the requests in the environment "
-            f"variable {KEY_VARIABLE}"
-        )
+    check_host(options.host, api_key)
     missing = [name for name in ("starlette", "uvicorn", "prometheus_client") if not find_spec(name)]
     if missing:
         raise ImportError(f"serving needs {', '.join(missing)}: {install_command('serve')}")
@@ -70,6 +66,15 @@ def run(parser: ArgumentParser, argv: Sequence[str]) -> None:
         use_cpu=options.use_cpu,
         limits=limits,
     )
+
+
+def check_host(host: str, api_key: str | None) -> None:
+    """Raise ValueError if the address admits other machines and there is no API key."""
+    if host not in LOOPBACK and api_key is None:
+        raise ValueError(
+            f"--host {host} admits other machines: set an API key for the requests in the environment variable "
+            f"{KEY_VARIABLE}"
+        )
 
 
 def check_port(port: int) -> None:

@@ -125,7 +125,7 @@ def open_dials(
         ValueError: the base model is unknown, the adapters have different bases, or one does not fit the model.
     """
     if model_name_or_path is None:
-        model_name_or_path, gguf_file = _shared_base(paths)
+        model_name_or_path, gguf_file = shared_base(paths)
     tokenizer = load_tokenizer(model_name_or_path, gguf_file)
     model = load_base(model_name_or_path, device_for(use_cpu), gguf_file=gguf_file)
     check_vocabulary(model, tokenizer)
@@ -134,7 +134,7 @@ def open_dials(
     return Steerable(load_dials(model, paths), tokenizer, name)
 
 
-def _shared_base(paths: Mapping[str, Path]) -> tuple[str, str | None]:
+def shared_base(paths: Mapping[str, Path]) -> tuple[str, str | None]:
     """Name and GGUF file of the base model that all adapters, or else all vectors, name."""
     bases = {name: base_of_adapter(path) for name, path in paths.items() if path.is_dir()}
     if not bases:

@@ -17,7 +17,7 @@ THINK_CLOSE = "</think>"
 
 
 @contextmanager
-def _bare_generation(model: CausalLM) -> Iterator[None]:
+def bare_generation(model: CausalLM) -> Iterator[None]:
     """Inside the context, the generation config of the model holds only its special tokens.
 
     Otherwise the model's own settings, such as a repetition penalty, would apply as defaults and hide the effect of
@@ -37,6 +37,14 @@ def _bare_generation(model: CausalLM) -> Iterator[None]:
     finally:
         for owner, config in zip(owners, before, strict=True):
             owner.generation_config = config
+
+
+def ends_and_pad(model: CausalLM, tokenizer: PreTrainedTokenizerBase) -> tuple[set[int], int]:
+    """The tokens that end a text, and the token that fills a row after its end."""
+    given: Any = model.generation_config.eos_token_id
+    ends = set(given if isinstance(given, list) else [given]) - {None}
+    pad = cast(int | None, tokenizer.pad_token_id)
+    return ends, min(ends, default=0) if pad is None else pad
 
 
 @torch.no_grad()
@@ -61,9 +69,7 @@ def continuations(
         stop: a text after which a row may also end; padding then follows it in the continuation.
         seed: seed for sampling at temperature 1; None for greedy decoding.
     """
-    ends = model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends]) - {None}
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
+    ends, pad = ends_and_pad(model, tokenizer)
     settings = {"do_sample": seed is not None, "pad_token_id": pad, "max_new_tokens": max_new_tokens}
     if is_sharded(model):
         settings["synced_gpus"] = True  # otherwise the other processes would wait for a process that ends earlier
@@ -82,7 +88,7 @@ def continuations(
         batch = pad_rows(rows[start : start + batch_size], tokenizer, model.device, side="left")
         width = batch["input_ids"].shape[1]
         del batch["position_ids"]  # `generate` derives them from the mask
-        with _bare_generation(model), torch.random.fork_rng(enabled=seed is not None):
+        with bare_generation(model), torch.random.fork_rng(enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed + start)
             out = generate(**batch, **settings)
