@@ -174,6 +174,7 @@ def use(monkeypatch, hub, cache):
     for name, value in settings.items():
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setattr(hf_api.api, "endpoint", hub.address)
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # it would keep the address of an earlier hub
     for name, value in {"HF_ENDPOINT": hub.address, "HF_HUB_CACHE": str(cache), "HF_TOKEN": TOKEN}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)

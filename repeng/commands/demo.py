@@ -98,7 +98,7 @@ class Asked:
             return kl_divergence(self._read(), self._logits).mean().item()
 
     def text(self, ids: Sequence[int]) -> str:
-        return " ".join(str(self.tokenizer.decode(ids, skip_special_tokens=True)).split())
+        return " ".join(str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).split())
 
     def _read(self) -> Tensor:
         """Logits `(n v)` of the tokens of the base's answers."""

@@ -145,7 +145,8 @@ def make_task(
     elif own is not None and not held_out:
         questions, accepts = own.questions, own.accepts
     else:
-        questions, *effect = word_questions(model, tokenizer, held_out, most=MAX_QUESTIONS)
+        made = word_questions(model, tokenizer, held_out, most=MAX_QUESTIONS)
+        questions, effect = made.questions, (made.effect, made.error)
         if not questions:
             raise ValueError(
                 f"this model continues both sides of the {len(held_out)} held-out pairs alike, so no question can be "
@@ -166,7 +167,7 @@ def make_task(
         questions,
         openings,
         words,
-        None if effect is None else (effect[0], effect[1]),
+        effect,
         {**others, **robustness(questions, openings, has_template=bool(tokenizer.chat_template))},
         accepts,
     )
