@@ -285,7 +285,14 @@ def test_bad_input_ends_with_a_sentence(vector_file, argv, message):
 
 @pytest.mark.parametrize(
     "words",
-    [["v", "--config", "a", "b"], ["--config", "a", "b", "v"], ["--require_steering", "v"], ["--seed", "3", "v"]],
+    [
+        ["v", "--config", "a", "b"],
+        ["--config", "a", "b", "v"],
+        ["--require_steering", "v"],
+        ["--seed", "3", "v"],
+        ["--json", "v", "--seed", "3"],
+        ["--json", "--seed", "3", "v"],
+    ],
 )
 def test_the_path_stands_first_or_last(words):
     assert path_first(words)[0] == "v" and sorted(path_first(words)) == sorted(words)

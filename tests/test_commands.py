@@ -5,15 +5,17 @@ import subprocess
 from dataclasses import asdict
 from functools import partial
 from subprocess import CalledProcessError
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from repeng import SteeringVector, SvdSteeringConfig, extract, load_pairs, steer, tiny
+from repeng import SteeringVector, SvdSteeringConfig, extract, load_model, load_pairs, steer, tiny
 from repeng.cli import COMMANDS, main
 from repeng.commands import demo as showing
 from repeng.commands import extract as extracting
+from repeng.commands.base import base_of_vector
 from repeng.commands.new import TEMPLATES, _fitting
 from repeng.commands.pairs import _wrong_articles
 from repeng.data.behaviours import OPPOSITES, behaviour_of, opposite_of, takes_an
@@ -37,6 +39,7 @@ def result(capsys, *argv):
         ("more concise", ("concise", 1)),
         ("Be less formal.", ("formal", -1)),
         ("not rude", ("rude", -1)),
+        ("not so formal", ("formal", -1)),
         ("kind", ("kind", 1)),
         ("very old-fashioned", ("old-fashioned", 1)),
     ],
@@ -60,7 +63,9 @@ def test_opposites_are_mutual():
 
 
 def test_articles_fit_their_words():
-    assert [takes_an(word) for word in ("honest", "open", "useful", "european", "one-sided", "kind", "unusual")] == [
+    assert [
+        takes_an(word) for word in ("honest", "open", "useful", "european", "one-sided", "kind", "unimaginative")
+    ] == [
         True,
         True,
         False,
@@ -190,6 +195,37 @@ def test_info_knows_what_things_are(made, capsys, name, kind, facts):
 def test_info_knows_models(capsys):
     found = result(capsys, "info", find_source("tiny").path)
     assert found["kind"] == "a model" and found["num_hidden_layers"] == 6
+
+
+def test_info_shows_texts_as_they_are(tmp_path, capsys):
+    """Neither marks of the table's library nor control characters act."""
+    row = {"chosen": "[INST] [/b] be kind\x1b[2J", "rejected": "[INST] be cruel"}
+    (tmp_path / "p.jsonl").write_text(json.dumps(row))
+    main(["info", str(tmp_path / "p.jsonl")])
+    told = "".join(capsys.readouterr().out.split())
+    assert "[INST][/b]bekind" in told and "\x1b" not in told
+    write_json(tmp_path / "report.json", {"verdict": "[/red]", "rows": {"a": {"figures": 3}, "b": 4}})
+    assert result(capsys, "info", tmp_path / "report.json")["verdict"] == "[/red]"
+
+
+def test_a_vector_of_a_folder_names_the_whole_folder(tmp_path, embedded, tokenizer, monkeypatch):
+    folder, pairs = tmp_path / "models" / "gpt2", tiny.pairs("mood", 12, 0)
+    embedded[0].save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    model = load_model(str(folder))[0]
+    extract(model, tokenizer, pairs, layers=[2], held_out=0).save(tmp_path / "v.safetensors")
+    assert base_of_vector(tmp_path / "v.safetensors") == str(folder)
+    folder.rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="is not here"):  # and no model of the hub is called gpt2 by mistake
+        base_of_vector(tmp_path / "v.safetensors")
+
+
+def test_the_end_of_the_input_is_no_answer(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True, readline=lambda: "", fileno=lambda: 0))
+    with pytest.raises(SystemExit, match="Give WORDS") as stop:
+        main(["new"])
+    assert stop.value.code == 2
 
 
 @pytest.mark.parametrize("name, text", [("x.jsonl", '{"a": 1}'), ("x.safetensors", "no"), ("report.json", "[]")])

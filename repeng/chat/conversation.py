@@ -23,6 +23,7 @@ from repeng.serve.decoding import CONTEXT, TextStream
 from repeng.serve.limits import Limits
 from repeng.serve.sampling import Sampler, Sampling
 
+HOTTEST = 2.0  # temperature, as `repeng serve` allows it
 LARGEST = Limits().max_coefficient
 POLL = 0.1  # seconds between two looks at whether a waiting answer is still wanted
 NO_NUMBERS = "the model gives NaN or infinite logits at these coefficients; give smaller ones"
@@ -271,8 +272,8 @@ def check_options(max_new_tokens: int, temperature: float, seed: int) -> None:
     """Raise ValueError if an option of `Chat` is outside of its limits."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens should be 1 or more; got {max_new_tokens}")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature should be 0 or more; got {temperature}")
+    if not 0 <= temperature <= HOTTEST:
+        raise ValueError(f"temperature should be from 0 to {HOTTEST:g}; got {temperature}")
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed should be from 0 to {2**32 - 1}; got {seed}")
 

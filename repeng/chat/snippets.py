@@ -1,6 +1,7 @@
 """Code that gives the answers of a conversation again."""
 
 import json
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -59,6 +60,7 @@ def as_curl(chat: Chat, origin: Origin, columns: Sequence[Column], attempt: int)
     words += ["--model_name_or_path", origin.model]
     words += ["--gguf_file", origin.gguf_file] if origin.gguf_file else []
     lines = [f"# Start the server first: {shlex.join(words)}"]
+    key = ' -H "Authorization: Bearer $REPENG_API_KEY"' if os.environ.get("REPENG_API_KEY") else ""
     for one in columns:
         if chat.tokenizer.chat_template:
             place = "chat/completions"
@@ -71,5 +73,5 @@ def as_curl(chat: Chat, origin: Origin, columns: Sequence[Column], attempt: int)
         body |= {"seed": chat.seed + attempt} if chat.temperature else {}
         body |= {"steer": dict(one.coefficients)}
         text = shlex.quote(json.dumps(body, ensure_ascii=False))
-        lines.append(f"curl http://localhost:8000/v1/{place} -H 'Content-Type: application/json' -d {text}")
+        lines.append(f"curl http://localhost:8000/v1/{place} -H 'Content-Type: application/json'{key} -d {text}")
     return "\n".join(lines) + "\n"

@@ -3,7 +3,6 @@
 import signal
 import sys
 import threading
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 from repeng.chat.conversation import Answer, Chat, Column, Cost, shown_coefficients, shown_cost
 from repeng.data.files import nearest, write_json
+from repeng.model.script import printable
 
 HELP = {
     "/c": "/c -1 sets the coefficient; with several adapters or vectors: /c NAME -1",
@@ -22,7 +22,6 @@ HELP = {
     "/help": "show this",
     "/quit": "end; so does the end of the input",
 }
-BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,9 @@ class Terminal:
                 self._commands[command](words)
             elif line.strip():
                 self._answer(line.strip(), 0)
-        except (ValueError, OSError) as error:
+        except KeyboardInterrupt:
+            self._show("stopped\n")
+        except (ValueError, OSError, RuntimeError) as error:  # such as too little memory
             self._show(f"error: {printable(str(error))}\n")
         return True
 
@@ -225,13 +226,6 @@ class Terminal:
     def _help(self, words: Sequence[str]) -> None:
         for name, told in HELP.items():
             self._show(f"{name:10}{told}\n")
-
-
-def printable(text: str) -> str:
-    """A text that cannot steer a terminal: control characters but line breaks and tabs are replaced."""
-    return "".join(
-        "\ufffd" if c not in "\n\t" and (unicodedata.category(c) in ("Cc", "Cs") or c in BIDI) else c for c in text
-    )
 
 
 def talk(chat: Chat, name: str) -> None:

@@ -49,12 +49,12 @@ def run(parser: ArgumentParser, argv: Sequence[str]) -> None:
             raise ValueError(f"--{name} is an option of the page; give --web too")
     host, port = options.host or HOST, PORT if options.port is None else options.port
     check_port(port)
-    paths = named_paths(options.paths)
     check_base(options)
     api_key = os.environ.get(KEY_VARIABLE) or None
     check_host(host, api_key)
     if options.web and not find_spec("gradio"):
         raise ImportError(f"the page needs gradio: {install_command('web')}")
+    paths = named_paths(options.paths)  # last, because it may download
     from repeng.commands.chat import chat
 
     chat(

@@ -5,12 +5,12 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from repeng.cli.parsing import Commands, add_json, parsed, tell
+from repeng.cli.parsing import Commands, Result, add_json, asked, parsed, tell
 from repeng.data.configuration import CONFIGS
 from repeng.data.files import nearest
 from repeng.data.words import LINE
 
-MODEL = "smollm2"
+MODEL = "smollm2"  # and in `repeng.commands.demo`, which is slow to import
 
 
 def traits() -> list[str]:
@@ -43,17 +43,19 @@ def run(parser: ArgumentParser, argv: Sequence[str]) -> None:
     trait = options.trait or _chosen(sys.stdin is not None and sys.stdin.isatty() and not options.json)
     if trait not in traits():
         raise ValueError(f"{LINE}: unknown trait {trait!r}{nearest(trait, traits())}; give {', '.join(traits())}")
-    if options.train:
-        folder = Path(f"outputs/demo-{trait}")
-        if not (folder / "adapter_config.json").is_file():
+    folder = Path(f"outputs/demo-{trait}") if options.train else None
+
+    def shown() -> Result:
+        if folder is not None and not (folder / "adapter_config.json").is_file():
             from repeng.train.launch import launch
 
-            launch(["--config", MODEL, trait, "--output_dir", str(folder)])
-    else:
-        folder = None
-    from repeng.commands.demo import demo
+            cpu = ["--use_cpu", "true"] if options.use_cpu else []
+            launch(["--config", MODEL, trait, "--output_dir", str(folder), *cpu])
+        from repeng.commands.demo import demo
 
-    tell(options.json, lambda: demo(MODEL, trait, options.prompt, folder, use_cpu=options.use_cpu))
+        return demo(trait, options.prompt, folder, use_cpu=options.use_cpu)
+
+    tell(options.json, shown)
 
 
 def _chosen(asks: bool) -> str:
@@ -62,7 +64,7 @@ def _chosen(asks: bool) -> str:
         return "mood"
     names = traits()
     print("\n".join(f"{number}  {name}" for number, name in enumerate(names, start=1)))
-    answer = input("Which trait? [mood] ").strip()
+    answer = asked("Which trait? [mood] ", "mood")
     if answer.isdigit() and 1 <= int(answer) <= len(names):
         return names[int(answer) - 1]
-    return answer or "mood"
+    return answer

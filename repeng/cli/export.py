@@ -39,6 +39,7 @@ def add(commands: Commands) -> None:
 def run(parser: ArgumentParser, argv: Sequence[str]) -> None:
     """Check the options, then write the export."""
     options = parsed(parser, [argv[0], *path_first(argv[1:])])
+    check_base(options)
     beside, options.path = named_after(str(options.path)), steerable(str(options.path))
     is_vector = options.path.is_file()
     if is_vector and options.to != "gguf":
@@ -51,7 +52,6 @@ def run(parser: ArgumentParser, argv: Sequence[str]) -> None:
         raise ValueError(f"--coefficients are for lora, merged and gguf of an adapter; a {served} serves all of them")
     if options.to == "merged" and options.coefficients and len(options.coefficients) != 1:
         raise ValueError(f"a merged model is fixed at one coefficient; got {options.coefficients}")
-    check_base(options)
     from repeng.commands.export import export
 
     named = options.model_name_or_path, options.gguf_file

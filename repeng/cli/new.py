@@ -5,7 +5,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from repeng.cli.parsing import Commands, add_base, add_json, check_base, parsed, tell
+from repeng.cli.parsing import Commands, add_base, add_json, asked, check_base, parsed, tell
 from repeng.data.behaviours import behaviour_of, opposite_of
 
 
@@ -55,7 +55,7 @@ def run(parser: ArgumentParser, argv: Sequence[str]) -> None:
 
 def _asked(question: str, asks: bool, flag: str) -> str:
     """The answer to a question; raises ValueError where nobody can be asked, or nothing is answered."""
-    answer = input(f"{question}\n> ").strip() if asks else ""
+    answer = asked(f"{question}\n> ") if asks else ""
     if not answer:
         raise ValueError(f"{question} Give {flag}")
     return answer

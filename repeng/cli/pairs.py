@@ -19,9 +19,8 @@ def add(commands: Commands) -> None:
     command = commands.add_parser(
         "pairs",
         help="check pairs with a model's tokenizer, or make them from two words",
-        description="check: list the problems of pairs; the status is 1 if there are any. make: write the pairs of a "
-        "behaviour to the file --output. Both load the model's tokenizer only. The pairs are those of FILE, or those "
-        "that the keys describe.",
+        description="check: list the problems of the pairs in FILE; the status is 1 if there are any. make: write "
+        "the pairs of a behaviour to the file --output. Both load the model's tokenizer only.",
         usage="repeng pairs check|make [FILE] [--config NAME_OR_FILE ...] [--KEY VALUE ...]",
         allow_abbrev=False,
     )

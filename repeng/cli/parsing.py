@@ -3,9 +3,10 @@
 import argparse
 import json
 import math
+import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -62,10 +63,31 @@ def tell(as_json: bool, work: Callable[[], Result]) -> Result:
     """Do the work of a command. With `as_json`, its result is the only text on the standard output."""
     if not as_json:
         return work()
-    with redirect_stdout(sys.stderr):
+    with redirect_stdout(sys.stderr), _descriptor_to_stderr():
         result = work()
     print(json.dumps(result, indent=1, default=str))
     return result
+
+
+@contextmanager
+def _descriptor_to_stderr() -> Iterator[None]:
+    """Let the standard output of processes that start in the block be the standard error."""
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def asked(question: str, default: str = "") -> str:
+    """What the user answers in the terminal; `default` for an empty answer or Ctrl-D."""
+    try:
+        return input(question).strip() or default
+    except EOFError:
+        print()
+        return default
 
 
 def path_first(words: Sequence[str]) -> list[str]:
@@ -73,9 +95,13 @@ def path_first(words: Sequence[str]) -> list[str]:
 
     At the end, an option with several values could take the path as one of its values.
     """
-    if words and words[0].startswith("-") and not words[-1].startswith("-"):
-        return [words[-1], *words[:-1]]
-    return list(words)
+    switches = [word for word in words if word == "--json"]  # one in front would hide that PATH follows
+    rest = [word for word in words if word != "--json"]
+    if rest and switches and words[0] == "--json" and not rest[0].startswith("-"):
+        return [*rest, *switches]
+    if rest and rest[0].startswith("-") and not rest[-1].startswith("-"):
+        rest = [rest[-1], *rest[:-1]]
+    return [*rest, *switches]
 
 
 def parsed(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:

@@ -46,7 +46,6 @@ def run(parser: ArgumentParser, argv: Sequence[str]) -> None:
     """Check the options, then serve."""
     options = parsed(parser, argv)
     check_port(options.port)
-    paths = named_paths(options.paths)
     limits = Limits(**{one.name: getattr(options, one.name) for one in fields(Limits)})
     check_base(options)
     api_key = os.environ.get(KEY_VARIABLE) or None
@@ -54,6 +53,7 @@ def run(parser: ArgumentParser, argv: Sequence[str]) -> None:
     missing = [name for name in ("starlette", "uvicorn", "prometheus_client") if not find_spec(name)]
     if missing:
         raise ImportError(f"serving needs {', '.join(missing)}: {install_command('serve')}")
+    paths = named_paths(options.paths)  # last, because it may download
     from repeng.commands.serve import serve
 
     serve(

@@ -1,11 +1,14 @@
 """`repeng train`: train an adapter."""
 
+import json
 from argparse import ArgumentParser
 from collections.abc import Sequence
+from pathlib import Path
 
-from repeng.cli.parsing import Commands, add_config
+from repeng.cli.parsing import Commands, Result, add_config, add_json, tell
 from repeng.data.arguments import TaskArguments
-from repeng.data.configuration import add_keys, hints_for, read_configs, shipped_configs, split_configs
+from repeng.data.configuration import add_keys, defaults_of, hints_for, read_configs, shipped_configs, split_configs
+from repeng.data.words import flags_and_words, name_of
 from repeng.train.recipe import Recipe
 
 USAGE = "repeng train [--config NAME_OR_FILE ...] [--KEY VALUE ...] [FLAGS OF accelerate launch]"
@@ -23,6 +26,7 @@ def add(commands: Commands) -> None:
         epilog=f"configurations in the package: {', '.join(shipped_configs())}",
     )
     add_config(command, "YAML files or names of configurations; later ones override earlier ones")
+    add_json(command)
     add_keys(command, [TaskArguments], "keys of the task: model, behaviour and data")
     add_keys(command, [Recipe], "keys of the training")
 
@@ -32,8 +36,18 @@ def run(parser: ArgumentParser, argv: Sequence[str]) -> None:
     _, *words = argv
     if {"-h", "--help"} & set(words):
         parser.parse_args(["train", "--help"])
-    configs, _ = split_configs(words)
-    read_configs(configs or [], hints_for([TaskArguments, Recipe]), aside=lambda name: True)
-    from repeng.train.launch import launch
+    as_json = "--json" in words
+    words = [word for word in words if word != "--json"]
+    configs, rest = split_configs(words)
+    in_files = read_configs(configs or [], hints_for([TaskArguments, Recipe]), aside=lambda name: True)
 
-    launch(words)
+    def trained() -> Result:
+        from repeng.train.launch import launch
+
+        launch(words)
+        on_the_line = [given for flag, given in flags_and_words(rest) if name_of(flag) == "output_dir"]
+        folder = on_the_line[-1][0] if on_the_line else in_files.get("output_dir", defaults_of([Recipe])["output_dir"])
+        path = Path(folder) / "report.json"
+        return {"output_dir": folder, **(json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {})}
+
+    tell(as_json, trained)

@@ -151,8 +151,11 @@ def base_of_vector(path: Path) -> str:
     Raises:
         ValueError: it names none.
     """
-    name = read_vector(path).model_name
-    if not name:
+    named = read_vector(path).metadata.get("model")
+    if not named:
         raise ValueError(f"{path} does not name its base model; give --model_name_or_path")
+    name = name_of_folder(named) or named
+    if Path(name).is_absolute() and not Path(name).exists():
+        raise ValueError(f"{path} names the base model {name}, which is not here; give --model_name_or_path")
     say_model({"model_name_or_path": name}, path)
     return name

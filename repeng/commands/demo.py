@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,6 +24,7 @@ from repeng.eval.trace import find_costs
 from repeng.model.generate import continuations
 from repeng.model.loading import load_model
 from repeng.model.logprob import kl_divergence
+from repeng.model.script import printable
 from repeng.model.tokens import encode, pad_rows
 from repeng.vectors.extract import extract
 from repeng.vectors.vector import SteeringVector
@@ -35,13 +37,10 @@ START, LARGEST = 2.0, 16.0
 SUFFIXES, TOKENS = 16, 36
 
 
-def demo(
-    model_name_or_path: str, trait: str, prompts: Sequence[str] | None, folder: Path | None, *, use_cpu: bool
-) -> dict[str, Any]:
+def demo(trait: str, prompts: Sequence[str] | None, folder: Path | None, *, use_cpu: bool) -> dict[str, Any]:
     """Print answers at c = −1, 0 and +1 side by side, with their cost.
 
     Args:
-        model_name_or_path: the base model.
         trait: a trait of the package.
         prompts: prompts; by default those of the package.
         folder: the folder of a trained adapter; by default a vector is extracted, or read from an earlier call's file.
@@ -51,7 +50,7 @@ def demo(
     positive, negative, _ = trait_arguments()[trait]
     path = folder or Path(f"demo-{trait}.safetensors")
     steering = read_steering(path) if path.exists() else None
-    model, tokenizer = load_model(model_name_or_path, device=device_for(use_cpu))
+    model, tokenizer = load_model(MODEL, device=device_for(use_cpu))
     asked = Asked(model, tokenizer, prompts or PROMPTS)
     if steering is None:
         print(f"extracting a vector for {trait}: c = +1 is {positive}, c = -1 is {negative}")
@@ -63,7 +62,8 @@ def demo(
         costs = {c: asked.cost(loaded.dial, c) for c in COEFFICIENTS}
     _print(asked, answers, costs, trait, {-1.0: negative, 0.0: "the base model", 1.0: positive})
     seconds = time.perf_counter() - start
-    print(f"written: {path}. These answers took {seconds:.0f} s.\nnext:\n  repeng chat {path}\n  repeng info {path}")
+    kind = "vector" if folder is None else "adapter"
+    print(f"{kind}: {path}. These answers took {seconds:.0f} s.\nnext:\n  repeng chat {path}\n  repeng info {path}")
     return {
         "trait": trait,
         "file": str(path),
@@ -138,7 +138,7 @@ def _print(
     for c in COEFFICIENTS:
         table.add_column(f"{words[c]}\nc = {c:g}", ratio=1)
     for index, prompt in enumerate(asked.prompts):
-        table.add_row(prompt, *(asked.text(answers[c][index]) for c in COEFFICIENTS))
+        table.add_row(Text(prompt), *(Text(printable(asked.text(answers[c][index]))) for c in COEFFICIENTS))
     repeated = {c: sum(map(repetition, some)) / len(some) for c, some in answers.items()}
     table.add_row("KL per token, nats", *(f"{costs[c]:.2f}" for c in COEFFICIENTS))
     table.add_row("repeated 3-grams", *(f"{repeated[c]:.0%}" for c in COEFFICIENTS))

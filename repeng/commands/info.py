@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from repeng.control.adapter_folder import AdapterFolder
 from repeng.data.pairs import load_pairs
@@ -19,6 +20,7 @@ from repeng.data.trust import own_config
 from repeng.data.yaml_keys import read_keys
 from repeng.eval.report.folder import EVALUATION
 from repeng.model.gguf_header import Stored, check_gguf
+from repeng.model.script import printable
 from repeng.model.sources import name_of_folder
 from repeng.model.strict_json import read_json
 from repeng.tuner import SvdSteeringConfig
@@ -43,10 +45,10 @@ def info(path: Path) -> dict[str, Any]:
         ValueError: it is of no known kind, or it is damaged; the message says how.
     """
     found = _info(path)
-    table = Table(title=f"{path}: {found.kind}", show_header=False)
+    table = Table(title=Text(f"{path}: {found.kind}"), show_header=False)
     for name, value in found.facts.items():
         if value is not None:
-            table.add_row(name, value if isinstance(value, str) else _shown(value))
+            table.add_row(name, Text(printable(value if isinstance(value, str) else _shown(value))))
     Console().print(table)
     for command in found.commands:
         print(f"  {command}")
@@ -154,8 +156,13 @@ def _measured(path: Path) -> dict[str, Any]:
     rows = report.get("rows") if isinstance(report, dict) else None
     if not isinstance(rows, dict):
         raise ValueError(f"{path} is not a report of this package: it holds no 'rows'")
-    effects = {name: row.get("figures", {}).get("effect") for name, row in rows.items() if isinstance(row, dict)}
+    effects = {name: _effect(row) for name, row in rows.items()}
     return {"verdict": report.get("verdict"), "effect in nats [95 % interval]": effects}
+
+
+def _effect(row: Any) -> Any:
+    figures = row.get("figures") if isinstance(row, dict) else None
+    return figures.get("effect") if isinstance(figures, dict) else None
 
 
 def _rows(path: Path) -> Info:

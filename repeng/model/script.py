@@ -11,6 +11,7 @@ UNSPACED = (
 WORD = re.compile(f"[{UNSPACED}]|[^\\s{UNSPACED}]+")
 SENTENCE = re.compile(r"(?<=[.!?؟۔।])\s+|(?<=[。！？])\s*(?=\S)|\n+")
 OPENING = "([{<“‘«‹„‚¿¡/\\"  # characters after which no space is written
+BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 INVISIBLE = ("Cc", "Cf", "Zs", "Zl", "Zp")  # Unicode categories of invisible characters
 
 
@@ -44,3 +45,10 @@ def sentences(text: str) -> list[str]:
 def visible(text: str) -> str:
     """The visible characters of a text."""
     return "".join(c for c in text if unicodedata.category(c) not in INVISIBLE)
+
+
+def printable(text: str) -> str:
+    """A text that cannot steer a terminal: control characters but line breaks and tabs are replaced."""
+    return "".join(
+        "\ufffd" if c not in "\n\t" and (unicodedata.category(c) in ("Cc", "Cs") or c in BIDI) else c for c in text
+    )

@@ -14,6 +14,7 @@ from repeng.data.files import nearest
 from repeng.data.pairs import ContrastPair
 from repeng.model.activations import Loss, Tokens, gradients, hidden_states, persona_loss, token_weights
 from repeng.model.sites import RESIDUAL, Place, decoder_layers, site_widths, writing_basis
+from repeng.model.sources import name_of_folder
 from repeng.model.tokens import encode, pad_rows
 from repeng.model.types import CausalLM
 from repeng.tuner.targets import select_layers
@@ -109,10 +110,16 @@ def extract(
         "pairs": len(pairs),
         "accuracy": accuracy,
         "model_type": model_type(model),
-        "model": getattr(model, "name_or_path", None) or None,
+        "model": _base_name(model),
         "read": [_read_tokens(tokenizer, row, tokens) for row in rows[:SHOWN_PAIRS]],
     }
     return SteeringVector(directions, {key: value for key, value in metadata.items() if value is not None})
+
+
+def _base_name(model: CausalLM) -> str | None:
+    """The name or path of the base model; an embedded or packaged model has a name wherever its files are."""
+    path = getattr(model, "name_or_path", None)
+    return name_of_folder(path) or path if path else None
 
 
 def _places_that_run(places: Sequence[Place], states: dict[Place, Tensor]) -> list[Place]:

@@ -228,3 +228,13 @@ def test_without_gradio_the_page_says_how_to_install_it(vector_file, monkeypatch
     monkeypatch.setattr("repeng.cli.chat.find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="pip install 'gradio"):
         cli.main(["chat", vector_file, "--web", "--model_name_or_path", "tiny"])
+
+
+@pytest.mark.parametrize("error, told", [(RuntimeError("no memory"), "no memory"), (KeyboardInterrupt(), "stopped")])
+def test_what_ends_the_measuring_does_not_end_the_conversation(talk, shown, monkeypatch, error, told):
+    talk.take(PROMPT)
+    with monkeypatch.context() as patch:
+        patch.setattr(talk.chat, "costs", lambda *_: (_ for _ in ()).throw(error))
+        assert talk.take(PROMPT)
+    assert told in shown[-1] and len(talk.rounds) == 1
+    assert talk.take(PROMPT) and len(talk.rounds) == 2
