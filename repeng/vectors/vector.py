@@ -356,8 +356,8 @@ class SteeringVector:
         base = hub_id_of(base_model or self.metadata.get("model") or "")
         if base is None:
             raise ValueError(
-                f"the vector was made for {base_model or self.model_name or 'a model without a name'}, which is not on "
-                "the hub; name the hub id of that model as base_model"
+                f"the vector was made for {base_model or self.model_name or 'a model without a name'}, which is not "
+                "on the hub; name the hub id of that model as base_model"
             )
         named = SteeringVector(self.directions, {**self.metadata, "model": base})
         with staged(folder, (VECTOR, "README.md")) as place:
