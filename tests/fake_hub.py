@@ -108,7 +108,7 @@ class Handler(BaseHTTPRequestHandler):
             repo = f"{given.get('organization')}/{given['name']}"
             status = 409 if repo in self.hub.repos else 200
             self.hub.repos.setdefault(repo, {"main": {}})
-            if given.get("private") or given.get("visibility") == "private":
+            if status == 200 and (given.get("private") or given.get("visibility") == "private"):
                 self.hub.private.add(repo)
             return self.answer(status, {"url": f"{self.hub.address}/{repo}", "error": "it exists"})
         found = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(branch|preupload|commit)/(.+)", path)

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from repeng.cli.parsing import Commands, add_json, add_path, parsed, tell
 from repeng.data.paths import steerable
-from repeng.model.hub import repository
-from repeng.model.sources import HUB_ID
+from repeng.model.hub import check_repo_id, repository
 
 
 def add(commands: Commands) -> None:
@@ -23,7 +22,7 @@ def add(commands: Commands) -> None:
     add_path(command, "folder of an adapter, or file of a vector")
     command.add_argument("repo_id", metavar="REPO_ID", help="owner/name; the repository is made if it is missing")
     command.add_argument("--base_model", help="hub id of the base model; by default the one that PATH names")
-    command.add_argument("--private", action="store_true", help="make a new repository private")
+    command.add_argument("--private", action="store_true", help="make a private repository; a public one is refused")
     command.add_argument("--revision", help="branch to publish to; by default the main one")
     command.add_argument("--dry_run", type=Path, metavar="FOLDER", help="write the files to FOLDER, publish nothing")
     add_json(command)
@@ -35,8 +34,7 @@ def run(parser: ArgumentParser, argv: Sequence[str]) -> None:
     if repository(str(options.path)) is not None:
         raise ValueError(f"PATH should be on this machine; got {str(options.path)!r}")
     steerable(str(options.path))
-    if "/" not in options.repo_id or not HUB_ID.fullmatch(options.repo_id) or ".." in options.repo_id:
-        raise ValueError(f"REPO_ID should have the form owner/name; got {options.repo_id!r}")
+    check_repo_id(options.repo_id)
     from repeng.commands.push import push
 
     tell(

@@ -7,9 +7,10 @@ from typing import Any
 from repeng.commands.base import base_of_adapter, read_steering
 from repeng.control.adapter_folder import AdapterFolder
 from repeng.data.files import staged
-from repeng.export.factors import check_new
-from repeng.hub.stage import OWNED, stage_adapter
-from repeng.model.hub import commit, hub_id_of
+from repeng.data.folders import check_new, check_writable
+from repeng.data.paths import VECTOR
+from repeng.hub.stage import OWNED, check_told, stage_adapter
+from repeng.model.hub import check_reachable, commit, hub_id_of
 from repeng.model.loading import load_base, load_tokenizer
 from repeng.vectors.vector import SteeringVector
 
@@ -26,17 +27,24 @@ def push(
     """Publish an adapter or a vector, or write the files of its repository to the folder `dry_run`.
 
     Raises:
-        ValueError: the base model is not on the hub, or the hub cannot be reached or refuses.
+        ValueError: the base model is not on the hub, the hub cannot be reached or refuses, or a file beside the
+            adapter is damaged.
         FileExistsError: the folder `dry_run` is not empty.
+        OSError: the folder `dry_run` cannot be written.
     """
     steering = read_steering(path)
     if dry_run is not None:
         check_new(dry_run)
+        check_writable(dry_run, "--dry_run")
+    else:
+        check_reachable(repo_id)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         if isinstance(steering, SteeringVector):
             steering.save_for_hub(folder, repo_id, base_model=base_model)
+            owned = (VECTOR,)
         else:
+            owned = OWNED
             _stage(steering, folder, repo_id, base_model)
         names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
         for name in names:
@@ -45,7 +53,7 @@ def push(
             _move(folder, dry_run, names)
             print(f"written: {dry_run}; nothing is published")
             return {"repo_id": repo_id, "files": names, "folder": str(dry_run)}
-        told = commit(folder, repo_id, owned=OWNED, private=private, revision=revision)
+        told = commit(folder, repo_id, owned=owned, private=private, revision=revision)
     print(f"published: {told.commit_url}")
     return {"repo_id": repo_id, "files": names, "commit": told.oid, "url": told.commit_url}
 
@@ -60,6 +68,7 @@ def _stage(adapter: AdapterFolder, folder: Path, repo_id: str, base_model: str |
         )
     if hub_id_of(on_hub) != on_hub:
         raise ValueError(f"--base_model should be a hub id such as Qwen/Qwen3-0.6B; got {on_hub!r}")
+    check_told(adapter)
     tokenizer = load_tokenizer(base, gguf_file)
     model = adapter.load(load_base(base, gguf_file=gguf_file))
     stage_adapter(

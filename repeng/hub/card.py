@@ -14,6 +14,8 @@ from repeng.model.sources import PACKAGED
 
 SHOWN_PAIRS = 3
 FORMS = ("c+1", "c-1")  # subfolders of a repository with the adapter as plain LoRAs
+# Figures of a method in `report.json` that the card shows.
+FIGURES = ("effect", "effect_plus", "effect_minus", *(f"effect_at_{cost:g}" for cost in FIXED_COSTS))
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Adapter:
         has_picture: whether `report.png` lies beside the card.
         calibration: `plus`, `minus` and the budget; None if the adapter is not calibrated.
         warnings: sentences about the run.
-        has_config: whether `config.yaml` lies beside the card.
+        has_config: whether a `config.yaml` that repeats the run lies beside the card.
         rank: rank of the plain LoRAs in the subfolders `FORMS`; None if there are no such subfolders.
         formless: why the adapter has no LoRA form; None if it has one.
         is_published: whether the card is for the hub.

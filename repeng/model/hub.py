@@ -13,6 +13,7 @@ from repeng.model.sources import EMBEDDED, HUB_ID, PACKAGED, name_of_folder
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
+MARKS = {"adapter_config.json": "an adapter", "vector.safetensors": "a vector"}  # by file: what a repository holds
 REVISION = re.compile(r"[\w./-]{1,200}", re.ASCII)
 
 
@@ -38,6 +39,12 @@ def repository(word: str) -> Repository | None:
     if Path(word).exists() or Path(name.partition("/")[0]).exists():
         return None
     return Repository(name, revision or None)
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raise ValueError unless this is a name of the form `owner/name`."""
+    if "/" not in repo_id or not HUB_ID.fullmatch(repo_id) or ".." in repo_id:
+        raise ValueError(f"REPO_ID should have the form owner/name; got {repo_id!r}")
 
 
 def hub_id_of(base: str) -> str | None:
@@ -67,6 +74,13 @@ def unreachable() -> str | None:
     except OSError as error:
         return f"{place.hostname} cannot be reached ({error})"
     return None
+
+
+def check_reachable(repo_id: str) -> None:
+    """Raise ValueError if nothing can be published in this repository, because the hub cannot be reached."""
+    why = unreachable()
+    if why is not None:
+        raise ValueError(f"{repo_id} cannot be published: {why}")
 
 
 def download(place: Repository, files: Sequence[str], token: str | bool | None = None) -> Path:
@@ -119,28 +133,33 @@ def commit(
         folder: the files.
         repo_id: `owner/name`.
         owned: paths of files that this package writes. They are deleted from the repository if `folder` lacks them.
-        private: whether a new repository is private; None is the owner's setting.
+        private: whether the repository is private; None is the owner's setting.
         revision: the branch; by default the main one.
         message: the message of the commit.
         token: the token; by default the one of `hf auth login` or `HF_TOKEN`.
 
     Raises:
-        ValueError: the name is not one of a repository, or the hub cannot be reached or refuses.
+        ValueError: the name is not one of a repository, the hub cannot be reached or refuses, the repository is public
+            and should be private, or it holds an adapter where `folder` holds a vector, or the reverse.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
-    if "/" not in repo_id or not HUB_ID.fullmatch(repo_id) or ".." in repo_id:
-        raise ValueError(f"REPO_ID should have the form owner/name; got {repo_id!r}")
-    why = unreachable()
-    if why is not None:
-        raise ValueError(f"{repo_id} cannot be published: {why}")
+    check_repo_id(repo_id)
+    check_reachable(repo_id)
     api, names = HfApi(token=token), sorted(_files_in(folder))
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
+        if private and not api.model_info(repo_id).private:
+            raise ValueError("it is public; make it private in its settings on the hub, or give another REPO_ID")
+        # A new branch begins with the files of the main one.
+        branch = revision if revision is None or api.revision_exists(repo_id, revision) else None
+        there = set(api.list_repo_files(repo_id, revision=branch))
+        for mark, kind in MARKS.items():
+            if mark in there and mark not in names and not MARKS.keys().isdisjoint(names):
+                raise ValueError(f"it holds {kind}; give another REPO_ID")
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        there = set(api.list_repo_files(repo_id, revision=revision))
         if "README.md" in there and "README.md" in names:
             older = Path(api.hf_hub_download(repo_id, "README.md", revision=revision)).read_text(encoding="utf-8")
             _keep_metadata(folder / "README.md", older)

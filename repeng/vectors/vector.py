@@ -322,7 +322,7 @@ class SteeringVector:
         Args:
             repo_id: `owner/name`; the repository is made if it is missing.
             base_model: hub id of the model that the vector was made for, if its metadata do not hold it.
-            private: whether a new repository is private; None is the owner's setting.
+            private: whether the repository is private; None is the owner's setting. A public one is refused.
             revision: the branch; by default the main one.
             commit_message: the message of the commit.
             token: token of the hub; by default the one of `hf auth login` or `HF_TOKEN`.
@@ -353,11 +353,11 @@ class SteeringVector:
         """
         from repeng.vectors.card import vector_card
 
-        base = base_model or hub_id_of(self.metadata.get("model") or "")
-        if base is None or hub_id_of(base) is None:
+        base = hub_id_of(base_model or self.metadata.get("model") or "")
+        if base is None:
             raise ValueError(
-                f"the vector was made for {base or self.model_name or 'a model without a name'}, which is not on the "
-                "hub; name the hub id of that model as base_model"
+                f"the vector was made for {base_model or self.model_name or 'a model without a name'}, which is not "
+                "on the hub; name the hub id of that model as base_model"
             )
         named = SteeringVector(self.directions, {**self.metadata, "model": base})
         with staged(folder, (VECTOR, "README.md")) as place:
