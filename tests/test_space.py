@@ -31,18 +31,18 @@ def test_the_space_says_what_the_hub_asks():
 
 @pytest.mark.real
 @pytest.mark.skipif(not importlib.util.find_spec("gradio"), reason="needs the extra web")
-def test_the_space_starts():
+def test_the_space_starts(tmp_path):
+    log = (tmp_path / "log").open("w+")
     process = subprocess.Popen(
         [sys.executable, SPACE / "app.py"],
         env={**os.environ, "GRADIO_SERVER_PORT": "7869", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
+        stderr=log,
     )
     try:
         for _ in range(240):
             time.sleep(1)
-            assert process.poll() is None, process.stderr.read()[-3000:]
+            assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
             try:
                 with urlopen("http://127.0.0.1:7869/", timeout=5) as answer:
                     page, policy = answer.read().decode(), answer.headers["content-security-policy"]
@@ -54,5 +54,6 @@ def test_the_space_starts():
     finally:
         process.terminate()
         process.wait(30)
+        log.close()
     assert "coefficient of mood" in page and "coefficient of formality" in page
     assert "frame-ancestors https://huggingface.co" in policy
