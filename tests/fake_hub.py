@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
 TOKEN = "hf_of_a_test"
+BASE, REPO = "someone/base", "someone/mood-1.5"
 
 
 class Hub:

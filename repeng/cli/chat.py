@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 from repeng._extras import install_command
-from repeng.cli.parsing import Commands, add_base, check_base, parsed
+from repeng.cli.parsing import Commands, add_base, add_paths, check_base, parsed
 from repeng.cli.serve import KEY_VARIABLE, check_host, check_port
 from repeng.serve.names import named_paths
 
@@ -23,12 +23,7 @@ def add(commands: Commands) -> None:
         "colours each token by the change of its log-probability.",
         allow_abbrev=False,
     )
-    command.add_argument(
-        "paths",
-        nargs="+",
-        metavar="[NAME=]PATH",
-        help="folders of adapters and files of vectors; NAME is by default the name of the folder or file",
-    )
+    add_paths(command)
     add_base(command, "by default the one that an adapter or a vector names")
     command.add_argument("--max_new_tokens", type=int, default=96, help="tokens of an answer. Default: 96")
     command.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely tokens. Default: 0")

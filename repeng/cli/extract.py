@@ -8,8 +8,6 @@ from repeng.cli.parsing import Commands, add_config, add_json, keys_of, refuse_u
 from repeng.data.arguments import TaskArguments
 from repeng.data.configuration import add_keys
 
-CONFIG_HELP = "YAML files or names of configurations; later ones override earlier ones"
-
 
 def add(commands: Commands) -> None:
     """Add the parser of this command."""
@@ -20,7 +18,7 @@ def add(commands: Commands) -> None:
         "An existing file is never overwritten.",
         allow_abbrev=False,
     )
-    add_config(command, CONFIG_HELP)
+    add_config(command)
     add_json(command)
     add_keys(command, [ExtractArguments], "keys of this command")
     add_keys(command, [TaskArguments], "keys of the task: model, behaviour and data")

@@ -4,7 +4,6 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 
 from repeng._command import FAILED, end
-from repeng.cli.extract import CONFIG_HELP
 from repeng.cli.keys import PairsArguments
 from repeng.cli.parsing import Commands, add_config, add_json, keys_of, refuse_unknown_keys, tell
 from repeng.data.arguments import TaskArguments
@@ -26,7 +25,7 @@ def add(commands: Commands) -> None:
     )
     command.add_argument("action", choices=ACTIONS)
     command.add_argument("file", nargs="?", metavar="FILE", help="a pairs file, the same as --pairs_file FILE")
-    add_config(command, CONFIG_HELP)
+    add_config(command)
     add_json(command)
     add_keys(command, [PairsArguments], "keys of this command")
     add_keys(command, [TaskArguments], "keys of the task: model, behaviour and data")

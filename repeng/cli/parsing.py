@@ -40,6 +40,17 @@ def add_path(
     command.add_argument("path", type=Path, metavar="PATH", help=told)
 
 
+def add_paths(command: argparse.ArgumentParser) -> None:
+    """Add the positional arguments that `repeng.serve.names.named_paths` reads."""
+    command.add_argument(
+        "paths",
+        nargs="+",
+        metavar="[NAME=]PATH",
+        help="folders of adapters, files of vectors, and repositories owner/name on the hub; NAME is by default the "
+        "name of the folder, the file or the repository",
+    )
+
+
 def add_base(command: argparse.ArgumentParser, default: str) -> None:
     """Add the options that name the base model; `default` says which one is used without them."""
     command.add_argument("--model_name_or_path", help=f"the base model; {default}")
@@ -54,7 +65,10 @@ def check_base(options: argparse.Namespace) -> None:
         )
 
 
-def add_config(command: argparse.ArgumentParser, told: str) -> None:
+def add_config(
+    command: argparse.ArgumentParser,
+    told: str = "YAML files or names of configurations; later ones override earlier ones",
+) -> None:
     """Add `--config`."""
     command.add_argument("--config", nargs="+", metavar="NAME_OR_FILE", help=told)
 

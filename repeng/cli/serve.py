@@ -7,7 +7,7 @@ from dataclasses import fields
 from importlib.util import find_spec
 
 from repeng._extras import install_command
-from repeng.cli.parsing import Commands, add_base, check_base, parsed
+from repeng.cli.parsing import Commands, add_base, add_paths, check_base, parsed
 from repeng.serve.limits import Limits
 from repeng.serve.names import named_paths
 
@@ -25,13 +25,7 @@ def add(commands: Commands) -> None:
         f"one batch. The API key is read from the environment variable {KEY_VARIABLE}.",
         allow_abbrev=False,
     )
-    command.add_argument(
-        "paths",
-        nargs="+",
-        metavar="[NAME=]PATH",
-        help="folders of adapters, files of vectors, and repositories owner/name on the hub; NAME is by default the "
-        "name of the folder, the file or the repository",
-    )
+    add_paths(command)
     add_base(command, "by default the one that an adapter or a vector names")
     command.add_argument("--host", default="127.0.0.1", help="address; any but a loopback address needs an API key")
     command.add_argument("--port", type=int, default=8000, help="port; 0 takes a free port. Default: 8000")

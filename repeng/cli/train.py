@@ -25,7 +25,7 @@ def add(commands: Commands) -> None:
         "and every flag of `accelerate launch` is accepted too.",
         epilog=f"configurations in the package: {', '.join(shipped_configs())}",
     )
-    add_config(command, "YAML files or names of configurations; later ones override earlier ones")
+    add_config(command)
     add_json(command)
     add_keys(command, [TaskArguments], "keys of the task: model, behaviour and data")
     add_keys(command, [Recipe], "keys of the training")

@@ -23,6 +23,7 @@ from repeng.model.gguf_header import Stored, check_gguf
 from repeng.model.script import printable
 from repeng.model.sources import name_of_folder
 from repeng.model.strict_json import read_json
+from repeng.train.adapter_files import CALIBRATION
 from repeng.tuner import SvdSteeringConfig
 from repeng.vectors.vector import read_vector
 
@@ -86,7 +87,7 @@ def _adapter(path: Path) -> Info:
         "rank": config.r,
         "parameters": sum(tensor.numel() for tensor in adapter.tensors.values()),
         "adapted": sorted(modules) if isinstance(modules, list | set | tuple) else modules,
-        "calibration": getattr(config, "calibration", None) or _json(path / "calibration.json"),
+        "calibration": getattr(config, "calibration", None) or _json(path / CALIBRATION),
     }
     found = own_config(path)
     if found is not None:

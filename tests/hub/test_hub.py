@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from fake_hub import serving, use
+from fake_hub import BASE, REPO
 from huggingface_hub import ModelCard, constants
 from peft import LoraConfig, PeftModel, get_peft_model
 from support import randomise
@@ -23,7 +23,6 @@ from repeng.data.paths import named_after, steerable
 from repeng.model.hub import Repository, hub_id_of, repository
 from repeng.serve.names import named_paths
 
-BASE, REPO = "someone/base", "someone/mood-1.5"
 KINDS = {
     "lora": LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
     "svd": SvdSteeringConfig(r=4, target_modules=["q_proj", "down_proj"], rotate_output=True, task_type="CAUSAL_LM"),
@@ -56,17 +55,6 @@ REPORT = {
         for name, value in (("this adapter", 2.0), ("persona prompts", 1.0))
     },
 }
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A hub with a base model, an empty cache, and an empty working folder."""
-    with serving() as one:
-        one.add(BASE, tiny.WEIGHTS)
-        use(monkeypatch, one, tmp_path / "hub-cache")
-        (tmp_path / "work").mkdir()
-        monkeypatch.chdir(tmp_path / "work")
-        yield one
 
 
 def adapter_folder(folder, kind="lora", base=BASE):

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from fake_hub import serving, use
 from huggingface_hub import constants
 from test_hub import BASE, REPO, REPORT, adapter_folder
 
@@ -15,16 +14,6 @@ from repeng.commands import push as command
 from repeng.hub.stage import published_config
 
 RUN = {"model_name_or_path": BASE, "positive": "a", "negative": "b"}
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    with serving() as one:
-        one.add(BASE, tiny.WEIGHTS)
-        use(monkeypatch, one, tmp_path / "hub-cache")
-        (tmp_path / "work").mkdir()
-        monkeypatch.chdir(tmp_path / "work")
-        yield one
 
 
 @pytest.fixture
