@@ -5,11 +5,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import uvicorn
+
+from repeng import load_model
 from repeng.chat import web
 from repeng.chat.conversation import Chat
 from repeng.chat.snippets import Origin
-
-from repeng import load_model
 from repeng.commands.demo import MODEL, PROMPTS, Asked, trait_vector
 from repeng.control.dials import Dials
 
