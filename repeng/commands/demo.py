@@ -80,7 +80,8 @@ class Asked:
     """Prompts with the base model's answers, on which costs are measured."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        self.model: PreTrainedModel = model
+        self.tokenizer: PreTrainedTokenizerBase = tokenizer
         self.prompts: list[str] = list(prompts)
         self.rows: list[list[int]] = [encode(tokenizer, prompt).ids for prompt in self.prompts]
         self.base: list[list[int]] = [ids for ids, _ in continuations(model, tokenizer, self.rows, TOKENS)]
