@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import unicodedata
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
@@ -19,6 +20,12 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 Handler = Callable[[int, Any], Any]
 NOT_READ = 128 + 13  # exit status of a process that SIGPIPE ends
 FAILED, REFUSED = 1, 2  # exit statuses: a check has failed, bad input; 128 + N follows from signal N
+# Warnings of the libraries about what only their callers can change, which are the libraries themselves.
+NOISE: tuple[tuple[str, type[Warning]], ...] = (
+    ("`(is_)?gradient_checkpointing", FutureWarning),  # transformers 5.24 renames it, and uses the old name itself
+    ("'pin_memory' argument is set as true but no accelerator is found", UserWarning),  # on any machine without one
+    ("Could not find a config file in ", UserWarning),  # PEFT, for a base model that is not on the hub
+)
 SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
 
 
@@ -71,6 +78,8 @@ def command(advice: str = "") -> Iterator[None]:
     before, out, strict = handle(stop), sys.stdout, getattr(sys.stdout, "errors", None)
     for stream in (out, sys.stderr):
         _show_anything(stream)
+    for message, kind in NOISE:
+        warnings.filterwarnings("ignore", message, kind, append=True)  # after the filters of `python -W`
     try:
         yield
     except BrokenPipeError:  # such as in `… | head`

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import warnings
 from dataclasses import asdict
 from functools import partial
 from subprocess import CalledProcessError
@@ -12,6 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from repeng import SteeringVector, SvdSteeringConfig, extract, load_model, load_pairs, steer, tiny
+from repeng._command import command
 from repeng.cli import COMMANDS, main
 from repeng.commands import demo as showing
 from repeng.commands import extract as extracting
@@ -102,6 +104,19 @@ def test_problems_of_pairs_end_with_status_1(tmp_path, capsys):
     assert stop.value.code == 1 and [problem["index"] for problem in found["problems"]] == [1]
 
 
+def test_all_problems_of_pairs_from_keys_are_listed(tmp_path, capsys):
+    (tmp_path / "suffixes.txt").write_text("".join(f"{text}\n" for text in ("zorp", "quux", "flib", "grun")))
+    words = ["--positive", "cheerful", "--negative", "gloomy", "--templates", "be {persona} . "]
+    task = ["--model_name_or_path", "tiny", "--suffixes_file", str(tmp_path / "suffixes.txt"), *words]
+    with pytest.raises(SystemExit) as stop:
+        main(["pairs", "check", *task, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert stop.value.code == 1 and {problem["index"] for problem in found["problems"]} == {0, 1, 2, 3}
+    with pytest.raises(SystemExit, match="4 problems in 4 pairs"):
+        main(["pairs", "make", *task, "--output", str(tmp_path / "pairs.jsonl")])
+    assert not (tmp_path / "pairs.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [
@@ -179,8 +194,8 @@ def made(tmp_path_factory):
 def test_info_knows_what_things_are(made, capsys, name, kind, facts):
     found = result(capsys, "info", made / name)
     assert found["kind"] == kind and facts.items() <= found.items()
-    for command in found["commands"]:
-        assert command.split()[1] in (*COMMANDS, "chat")
+    for line in found["commands"]:
+        assert line.split()[1] in (*COMMANDS, "chat")
 
 
 def test_info_knows_models(capsys):
@@ -232,6 +247,22 @@ def test_the_completion_script_is_one(capsys):
     script = capsys.readouterr().out
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     assert all(name in script for name in COMMANDS) and "--learning_rate" in script
+
+
+@pytest.mark.parametrize("usual, shown", [("default", ["mine"]), ("error", ["`gradient_checkpointing` is old"])])
+def test_warnings_that_no_user_can_act_on_are_not_shown_unless_asked_for(usual, shown):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.resetwarnings()
+        if usual == "error":  # as `python -W error` does
+            warnings.simplefilter("error")
+        told = []
+        try:
+            with command():
+                warnings.warn("`gradient_checkpointing` is old", FutureWarning, stacklevel=1)
+                warnings.warn("mine", stacklevel=1)
+        except FutureWarning as error:
+            told.append(str(error))
+    assert [str(one.message) for one in caught] + told == shown
 
 
 def test_the_unit_of_the_demo_is_a_cost(monkeypatch):
@@ -286,6 +317,7 @@ def test_a_behaviour_of_ones_own(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     found = result(capsys, "new", "less", "gloomy", "--opposite", "cheerful", "--use_cpu")
     assert (found["positive"], found["negative"], found["moves"]) == ("cheerful", "gloomy", True)
+    assert all(0 < found["standard_errors"][name] < abs(effect) + 1 for name, effect in found["effects"].items())
     assert max(found["effects"].values()) > 1.0 and 0 < len(found["templates"]) <= 3
     checked = result(capsys, "pairs", "check", "--config", "smollm2", "cheerful.yaml")
     assert checked["pairs"] == 400 and not checked["problems"]

@@ -8,6 +8,7 @@ from pathlib import Path
 from repeng.cli.parsing import Commands, Result, add_config, add_json, tell
 from repeng.data.arguments import TaskArguments
 from repeng.data.configuration import add_keys, defaults_of, hints_for, read_configs, shipped_configs, split_configs
+from repeng.data.file_names import REPORT
 from repeng.data.words import flags_and_words, name_of
 from repeng.train.recipe import Recipe
 
@@ -47,7 +48,7 @@ def run(parser: ArgumentParser, argv: Sequence[str]) -> None:
         launch(words)
         on_the_line = [given for flag, given in flags_and_words(rest) if name_of(flag) == "output_dir"]
         folder = on_the_line[-1][0] if on_the_line else in_files.get("output_dir", defaults_of([Recipe])["output_dir"])
-        path = Path(folder) / "report.json"
+        path = Path(folder) / REPORT
         return {"output_dir": folder, **(json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {})}
 
     tell(as_json, trained)

@@ -7,6 +7,7 @@ from peft import LoraConfig
 
 from repeng.commands.base import base_of_adapter
 from repeng.control.adapter_folder import AdapterFolder
+from repeng.data.file_names import CARD
 from repeng.data.folders import check_new, check_writable
 from repeng.export import export_dial, export_gguf, export_gguf_dial, export_lora, export_merged, vector_of
 from repeng.export.lora import serving_commands
@@ -50,7 +51,7 @@ def export(
     place = output or beside.with_name(f"{beside.name}-{to}")
     if to == "gguf" and coefficients is None:
         written = export_gguf_dial(model, place)
-        print(f"how to serve it: {place / 'README.md'}")
+        print(f"how to serve it: {place / CARD}")
     elif to == "gguf":
         if len(wanted) == 1:
             place = _with_ending(output or beside.with_name(f"{beside.name}-c{wanted[0]:+g}.gguf"))

@@ -13,21 +13,18 @@ from rich.table import Table
 from rich.text import Text
 
 from repeng.control.adapter_folder import AdapterFolder
+from repeng.data.file_names import CALIBRATION, EVALUATION, REPORT
 from repeng.data.pairs import load_pairs
 from repeng.data.questions import load_questions
 from repeng.data.schema import shown
 from repeng.data.trust import own_config
 from repeng.data.yaml_keys import read_keys
-from repeng.eval.report.folder import EVALUATION
 from repeng.model.gguf_header import Stored, check_gguf
 from repeng.model.script import printable
 from repeng.model.sources import name_of_folder
 from repeng.model.strict_json import read_json
-from repeng.train.adapter_files import CALIBRATION
 from repeng.tuner import SvdSteeringConfig
 from repeng.vectors.vector import read_vector
-
-REPORT = "report.json"
 
 
 @dataclass

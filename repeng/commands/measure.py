@@ -14,6 +14,7 @@ from repeng.commands.base import Loaded, load_task_model, put_on, read_steering
 from repeng.control.lora import lora_names, scale_weights
 from repeng.control.steer import steer
 from repeng.data.arguments import TaskArguments
+from repeng.data.file_names import CALIBRATION, EVALUATION, PAGE, REPORT
 from repeng.data.folders import claimed
 from repeng.data.pairs import ContrastPair
 from repeng.data.task import make_task, split_pairs
@@ -22,10 +23,10 @@ from repeng.eval.calibrate import calibrate as find_calibration
 from repeng.eval.compare import compare
 from repeng.eval.eval_report import ARMS
 from repeng.eval.measure import Dial
-from repeng.eval.report.folder import EVALUATION, write_report
+from repeng.eval.report.folder import write_report
 from repeng.eval.report.tables import print_doses, print_table
 from repeng.model.cache import cache_folder
-from repeng.train.adapter_files import CALIBRATION, save_adapter
+from repeng.train.adapter_files import save_adapter
 
 OWN = "this dial"
 LARGEST = 4.0  # largest coefficient of an adapter, trained at 1; far beyond, effects shrink but costs may not
@@ -58,8 +59,9 @@ def evaluate(
     print_doses(comparison.reports[OWN][0], f"{path}: {task.behaviour}")
     print_table(comparison)
     print(comparison.verdict)
-    print(f"report: {folder / 'report.html'}")
-    return {"report": str(folder / "report.html"), **json.loads((folder / "report.json").read_text(encoding="utf-8"))}
+    page = folder / PAGE
+    print(f"report: {page}")
+    return {"report": str(page), **json.loads((folder / REPORT).read_text(encoding="utf-8"))}
 
 
 def calibrate(

@@ -1,8 +1,9 @@
 """Make a behaviour of the user's own: try templates on a model, and write those that move it to a configuration."""
 
+import math
 import shlex
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 import yaml
@@ -69,14 +70,16 @@ def new(
     require_sound(pairs, tokenizer)
     logp = next_logp(model, tokenizer, pairs)
     found = questions_of(tokenizer, pairs, logp)
-    effects = {
-        template: fmean(found.by_pair.get(n * len(suffixes) + i, 0.0) for i in range(len(suffixes)))
+    single = {
+        template: [found.by_pair.get(n * len(suffixes) + i, 0.0) for i in range(len(suffixes))]
         for n, template in enumerate(templates)
     }
+    effects = {template: fmean(values) for template, values in single.items()}
+    errors = {template: stdev(values) / math.sqrt(len(values)) for template, values in single.items()}
     ranked = sorted(templates, key=lambda one: -effects[one])
     kept = [one for one in ranked if effects[one] >= LEAST][:KEPT] or ranked[:KEPT]
     moves = fmean(effects[one] for one in kept) >= LEAST
-    _print_effects(effects, ranked, kept)
+    _print_effects(effects, errors, ranked, kept)
     said = _said(model, tokenizer, kept[0], positive, negative, suffixes[:SAID])
     others = {} if moves else traits_that_move(model, tokenizer, LEAST)
     if not moves:
@@ -99,6 +102,7 @@ def new(
         "positive": positive,
         "negative": negative,
         "effects": effects,
+        "standard_errors": errors,
         "templates": kept,
         "moves": moves,
         "traits_that_move": others,
@@ -117,13 +121,15 @@ def _fitting(templates: tuple[str, ...], positive: str, negative: str) -> list[s
     return [one.replace(f"a {PLACEHOLDER}", f"an {PLACEHOLDER}").replace("A {", "An {") for one in templates]
 
 
-def _print_effects(effects: dict[str, float], ranked: list[str], kept: list[str]) -> None:
+def _print_effects(effects: dict[str, float], errors: dict[str, float], ranked: list[str], kept: list[str]) -> None:
     table = Table(title="What the personas do to this model")
     table.add_column("template")
-    table.add_column("nats", justify="right")
+    table.add_column("nats ± standard error", justify="right")
     table.add_column("kept")
     for template in ranked:
-        table.add_row(Text(template), f"{effects[template]:.2f}", "yes" if template in kept else "")
+        table.add_row(
+            Text(template), f"{effects[template]:.2f} ± {errors[template]:.2f}", "yes" if template in kept else ""
+        )
     Console().print(table)
 
 

@@ -7,12 +7,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from repeng import tiny
 from repeng.commands.base import load_task_pairs
 from repeng.data.arguments import TaskArguments
 from repeng.data.behaviours import takes_an
 from repeng.data.files import write_text
 from repeng.data.folders import check_new, check_writable
-from repeng.data.pairs import ContrastPair, check_pairs, load_pairs, warn_of_swapped_sides
+from repeng.data.pairs import ContrastPair, check_pairs, warn_of_swapped_sides
+from repeng.data.task import draft_pairs
 from repeng.model.loading import load_tokenizer
 from repeng.model.script import words
 
@@ -37,11 +39,8 @@ def make(task_args: TaskArguments, output: str, seed: int) -> dict[str, Any]:
 
 def check(task_args: TaskArguments, seed: int) -> dict[str, Any]:
     """List the problems of pairs from a file, or of the pairs that the keys of a task describe."""
-    if task_args.pairs_file is None:
-        tokenizer, pairs, _ = load_task_pairs(task_args, seed)
-    else:
-        tokenizer = load_tokenizer(task_args.model_name_or_path, task_args.gguf_file)
-        pairs = load_pairs(task_args.pairs_file)
+    tokenizer = load_tokenizer(task_args.model_name_or_path, task_args.gguf_file)
+    pairs = draft_pairs(task_args, seed=seed, own=tiny.task(task_args, seed))
     problems = check_pairs(pairs, tokenizer)
     for problem in problems:
         print(f"pair {problem.index}: {problem.problem}: {problem.advice}")

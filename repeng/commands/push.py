@@ -60,14 +60,12 @@ def push(
 
 def _stage(adapter: AdapterFolder, folder: Path, repo_id: str, base_model: str | None) -> None:
     base, gguf_file = base_of_adapter(adapter.path)
-    on_hub = base_model or hub_id_of(base)
+    on_hub = hub_id_of(base_model or base)
     if on_hub is None:
         raise ValueError(
-            f"the base model {base!r} is not on the hub, so nobody else could load the adapter; if it is there under "
-            "another name, give --base_model HUB_ID"
+            f"the base model {base_model or base!r} is not on the hub, so nobody else could load the adapter; give "
+            "--base_model the hub id of that model, such as Qwen/Qwen3-0.6B"
         )
-    if hub_id_of(on_hub) != on_hub:
-        raise ValueError(f"--base_model should be a hub id such as Qwen/Qwen3-0.6B; got {on_hub!r}")
     check_told(adapter)
     tokenizer = load_tokenizer(base, gguf_file)
     model = adapter.load(load_base(base, gguf_file=gguf_file))

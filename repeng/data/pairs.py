@@ -69,6 +69,15 @@ def make_pairs(
         ValueError: a template lacks the placeholder, there are fewer than `n` combinations, or `check_pairs` finds a
             problem.
     """
+    pairs = draw_pairs(positive, negative, templates=templates, suffixes=suffixes, n=n, seed=seed)
+    require_sound(pairs, tokenizer)
+    return pairs
+
+
+def draw_pairs(
+    positive: str, negative: str, *, templates: Sequence[str], suffixes: Sequence[str], n: int, seed: int
+) -> list[ContrastPair]:
+    """Do as `make_pairs`, without the check with a tokenizer."""
     if not positive.strip() or not negative.strip() or positive == negative:
         raise ValueError(f"positive and negative must be two different words; got {positive!r} and {negative!r}")
     for template in templates:
@@ -80,12 +89,10 @@ def make_pairs(
             f"{n} pairs were requested, but {len(templates)} templates and {len(suffixes)} suffixes make "
             f"{len(combinations)}; add suffixes or request fewer pairs"
         )
-    pairs = [
+    return [
         ContrastPair(template.replace(PLACEHOLDER, positive), template.replace(PLACEHOLDER, negative), suffix)
         for template, suffix in random.Random(seed).sample(combinations, n)
     ]
-    require_sound(pairs, tokenizer)
-    return pairs
 
 
 def load_pairs(path: str | Path) -> list[ContrastPair]:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from repeng.data.file_names import CONFIG, VECTOR
 from repeng.data.schema import shown
 from repeng.model.hub import Repository, download, repository
 
@@ -9,9 +10,8 @@ WANTED = (
     "give the folder of an adapter that training wrote, the file of a vector (.safetensors, .gguf), or a repository "
     "on the hub, owner/name"
 )
-VECTOR = "vector.safetensors"  # name of a vector's file in a repository
 # What is read of a repository. Other files are not downloaded.
-READ = ("adapter_model.safetensors", "adapter_config.json", "config.yaml", VECTOR)
+READ = ("adapter_model.safetensors", "adapter_config.json", CONFIG, VECTOR)
 
 
 def steerable(word: str) -> Path:

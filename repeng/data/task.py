@@ -17,7 +17,7 @@ from repeng.data.arguments import TaskArguments
 from repeng.data.configuration import data_file
 from repeng.data.files import load_texts, write_json
 from repeng.data.lengths import check_pair_lengths, check_question_lengths, check_texts
-from repeng.data.pairs import PLACEHOLDER, ContrastPair, load_pairs, make_pairs, require_sound
+from repeng.data.pairs import PLACEHOLDER, ContrastPair, draw_pairs, load_pairs, require_sound
 from repeng.data.probes import Probe, other_traits, robustness
 from repeng.data.questions import Question, choice_tokens, load_questions
 from repeng.data.word_questions import (
@@ -93,10 +93,16 @@ def read_pairs(
     Raises:
         ValueError, FileNotFoundError: an argument does not fit; the message names it and how to correct it.
     """
-    if args.pairs_file:
-        pairs = load_pairs(args.pairs_file)
+    pairs = draft_pairs(args, seed=seed, own=own)
+    if own is None or pairs is not own.pairs:  # the model's own pairs were checked when they were made
         require_sound(pairs, tokenizer)
-        return random.Random(seed).sample(pairs, len(pairs))
+    return random.Random(seed).sample(pairs, len(pairs)) if args.pairs_file else pairs
+
+
+def draft_pairs(args: TaskArguments, *, seed: int, own: Task | None = None) -> list[ContrastPair]:
+    """Do as `read_pairs`, without the check with a tokenizer. The pairs of a file keep their order."""
+    if args.pairs_file:
+        return load_pairs(args.pairs_file)
     if own is not None and args.suffixes_file is None:
         if args.templates:
             raise ValueError(
@@ -108,9 +114,7 @@ def read_pairs(
         raise ValueError("positive and negative need suffixes_file: incomplete answers, one per line")
     suffixes, templates = load_texts(data_file(args.suffixes_file)), args.templates or list(DEFAULT_TEMPLATES)
     n = min(args.num_pairs or MAX_PAIRS, len(suffixes) * len(templates))
-    return make_pairs(
-        args.positive, args.negative, templates=templates, suffixes=suffixes, tokenizer=tokenizer, n=n, seed=seed
-    )
+    return draw_pairs(args.positive, args.negative, templates=templates, suffixes=suffixes, n=n, seed=seed)
 
 
 def make_task(

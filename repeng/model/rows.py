@@ -125,7 +125,8 @@ def _cache_of(model: CausalLM, prefix: Sequence[int], n: int) -> Cache | None:
     """The key-value cache of a beginning, repeated for `n` rows; None if the model keeps another kind of state."""
     ids = torch.tensor([prefix], device=model.device)
     whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": True, "logits_to_keep": 1}
-    cache = getattr(cast(Any, model)(**whole), "past_key_values", None)
+    output = cast(Any, model)(**whole)
+    cache = output.cache if hasattr(output, "cache") else getattr(output, "past_key_values", None)
     if type(cache) is not DynamicCache or not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
         return None
     cache.batch_repeat_interleave(n)

@@ -18,7 +18,6 @@ from repeng.tuner.config import PREFIX
 from repeng.tuner.keys import check_keys
 
 ADAPTER = (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME)
-CALIBRATION = "calibration.json"  # stands beside a LoRA, whose own files cannot hold a calibration
 
 
 def save_adapter(

@@ -1,6 +1,7 @@
 """`repeng train`: start a training run through `accelerate launch`."""
 
 import argparse
+import logging
 import signal
 import sys
 from collections.abc import Collection, Iterator, Sequence
@@ -39,6 +40,8 @@ def launch(argv: Sequence[str]) -> None:
 
     from repeng.train.arguments import SteeringArguments, check_arguments
 
+    # Without a configuration, the launcher lists the defaults of flags that most runs do not need.
+    logging.getLogger("accelerate.commands.launch").setLevel(logging.ERROR)
     parser = launch_command_parser()
     parser.error = _refuse  # one sentence, without the usage text
     flags, rest = split_flags(argv, parser, {"config", *names_of((TaskArguments, SteeringArguments))})

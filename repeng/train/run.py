@@ -68,6 +68,8 @@ def main(argv: Sequence[str]) -> None:
             end(str(error))
         if args.process_index == 0:
             print(_describe(run.model))
+            if args.world_size > 1:
+                print(f"{args.world_size} processes, on {args.device.type}")
             if run.doubt:
                 print(f"warning: {run.doubt}")
         try:

@@ -15,26 +15,27 @@ from transformers import Trainer
 
 from repeng.data.arguments import TaskArguments
 from repeng.data.configuration import default_of
+from repeng.data.file_names import CALIBRATION, CARD, CONFIG, EVALUATION, REPORT, REPORT_FILES
 from repeng.data.files import staged, write_text, written_whole
 from repeng.data.yaml_keys import read_keys
 from repeng.eval.compare import compare
 from repeng.eval.comparison import Comparison
 from repeng.eval.report import figures
-from repeng.eval.report.folder import EVALUATION, FILES, report_files, write_report
+from repeng.eval.report.folder import report_files, write_report
 from repeng.hub.card import SHOWN_PAIRS, Adapter, adapter_card
 from repeng.model.cache import cache_folder
 from repeng.model.hub import hub_id_of
 from repeng.model.sharded import is_sharded
-from repeng.train.adapter_files import ADAPTER, CALIBRATION, adapter_state, save_adapter
+from repeng.train.adapter_files import ADAPTER, adapter_state, save_adapter
 from repeng.train.arguments import SteeringArguments
 from repeng.train.build import Run
 from repeng.train.learning_curve import learning_curve
 from repeng.train.recipe import Recipe
 from repeng.train.resume import RUN
 
-CONFIG, LOG, CURVE, CARD = "config.yaml", "training_log.jsonl", "learning_curve.png", "README.md"
-ABOUT = (LOG, CURVE, CARD, *FILES)  # files that describe the adapter
-LATER = (CALIBRATION, *(f"{EVALUATION}/{name}" for name in FILES))  # files that other commands write about it
+LOG, CURVE = "training_log.jsonl", "learning_curve.png"
+ABOUT = (LOG, CURVE, CARD, *REPORT_FILES)  # files that describe the adapter
+LATER = (CALIBRATION, *(f"{EVALUATION}/{name}" for name in REPORT_FILES))  # files that other commands write about it
 AIM = (
     "model_name_or_path",
     "gguf_file",
@@ -128,7 +129,7 @@ def _write_folder(
             with written_whole(folder / CURVE) as place:
                 curve.savefig(place, dpi=110)
         write_report(comparison, folder, title=f"Steering adapter: {run.task.behaviour}", about=about)
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
         write_text(folder / CARD, _model_card(run, args.output_dir, task_args.gguf_file, report, figures.available()))
 
 

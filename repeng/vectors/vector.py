@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from repeng.data.file_names import CARD, VECTOR
 from repeng.data.files import staged, written_whole
-from repeng.data.paths import VECTOR
 from repeng.model.hub import Repository, commit, download, hub_id_of
 from repeng.model.sites import RESIDUAL, Place, site_widths
 from repeng.model.sources import HUB_ID, name_of_folder
@@ -360,9 +360,9 @@ class SteeringVector:
                 "on the hub; name the hub id of that model as base_model"
             )
         named = SteeringVector(self.directions, {**self.metadata, "model": base})
-        with staged(folder, (VECTOR, "README.md")) as place:
+        with staged(folder, (VECTOR, CARD)) as place:
             named.save(place / VECTOR)
-            (place / "README.md").write_text(vector_card(named, repo_id), encoding="utf-8")
+            (place / CARD).write_text(vector_card(named, repo_id), encoding="utf-8")
 
     def _warned(self, path: str | Path) -> "SteeringVector":
         """The vector itself; warns about directions that do nothing."""

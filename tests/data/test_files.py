@@ -119,7 +119,7 @@ def test_a_report_is_written_whole_or_not_at_all(failing, tmp_path, monkeypatch)
     assert {path.read_text() for path in tmp_path.iterdir()} == {"old"} and len(list(tmp_path.iterdir())) == 4
 
 
-def test_a_signal_waits_until_all_files_have_moved(tmp_path, monkeypatch):
+def test_a_signal_waits_until_all_files_have_moved(tmp_path, monkeypatch, request):
     replace = files.os.replace
 
     def interrupted(source, place):
@@ -127,6 +127,8 @@ def test_a_signal_waits_until_all_files_have_moved(tmp_path, monkeypatch):
         replace(source, place)
 
     monkeypatch.setattr(files.os, "replace", interrupted)
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores the signal
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, usual))
     with pytest.raises(KeyboardInterrupt), staged(tmp_path, ["a", "b"]) as folder:
         (folder / "a").touch()
         (folder / "b").touch()

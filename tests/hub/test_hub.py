@@ -258,8 +258,8 @@ def test_a_report_that_names_a_folder_is_left_out(hub, tmp_path, capsys):
     "base, more, message",
     [
         ("tiny", [], "'tiny' is not on the hub"),
-        ("{folder}", [], "give --base_model HUB_ID"),
-        (BASE, ["--base_model", "{folder}"], "--base_model should be a hub id"),
+        ("{folder}", [], "give --base_model the hub id"),
+        (BASE, ["--base_model", "{folder}"], "is not on the hub"),
         (BASE, ["--dry_run", "{run}"], "is not empty"),
     ],
 )
