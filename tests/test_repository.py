@@ -136,7 +136,7 @@ def test_imports_go_down_only(path):
     wing = parts[1] if len(parts) > 2 else None
     for module in imported_modules(path):
         other = module.split(".")[1]
-        if wing is not None and other not in (wing, "_imports", "_command", "_extras", "__version__"):
+        if wing is not None and other not in (wing, "_imports", "_command", "_extras", "_file_names", "__version__"):
             assert other in FLOORS and FLOORS[other] < FLOORS[wing], f"{wing}/ imports {module}"
         if other == "tiny" and wing != "tiny":
             assert parts in COMMANDS, f"{path} knows the embedded world, as only command lines may"

@@ -5,10 +5,10 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
+from repeng._file_names import REPORT
 from repeng.cli.parsing import Commands, Result, add_config, add_json, tell
 from repeng.data.arguments import TaskArguments
 from repeng.data.configuration import add_keys, defaults_of, hints_for, read_configs, shipped_configs, split_configs
-from repeng.data.file_names import REPORT
 from repeng.data.words import flags_and_words, name_of
 from repeng.train.recipe import Recipe
 

@@ -16,7 +16,7 @@ from repeng.control.steer import steer
 from repeng.data.arguments import TaskArguments
 from repeng.data.pairs import ContrastPair
 from repeng.data.schema import checked
-from repeng.data.task import Task, read_pairs
+from repeng.data.task import Task, draft_pairs, read_pairs
 from repeng.data.trust import own_config, say_model
 from repeng.data.yaml_keys import read_keys
 from repeng.eval.measure import Dial
@@ -64,6 +64,12 @@ def load_task_pairs(
     own = tiny.task(task_args, seed)
     tokenizer = load_tokenizer(task_args.model_name_or_path, task_args.gguf_file)
     return tokenizer, read_pairs(task_args, tokenizer, seed=seed, own=own), own
+
+
+def load_drafted_pairs(task_args: TaskArguments, seed: int) -> tuple[PreTrainedTokenizerBase, list[ContrastPair]]:
+    """The tokenizer of a task's model and the pairs, which are not checked with it."""
+    pairs = draft_pairs(task_args, seed=seed, own=tiny.task(task_args, seed))
+    return load_tokenizer(task_args.model_name_or_path, task_args.gguf_file), pairs
 
 
 def load_task_model(task_args: TaskArguments, seed: int, use_cpu: bool, bf16: bool) -> Base:

@@ -5,9 +5,9 @@ from typing import Any, cast
 
 from peft import LoraConfig
 
+from repeng._file_names import CARD
 from repeng.commands.base import base_of_adapter
 from repeng.control.adapter_folder import AdapterFolder
-from repeng.data.file_names import CARD
 from repeng.data.folders import check_new, check_writable
 from repeng.export import export_dial, export_gguf, export_gguf_dial, export_lora, export_merged, vector_of
 from repeng.export.lora import serving_commands

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from repeng._file_names import CALIBRATION, EVALUATION, REPORT
 from repeng.control.adapter_folder import AdapterFolder
-from repeng.data.file_names import CALIBRATION, EVALUATION, REPORT
 from repeng.data.pairs import load_pairs
 from repeng.data.questions import load_questions
 from repeng.data.schema import shown

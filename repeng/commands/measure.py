@@ -10,11 +10,11 @@ from typing import Any, cast
 from peft import PeftModel
 from torch import nn
 
+from repeng._file_names import CALIBRATION, EVALUATION, PAGE, REPORT
 from repeng.commands.base import Loaded, load_task_model, put_on, read_steering
 from repeng.control.lora import lora_names, scale_weights
 from repeng.control.steer import steer
 from repeng.data.arguments import TaskArguments
-from repeng.data.file_names import CALIBRATION, EVALUATION, PAGE, REPORT
 from repeng.data.folders import claimed
 from repeng.data.pairs import ContrastPair
 from repeng.data.task import make_task, split_pairs

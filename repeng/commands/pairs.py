@@ -7,15 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from repeng import tiny
-from repeng.commands.base import load_task_pairs
+from repeng.commands.base import load_drafted_pairs, load_task_pairs
 from repeng.data.arguments import TaskArguments
 from repeng.data.behaviours import takes_an
 from repeng.data.files import write_text
 from repeng.data.folders import check_new, check_writable
 from repeng.data.pairs import ContrastPair, check_pairs, warn_of_swapped_sides
-from repeng.data.task import draft_pairs
-from repeng.model.loading import load_tokenizer
 from repeng.model.script import words
 
 SHOWN = 3
@@ -39,8 +36,7 @@ def make(task_args: TaskArguments, output: str, seed: int) -> dict[str, Any]:
 
 def check(task_args: TaskArguments, seed: int) -> dict[str, Any]:
     """List the problems of pairs from a file, or of the pairs that the keys of a task describe."""
-    tokenizer = load_tokenizer(task_args.model_name_or_path, task_args.gguf_file)
-    pairs = draft_pairs(task_args, seed=seed, own=tiny.task(task_args, seed))
+    tokenizer, pairs = load_drafted_pairs(task_args, seed)
     problems = check_pairs(pairs, tokenizer)
     for problem in problems:
         print(f"pair {problem.index}: {problem.problem}: {problem.advice}")

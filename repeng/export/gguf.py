@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from repeng.data.file_names import CARD
+from repeng._file_names import CARD
 from repeng.data.files import write_json, write_text, written_whole
 from repeng.data.folders import check_new
 from repeng.export.factors import (

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from repeng.data.file_names import CARD
+from repeng._file_names import CARD
 from repeng.data.files import staged, write_json
 from repeng.data.folders import check_new
 from repeng.export.factors import (

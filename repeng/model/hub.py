@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from repeng.data.file_names import CARD, VECTOR
+from repeng._file_names import CARD, VECTOR
 from repeng.model.sources import EMBEDDED, HUB_ID, PACKAGED, name_of_folder
 
 if TYPE_CHECKING:

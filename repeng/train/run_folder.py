@@ -13,9 +13,9 @@ import yaml
 from peft import LoraConfig
 from transformers import Trainer
 
+from repeng._file_names import CALIBRATION, CARD, CONFIG, EVALUATION, REPORT, REPORT_FILES
 from repeng.data.arguments import TaskArguments
 from repeng.data.configuration import default_of
-from repeng.data.file_names import CALIBRATION, CARD, CONFIG, EVALUATION, REPORT, REPORT_FILES
 from repeng.data.files import staged, write_text, written_whole
 from repeng.data.yaml_keys import read_keys
 from repeng.eval.compare import compare

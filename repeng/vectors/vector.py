@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from repeng.data.file_names import CARD, VECTOR
+from repeng._file_names import CARD, VECTOR
 from repeng.data.files import staged, written_whole
 from repeng.model.hub import Repository, commit, download, hub_id_of
 from repeng.model.sites import RESIDUAL, Place, site_widths

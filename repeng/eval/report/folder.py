@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from repeng._extras import install_command
-from repeng.data.file_names import PAGE, PICTURE, REPORT, REPORT_FILES, TABLE
+from repeng._file_names import PAGE, PICTURE, REPORT, REPORT_FILES, TABLE
 from repeng.data.files import staged, write_json, written_whole
 from repeng.eval.comparison import Comparison
 from repeng.eval.report import figures
