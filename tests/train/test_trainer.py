@@ -4,6 +4,7 @@ import copy
 import signal
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import tiny_models
@@ -41,6 +42,12 @@ def first_step_gradients(args):
     return seen
 
 
+@pytest.fixture(scope="module")
+def gradients_of_whole_batches(tmp_path_factory):
+    """Gradients of a plain run, by site of the loss."""
+    return cache(lambda site: first_step_gradients(arguments(tmp_path_factory.mktemp(site), loss_site=site)))
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -51,9 +58,9 @@ def first_step_gradients(args):
     ids=["accumulation", "reentrant", "non-reentrant"],
 )
 @pytest.mark.parametrize("site", ["residual", "up_proj"])
-def test_gradients_do_not_depend_on_how_the_step_is_computed(tmp_path, changes, site):
+def test_gradients_do_not_depend_on_how_the_step_is_computed(tmp_path, changes, site, gradients_of_whole_batches):
     """With up_proj, hidden states are taken from inside of what a checkpointed layer would compute twice."""
-    whole = first_step_gradients(arguments(tmp_path, loss_site=site))
+    whole = gradients_of_whole_batches(site)
     other = first_step_gradients(arguments(tmp_path, loss_site=site, **changes))
     assert whole.keys() == other.keys() and len(whole) > 0
     assert sum(grad.abs().sum() for grad in whole.values()) > 0
@@ -240,7 +247,8 @@ def test_the_terms_are_logged(tmp_path):
 
 def test_training_stops_at_a_nan_and_the_last_checkpoint_is_intact(tmp_path, embedded, batch):
     """At step 3 the learning rate is absurd: the parameters stay finite, the loss of the next step would not."""
-    args = arguments(tmp_path, num_pairs=32, max_steps=8, save_strategy="steps", save_steps=1, save_total_limit=8)
+    saves = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 8}
+    args = arguments(tmp_path, num_pairs=16, per_device_train_batch_size=4, max_steps=8, **saves)
     trainer = trainer_for(args)
     trainer.create_optimizer()
     trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda step: 1.0 if step < 2 else 1e6)
@@ -365,11 +373,11 @@ def test_the_reference_is_computed_in_the_precision_of_training(tmp_path):
 
 
 def test_the_schedule_counts_optimizer_steps(tmp_path):
-    def rates(**changes):
-        args = arguments(tmp_path, max_steps=3, num_pairs=24, logging_steps=1, warmup_steps=1, **changes)
+    def rates(**batches):
+        args = arguments(tmp_path, max_steps=3, num_pairs=12, logging_steps=1, warmup_steps=1, **batches)
         trainer = trainer_for(args)
         trainer.train()
         return [row["learning_rate"] for row in trainer.state.log_history if "loss" in row]
 
-    whole = rates()
-    assert len(set(whole)) == 3 and whole == rates(per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    whole = rates(per_device_train_batch_size=4)
+    assert len(set(whole)) == 3 and whole == rates(per_device_train_batch_size=2, gradient_accumulation_steps=2)
