@@ -38,7 +38,7 @@ def extract_vector(
     vector = extract(base.model, base.tokenizer, base.pairs, layers=where, method=method, seed=seed)
     vector.save(place)
     print(vector.describe())
-    print(f"written: {place}. At c = 1 it adds the mean difference; repeng calibrate sets c = ±1 to a stated cost.")
+    print(f"written: {place}. c = 1 adds it once; repeng calibrate sets c = ±1 to a stated cost.")
     accuracy = vector.metadata.get("accuracy", {})
     return {"written": str(place), "method": method, "layers": vector.layers, "accuracy": accuracy}
 
