@@ -25,6 +25,7 @@ from repeng.data.files import write_json
 from repeng.model.sources import find_source
 from repeng.train.launch import _status_of
 
+UNIT = {"plus": 2.0, "minus": 1.5}
 TASK = ["--model_name_or_path", "tiny", "--positive", "cheerful", "--negative", "gloomy", "--num_pairs", "24"]
 
 
@@ -157,6 +158,10 @@ def test_a_vector_is_extracted(tmp_path, capsys, embedded, tokenizer):
         capsys, "extract", *TASK, "--layers", 1, 3, "--method", "svd", "--output", tmp_path / "b.safetensors"
     )
     assert told["layers"] == [1, 3] and SteeringVector.load(tmp_path / "b.safetensors").metadata["method"] == "svd"
+    before = file.read_bytes()
+    with pytest.raises(SystemExit, match="no command overwrites"):
+        main(["extract", *TASK, "--seed", "7", "--use_cpu", "--output", str(file)])
+    assert file.read_bytes() == before
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +179,10 @@ def made(tmp_path_factory):
         get_peft_model(tiny.load()[0], config).save_pretrained(folder / name)
     (folder / "svd" / "config.yaml").write_text("model_name_or_path: tiny\npositive: cheerful\nnegative: gloomy\n")
     write_json(folder / "svd" / "report.json", {"verdict": "so so", "rows": {"a": {"figures": {"effect": [1, 0, 2]}}}})
+    write_json(folder / "lora" / "calibration.json", UNIT)
+    for place, verdict in (("", "as trained"), ("evaluation", "as evaluated later")):
+        (folder / "lora" / place).mkdir(exist_ok=True)
+        write_json(folder / "lora" / place / "report.json", {"verdict": verdict, "rows": {}})
     (folder / "p.jsonl").write_text(json.dumps(asdict(tiny.pairs("mood", 1, 0)[0])))
     (folder / "q.jsonl").write_text(json.dumps({"prompt": "a", "choices": ["b", "c"], "target": "b"}))
     return folder
@@ -185,7 +194,8 @@ def made(tmp_path_factory):
         ("v.safetensors", "a steering vector", {"base model": "tiny", "layers": [2], "method": "mean_diff"}),
         ("v.gguf", "a steering vector", {"layers": [2], "sites": ["residual"]}),
         ("svd", "an adapter", {"method": "SVD steering", "positive": "cheerful", "verdict": "so so", "rank": 4}),
-        ("lora", "an adapter", {"method": "LoRA", "base model": "tiny", "rank": 4}),
+        ("lora", "an adapter", {"method": "LoRA", "base model": "tiny", "rank": 4, "calibration": UNIT}),
+        ("lora", "an adapter", {"verdict": "as evaluated later"}),
         ("svd/report.json", "a report", {"verdict": "so so"}),
         ("p.jsonl", "pairs", {"rows": 1}),
         ("q.jsonl", "questions", {"rows": 1}),
