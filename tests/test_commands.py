@@ -231,6 +231,10 @@ def test_a_vector_of_a_folder_names_the_whole_folder(tmp_path, embedded, tokeniz
     model = load_model(str(folder))[0]
     extract(model, tokenizer, pairs, layers=[2], held_out=0).save(tmp_path / "v.safetensors")
     assert base_of_vector(tmp_path / "v.safetensors") == str(folder)
+    SteeringVector({("residual", 2): torch.ones(96)}, {"model": find_source("tiny").path}).save(
+        tmp_path / "t.safetensors"
+    )
+    assert base_of_vector(tmp_path / "t.safetensors") == "tiny"
     folder.rename(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="is not here"):  # and no model of the hub is called gpt2 by mistake
         base_of_vector(tmp_path / "v.safetensors")
@@ -284,8 +288,10 @@ def test_the_unit_of_the_demo_is_a_cost(monkeypatch):
     dial = partial(steer, model, vector=vector)
     with torch.no_grad():
         assert asked.cost(dial, 0.0) == 0.0 and asked.answers(dial, 0.0) == asked.base
-        for sign in (-1.0, 1.0):
-            assert asked.cost(dial, sign) == pytest.approx(showing.NATS, rel=0.3)
+        for sign, arm in ((-1.0, "minus"), (1.0, "plus")):
+            cost = asked.cost(dial, sign)
+            assert cost == pytest.approx(showing.NATS, rel=0.3)
+            assert vector.metadata["calibration"]["spent"][arm] * showing.NATS == pytest.approx(cost, rel=0.01)
         assert asked.answers(dial, 1.0) != asked.answers(dial, -1.0)
 
 
