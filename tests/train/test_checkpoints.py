@@ -23,8 +23,7 @@ def adapter(trainer):
 
 
 SIX_STEPS = {
-    "num_pairs": 16,
-    "per_device_train_batch_size": 4,
+    "num_pairs": 32,
     "max_steps": 6,  # they end in the second epoch
     "save_strategy": "steps",
     "save_steps": 2,
@@ -192,7 +191,6 @@ def test_no_suffix_is_on_both_sides():
 
 def test_the_range_is_measured_on_pairs_that_are_held_back(tmp_path):
     options = {"num_pairs": 60, "eval_strategy": "steps", "eval_steps": 7, "max_steps": 7, "learning_rate": 1e-2}
-    options |= {"per_device_train_batch_size": 4}
     args = arguments(tmp_path, **options)
     run = prepare(args)
     assert 40 < len(run.task.pairs) == len(run.examples) < 60 and len(run.validation) == 3
