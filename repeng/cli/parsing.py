@@ -33,9 +33,7 @@ def add_json(command: argparse.ArgumentParser) -> None:
     )
 
 
-def add_path(
-    command: argparse.ArgumentParser, told: str = "folder of an adapter, file of a vector, or owner/name on the hub"
-) -> None:
+def add_path(command: argparse.ArgumentParser, told: str = PATH) -> None:
     """Add the positional argument PATH."""
     command.add_argument("path", type=Path, metavar="PATH", help=told)
 
